@@ -1,0 +1,1 @@
+//! Catalyst's types on the wire, shared by daemon and CLI.

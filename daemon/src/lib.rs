@@ -1,0 +1,1 @@
+//! catalyst-daemon: VM store, engines, network, REST.

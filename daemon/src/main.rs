@@ -1,0 +1,3 @@
+//! catalyst-daemon: VM store, engines, network, REST.
+
+fn main() {}

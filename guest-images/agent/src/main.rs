@@ -1,0 +1,3 @@
+//! The program inside the guest.
+
+fn main() {}

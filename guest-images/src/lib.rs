@@ -1,0 +1,1 @@
+//! The bundled image lumen: recipe, builder, store of images.

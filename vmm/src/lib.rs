@@ -1,0 +1,1 @@
+//! catalyst-vmm: the monitor; today the probe of /dev/kvm.
