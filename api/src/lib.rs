@@ -1,1 +1,27 @@
 //! Catalyst's types on the wire, shared by daemon and CLI.
+//!
+//! Two APIs live side by side: [`legacy`] is the AppCatalyst contract to the letter
+//! (`/api/…`), everything else here is Catalyst's own typed API (`/v1/…`), from which the
+//! daemon generates its OpenAPI 3.1 description. There is no behaviour in this crate.
+
+pub mod doctor;
+pub mod error;
+pub mod event;
+pub mod exec;
+pub mod image;
+pub mod legacy;
+pub mod system;
+pub mod vm;
+
+pub use doctor::{Check, CheckStatus, Doctor};
+pub use error::{ApiError, ErrorCode};
+pub use event::{Event, EventKind};
+pub use exec::{ExecFrame, ExecOutput, ExecRequest, TerminalSize};
+pub use image::{ImageInfo, ImageState, Task, TaskState};
+pub use system::{NetworkInfo, Version};
+pub use vm::{
+    Address, CreateVm, EngineName, GuestStatus, PowerOp, PowerRequest, SshInfo, UpdateVm, Vm, VmState,
+};
+
+/// The port the daemon listens on where nothing else is said, as AppCatalyst did.
+pub const DEFAULT_PORT: u16 = 8080;

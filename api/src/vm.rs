@@ -1,0 +1,297 @@
+//! Virtual machines: what is asked for, what is told.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// The state of a VM. The words are the ones AppCatalyst's clients understand
+/// (reference section 1.4), so that both APIs speak of a VM alike.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub enum VmState {
+    /// No process.
+    #[default]
+    #[serde(rename = "powered off")]
+    PoweredOff,
+    /// The process is being started.
+    #[serde(rename = "powering on")]
+    PoweringOn,
+    /// The virtual CPUs run.
+    #[serde(rename = "powered on")]
+    PoweredOn,
+    /// The guest was asked to shut down and has not finished.
+    #[serde(rename = "powering off")]
+    PoweringOff,
+    /// Memory and devices are being written to disk.
+    #[serde(rename = "suspending")]
+    Suspending,
+    /// Memory and devices lie on disk; no process.
+    #[serde(rename = "suspended")]
+    Suspended,
+    /// The process lives, its virtual CPUs do not run.
+    #[serde(rename = "paused")]
+    Paused,
+    /// The VM cannot be used until a person has done something; `reason` says what.
+    #[serde(rename = "blocked")]
+    Blocked,
+}
+
+impl VmState {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::PoweredOff => "powered off",
+            Self::PoweringOn => "powering on",
+            Self::PoweredOn => "powered on",
+            Self::PoweringOff => "powering off",
+            Self::Suspending => "suspending",
+            Self::Suspended => "suspended",
+            Self::Paused => "paused",
+            Self::Blocked => "blocked",
+        }
+    }
+
+    /// Whether a VM process exists in this state.
+    pub const fn has_process(self) -> bool {
+        !matches!(self, Self::PoweredOff | Self::Suspended | Self::Blocked)
+    }
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What can be asked of a VM's power (AppCatalyst reference section 1.4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PowerOp {
+    /// Start, or resume where suspended.
+    On,
+    /// Pull the plug.
+    Off,
+    /// Ask the guest to shut down, and wait for it.
+    Shutdown,
+    /// Write memory and devices to disk and stop.
+    Suspend,
+    /// Stop the virtual CPUs, keep the process.
+    Pause,
+    /// Let the virtual CPUs go on.
+    Unpause,
+}
+
+impl PowerOp {
+    /// All words, in the order the help text lists them.
+    pub const ALL: [Self; 6] =
+        [Self::On, Self::Off, Self::Shutdown, Self::Suspend, Self::Pause, Self::Unpause];
+
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::On => "on",
+            Self::Off => "off",
+            Self::Shutdown => "shutdown",
+            Self::Suspend => "suspend",
+            Self::Pause => "pause",
+            Self::Unpause => "unpause",
+        }
+    }
+}
+
+impl fmt::Display for PowerOp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for PowerOp {
+    type Err = ();
+
+    fn from_str(word: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|op| op.as_str() == word).ok_or(())
+    }
+}
+
+/// The program a VM runs in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum EngineName {
+    /// `catalyst-vmm` on `/dev/kvm`.
+    Kvm,
+    /// QEMU's software CPU (TCG).
+    Qemu,
+}
+
+impl fmt::Display for EngineName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Kvm => "kvm",
+            Self::Qemu => "qemu",
+        })
+    }
+}
+
+/// What is known of the guest from its agent. Untrusted: the guest says it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct GuestStatus {
+    /// The agent has said hello on its port.
+    pub agent: bool,
+    /// Hostname, address and keys are applied; the address answers.
+    pub identity: bool,
+    /// sshd accepts connections.
+    pub ssh: bool,
+    /// dockerd answers.
+    pub docker: bool,
+    /// The agent's version, at most 64 characters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub agent_version: Option<String>,
+}
+
+/// A virtual machine as `vm show` tells it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Vm {
+    /// The id: also the name of the VM's folder and its DNS name.
+    pub id: String,
+    /// The display name (`displayname` of the VMX), by default the id.
+    pub name: String,
+    /// Power state.
+    pub state: VmState,
+    /// Why the VM is in this state, where there is something to say.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Tags, as given at creation.
+    pub tags: Vec<String>,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Virtual size of the disk in GiB.
+    pub disk_gib: u64,
+    /// The template (image) it was made from.
+    pub template: String,
+    /// The engine of the running process, or the one the next power-on takes.
+    pub engine: EngineName,
+    /// MAC address of its NIC, fixed for life.
+    pub mac: String,
+    /// Address on the VM network, fixed for life.
+    pub address: String,
+    /// What the agent says of the guest.
+    pub guest: GuestStatus,
+    /// Process id of the VM process while there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+    /// When the process was started, in seconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started: Option<u64>,
+    /// The VM's configuration file.
+    pub vmx: String,
+}
+
+/// Body of `POST /v1/vms`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateVm {
+    /// Letters, digits, `-`, `_` and `.`, starting with a letter or digit; at most 63.
+    pub id: String,
+    /// Display name; by default the id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// An existing, powered-off VM to clone with its disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// The template to clone; by default `lumen`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    /// Virtual CPUs, 1 to 32; by default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    /// Memory in MiB, 128 up to the host's; by default 1024.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+    /// Virtual disk size in GiB, 64 to 16384; by default 64. It occupies what is written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_gib: Option<u64>,
+    /// Tags: at most 16 of at most 64 characters, without comma or control characters.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tags: Vec<String>,
+}
+
+/// Body of `PATCH /v1/vms/{id}`: what is absent stays. CPUs and memory take effect at the
+/// next power-on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UpdateVm {
+    /// Display name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Virtual CPUs, 1 to 32.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    /// Memory in MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_mib: Option<u64>,
+    /// Replaces all tags.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tags: Option<Vec<String>>,
+}
+
+/// Body of `POST /v1/vms/{id}/power`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PowerRequest {
+    /// What to do.
+    pub op: PowerOp,
+}
+
+/// Reply of `GET /v1/vms/{id}/address`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Address {
+    /// IPv4 address that the guest holds now.
+    pub address: String,
+}
+
+/// Reply of `GET /v1/vms/{id}/ssh`: all a client needs for `ssh`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SshInfo {
+    /// Address that the guest holds.
+    pub address: String,
+    /// TCP port.
+    pub port: u16,
+    /// Login name.
+    pub user: String,
+    /// Private key file on the daemon's machine, readable by the owner.
+    pub key_file: String,
+    /// The guest's host keys in `known_hosts` form, the address in front.
+    pub known_hosts: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_state_is_one_word_on_the_wire_and_in_text() {
+        for state in [
+            VmState::PoweredOff,
+            VmState::PoweringOn,
+            VmState::PoweredOn,
+            VmState::PoweringOff,
+            VmState::Suspending,
+            VmState::Suspended,
+            VmState::Paused,
+            VmState::Blocked,
+        ] {
+            assert_eq!(serde_json::to_value(state).unwrap(), serde_json::json!(state.to_string()));
+        }
+    }
+
+    #[test]
+    fn every_power_word_parses_back() {
+        for op in PowerOp::ALL {
+            assert_eq!(op.as_str().parse(), Ok(op));
+        }
+        assert_eq!("explode".parse::<PowerOp>(), Err(()));
+    }
+}
