@@ -1,13 +1,11 @@
 //! Instructions that every kernel needs and that an interpreter of kernel code may lack, each tried by name.
 
-use kvm_ioctls::Kvm;
-
-use super::guest::{DATA, Guest, PORT_DONE, RunError};
+use super::guest::{DATA, Guest, PORT_DONE, Program, RunError};
 
 /// One instruction to try.
 pub(super) struct Instruction {
     pub(super) name: &'static str,
-    pub(super) run: fn(&Kvm) -> Result<(), RunError>,
+    pub(super) run: fn(&mut Guest) -> Result<(), RunError>,
 }
 
 /// What is tried, in this order.
@@ -22,27 +20,28 @@ pub(super) const ALL: [Instruction; 3] = [
 /// e6 e1            out  0xe1, al
 /// f4               hlt
 /// ```
-const CMPXCHG16B: [u8; 8] = [0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0xe6, 0xe1, 0xf4];
+const CMPXCHG16B: Program =
+    Program { code: &[0xf0, 0x48, 0x0f, 0xc7, 0x0f, 0xe6, 0xe1, 0xf4], breakpoint_handler: &[] };
 
 /// ```text
 /// 48 0f ae 2f      xrstor64 [rdi]
 /// e6 e1            out  0xe1, al
 /// f4               hlt
 /// ```
-const XRSTOR: [u8; 7] = [0x48, 0x0f, 0xae, 0x2f, 0xe6, 0xe1, 0xf4];
+const XRSTOR: Program =
+    Program { code: &[0x48, 0x0f, 0xae, 0x2f, 0xe6, 0xe1, 0xf4], breakpoint_handler: &[] };
 
 /// ```text
-/// cc               int3
-/// e6 e1            out  0xe1, al
-/// f4               hlt
+///       cc               int3
+///       e6 e1            out  0xe1, al
+///       f4               hlt
+/// #BP:  bb 33 cc 33 cc   mov  ebx, 0xcc33cc33
+///       48 cf            iretq
 /// ```
-const INT3: [u8; 4] = [0xcc, 0xe6, 0xe1, 0xf4];
-
-/// ```text
-/// bb 33 cc 33 cc   mov  ebx, 0xcc33cc33
-/// 48 cf            iretq
-/// ```
-const INT3_HANDLER: [u8; 7] = [0xbb, 0x33, 0xcc, 0x33, 0xcc, 0x48, 0xcf];
+const INT3: Program = Program {
+    code: &[0xcc, 0xe6, 0xe1, 0xf4],
+    breakpoint_handler: &[0xbb, 0x33, 0xcc, 0x33, 0xcc, 0x48, 0xcf],
+};
 /// What the handler leaves in RBX.
 const HANDLED: u64 = 0xcc33_cc33;
 
@@ -56,11 +55,11 @@ const SSE_STATE: u8 = 0b10;
 /// MXCSR as after reset.
 const MXCSR_RESET: u32 = 0x1f80;
 
-fn cmpxchg16b(kvm: &Kvm) -> Result<(), RunError> {
-    let mut guest = Guest::new(kvm, &CMPXCHG16B, &[])?;
-    if !guest.has_cmpxchg16b()? {
+fn cmpxchg16b(guest: &mut Guest) -> Result<(), RunError> {
+    if !guest.has_cmpxchg16b() {
         return Err(RunError::NoFeature("cmpxchg16b"));
     }
+    guest.load(&CMPXCHG16B)?;
     let (old, new) =
         (0x0f1e_2d3c_4b5a_6978_8796_a5b4_c3d2_e1f0_u128, 0x1122_3344_5566_7788_99aa_bbcc_ddee_ff00);
     guest.write(DATA, &old.to_le_bytes())?;
@@ -76,11 +75,11 @@ fn cmpxchg16b(kvm: &Kvm) -> Result<(), RunError> {
     }
 }
 
-fn xrstor(kvm: &Kvm) -> Result<(), RunError> {
-    let mut guest = Guest::new(kvm, &XRSTOR, &[])?;
-    if !guest.has_xsave()? {
+fn xrstor(guest: &mut Guest) -> Result<(), RunError> {
+    if !guest.has_xsave() {
         return Err(RunError::NoFeature("xsave"));
     }
+    guest.load(&XRSTOR)?;
     let pattern = *b"catalyst's probe";
     let mut area = [0; XSAVE_AREA];
     area[MXCSR..MXCSR + 4].copy_from_slice(&MXCSR_RESET.to_le_bytes());
@@ -96,8 +95,8 @@ fn xrstor(kvm: &Kvm) -> Result<(), RunError> {
     if guest.xmm0()? == pattern { Ok(()) } else { Err(RunError::WrongResult("xmm0 was not restored")) }
 }
 
-fn int3(kvm: &Kvm) -> Result<(), RunError> {
-    let mut guest = Guest::new(kvm, &INT3, &INT3_HANDLER)?;
+fn int3(guest: &mut Guest) -> Result<(), RunError> {
+    guest.load(&INT3)?;
     guest.run_to(PORT_DONE)?;
     if guest.registers()?.rbx == HANDLED {
         Ok(())

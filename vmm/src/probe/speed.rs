@@ -2,9 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::Kvm;
-
-use super::guest::{DATA, Guest, PORT_DONE, PORT_READY, RunError};
+use super::guest::{DATA, Guest, PORT_DONE, PORT_READY, Program, RunError};
 
 /// Announces itself, counts down from the number at [`DATA`], announces its end, and begins again.
 ///
@@ -16,7 +14,10 @@ use super::guest::{DATA, Guest, PORT_DONE, PORT_READY, RunError};
 ///        e6 e1        out  0xe1, al
 ///        eb f2        jmp  again
 /// ```
-const CODE: [u8; 14] = [0xe6, 0xe0, 0x48, 0x8b, 0x0f, 0x48, 0xff, 0xc9, 0x75, 0xfb, 0xe6, 0xe1, 0xeb, 0xf2];
+const LOOP: Program = Program {
+    code: &[0xe6, 0xe0, 0x48, 0x8b, 0x0f, 0x48, 0xff, 0xc9, 0x75, 0xfb, 0xe6, 0xe1, 0xeb, 0xf2],
+    breakpoint_handler: &[],
+};
 /// Instructions in one turn of the loop.
 const PER_TURN: u64 = 2;
 /// Turns of the first round: about 12 ms where the kernel interprets them, a blink where it does not.
@@ -30,13 +31,13 @@ const LONG_ENOUGH: Duration = Duration::from_millis(5);
 const ROUNDS: u32 = 3;
 
 /// Measures kernel-mode instructions per second.
-pub(super) fn measure(kvm: &Kvm) -> Result<u64, RunError> {
-    let mut guest = Guest::new(kvm, &CODE, &[])?;
+pub(super) fn measure(guest: &mut Guest) -> Result<u64, RunError> {
+    guest.load(&LOOP)?;
     let mut turns = FIRST_TURNS;
     let mut best = 0;
     let mut rounds = 0;
     while rounds < ROUNDS {
-        let (rate, took, whole) = round(&mut guest, turns)?;
+        let (rate, took, whole) = round(guest, turns)?;
         if !whole {
             return Ok(best.max(rate));
         }

@@ -1,4 +1,5 @@
 use super::*;
+use guest::Program;
 use std::fs::OpenOptions;
 
 /// `/dev/kvm` where it opens; elsewhere the test is skipped, aloud.
@@ -37,44 +38,73 @@ fn the_whole_probe_keeps_its_time_and_measures() {
     assert_eq!((report.device.clone(), report.api_version), (Device::Opened, Some(KVM_API_VERSION)));
     assert!(report.instructions_per_second.is_some_and(|rate| rate > 10_000), "{report:?}");
     assert_eq!(report.checks.len(), checks::ALL.len());
-    // The budget, and what a loaded machine may take to give the processor back.
-    assert!(took < BUDGET + Duration::from_millis(100), "took {took:?}");
+    // The limits, and what a loaded machine may take to give the processor back.
+    assert!(took < SET_UP + GUEST_CODE + Duration::from_millis(300), "took {took:?}");
+}
+
+/// A prober with a guest, where the device opens.
+fn prober() -> Option<Prober> {
+    let mut prober = Prober::start().unwrap();
+    assert_eq!(prober.open(device()?).unwrap(), Ok(KVM_API_VERSION));
+    prober.make_guest().unwrap();
+    // However long that took: each test has its own idea of the time.
+    prober.deadline = Instant::now() + Duration::from_secs(10);
+    Some(prober)
 }
 
 /// `eb fe`: a jump to itself.
-fn never_ends(kvm: &Kvm) -> Result<(), RunError> {
-    guest::Guest::new(kvm, &[0xeb, 0xfe], &[])?.run_to(guest::PORT_DONE)
+fn never_ends(guest: &mut Guest) -> Result<(), RunError> {
+    guest.load(&Program { code: &[0xeb, 0xfe], breakpoint_handler: &[] })?;
+    guest.run_to(guest::PORT_DONE)
 }
 
 #[test]
-fn a_guest_that_never_ends_is_stopped_by_the_signal() {
-    let Some(path) = device() else { return };
+fn a_program_that_never_ends_is_stopped_by_the_signal_and_the_next_one_runs() {
+    let Some(mut prober) = prober() else { return };
     let begin = Instant::now();
-    let result = guest_run(&path, begin + ONE_GUEST, never_ends);
+    let result = prober.run(never_ends);
     let took = begin.elapsed();
     assert!(
-        matches!(result, Err(GuestError::Run(RunError::Interrupted { rip: guest::CODE, .. }))),
+        matches!(result, Err(StepError::Run(RunError::Interrupted { rip: guest::CODE, .. }))),
         "{result:?}"
     );
-    assert!(took >= ONE_GUEST && took < BUDGET, "took {took:?}");
+    assert!(took >= ONE_PROGRAM && took < ONE_PROGRAM + Duration::from_secs(1), "took {took:?}");
+    assert!(prober.run(speed::measure).is_ok_and(|rate| rate > 10_000));
 }
 
 /// `0f 0b`: an undefined instruction, with no handler for #UD: a triple fault.
-fn faults(kvm: &Kvm) -> Result<(), RunError> {
-    guest::Guest::new(kvm, &[0x0f, 0x0b], &[])?.run_to(guest::PORT_DONE)
+fn faults(guest: &mut Guest) -> Result<(), RunError> {
+    guest.load(&Program { code: &[0x0f, 0x0b], breakpoint_handler: &[] })?;
+    guest.run_to(guest::PORT_DONE)
 }
 
 #[test]
-fn a_guest_that_faults_is_reported_with_its_exit() {
-    let Some(path) = device() else { return };
-    let result = guest_run(&path, Instant::now() + BUDGET, faults);
-    let Err(GuestError::Run(RunError::Exit { .. } | RunError::NotEmulated { .. })) = result else {
-        panic!("{result:?}")
-    };
+fn a_program_that_faults_is_reported_with_its_exit_and_the_next_one_runs() {
+    let Some(mut prober) = prober() else { return };
+    let result = prober.run(faults);
+    assert!(
+        matches!(result, Err(StepError::Run(RunError::Exit { .. } | RunError::NotEmulated { .. }))),
+        "{result:?}"
+    );
+    assert!(prober.run(speed::measure).is_ok_and(|rate| rate > 10_000));
+}
+
+/// mov ebx, 7; out; hlt.
+fn plain(guest: &mut Guest) -> Result<u64, RunError> {
+    guest.load(&Program { code: &[0xbb, 7, 0, 0, 0, 0xe6, 0xe1, 0xf4], breakpoint_handler: &[] })?;
+    guest.run_to(guest::PORT_DONE)?;
+    Ok(guest.registers()?.rbx)
+}
+
+#[test]
+fn a_program_s_registers_are_read_back() {
+    let Some(mut prober) = prober() else { return };
+    assert_eq!(prober.run(plain).unwrap(), 7);
 }
 
 #[test]
 fn without_time_nothing_is_run() {
-    let result = guest_run(c"/dev/kvm", Instant::now(), never_ends);
-    assert!(matches!(result, Err(GuestError::NoTime)), "{result:?}");
+    let mut prober = Prober::start().unwrap();
+    prober.deadline = Instant::now();
+    assert!(matches!(prober.run(never_ends), Err(StepError::NoTime)));
 }
