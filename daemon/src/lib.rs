@@ -1,1 +1,3 @@
 //! catalyst-daemon: VM store, engines, network, REST.
+
+pub mod access;
