@@ -1,1 +1,4 @@
 //! catalyst-daemon: VM store, engines, network, REST.
+
+pub mod network;
+pub mod privilege;

@@ -1,0 +1,312 @@
+//! dnsmasq, the DHCP and DNS server of the guests: its configuration, its start, its end, and finding it again.
+//!
+//! It is a process of its own that outlives the daemon, since running guests need names. It goes into the background
+//! by itself, which also tells when it is ready: the process that we start ends with status 0 once the sockets are
+//! open, and with an error otherwise. It is recognized by what only it has: our log file open (the descriptor that it
+//! inherited as standard error) and our configuration on its command line, looked at after a pidfd holds it fast.
+//! Its pid file alone proves nothing: pids come again, and the file is dnsmasq's own.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, SeekFrom};
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use nix::unistd::User;
+
+use super::address::Subnet;
+use super::error::NetworkError;
+use super::lease::{DOMAIN, gateway};
+use super::program::{command, last_lines};
+use super::state::{make_folder, read_small, write_public};
+
+/// Bytes of log after which dnsmasq may write no more to it, so that a noisy guest cannot fill memory.
+const LOG_LIMIT: u64 = 8 << 20;
+
+/// Bytes of log after which the next start begins a new one.
+const LOG_KEPT: u64 = 1 << 20;
+
+/// How long dnsmasq has to end, in milliseconds, before and after it is killed.
+const END_PATIENCE: u16 = 3000;
+
+/// The files of one network's dnsmasq.
+#[derive(Debug, Clone)]
+pub(crate) struct Files {
+    folder: PathBuf,
+}
+
+impl Files {
+    /// Those in `folder`, which is [`super::state::RunDir::network`].
+    pub fn new(folder: PathBuf) -> Self {
+        Self { folder }
+    }
+
+    /// The folder of files with the guests' names.
+    pub fn names(&self) -> PathBuf {
+        self.folder.join("names")
+    }
+
+    /// The folder of files with the guests' fixed leases.
+    pub fn hosts(&self) -> PathBuf {
+        self.folder.join("hosts")
+    }
+
+    /// dnsmasq's list of the leases that it has acknowledged.
+    pub fn acknowledged(&self) -> PathBuf {
+        self.folder.join("acknowledged")
+    }
+
+    fn config(&self) -> PathBuf {
+        self.folder.join("dnsmasq.conf")
+    }
+
+    fn pid(&self) -> PathBuf {
+        self.folder.join("dnsmasq.pid")
+    }
+
+    /// What dnsmasq says.
+    pub fn log(&self) -> PathBuf {
+        self.folder.join("dnsmasq.log")
+    }
+}
+
+/// The configuration of the dnsmasq that serves `bridge`.
+///
+/// Names come only from our files, never from what a guest calls itself, and only under our domain. `domain=` is
+/// absent on purpose: with it, dnsmasq ties names of its own to acknowledged leases, and they outlive the guest.
+pub(crate) fn config(files: &Files, bridge: &str, subnet: Subnet) -> String {
+    let user = match User::from_name("dnsmasq") {
+        Ok(Some(_)) => "dnsmasq",
+        _ => "nobody",
+    };
+    let gateway = gateway(subnet);
+    let (network, netmask) = (subnet.network(), subnet.netmask());
+    let path = |path: PathBuf| path.display().to_string();
+    [
+        "# Written by catalyst-daemon at each start of the network; changes here are lost.".to_owned(),
+        format!("user={user}"),
+        format!("pid-file={}", path(files.pid())),
+        "log-facility=-".to_owned(),
+        "quiet-dhcp".to_owned(),
+        format!("interface={bridge}"),
+        "except-interface=lo".to_owned(),
+        "bind-interfaces".to_owned(),
+        "no-hosts".to_owned(),
+        format!("addn-hosts={}", path(files.names())),
+        format!("local=/{DOMAIN}/"),
+        "domain-needed".to_owned(),
+        "cache-size=1000".to_owned(),
+        format!("dhcp-range={network},static,{netmask},1h"),
+        format!("dhcp-hostsfile={}", path(files.hosts())),
+        format!("dhcp-leasefile={}", path(files.acknowledged())),
+        "dhcp-lease-max=65536".to_owned(),
+        "dhcp-authoritative".to_owned(),
+        "dhcp-ignore-names".to_owned(),
+        "dhcp-no-override".to_owned(),
+        "no-ping".to_owned(),
+        format!("dhcp-option=option:router,{gateway}"),
+        format!("dhcp-option=option:dns-server,{gateway}"),
+        format!("dhcp-option=option:domain-name,{DOMAIN}"),
+        format!("dhcp-option=option:domain-search,{DOMAIN}"),
+        String::new(),
+    ]
+    .join("\n")
+}
+
+/// A dnsmasq of ours that runs, held by a pidfd: what is done to it is done to it and to no successor of its pid.
+#[derive(Debug)]
+pub(crate) struct Server {
+    pub pid: i32,
+    pidfd: OwnedFd,
+}
+
+impl Server {
+    /// The running dnsmasq of these files, if there is one. As root.
+    pub fn find(files: &Files) -> Option<Self> {
+        let log = fs::metadata(files.log()).ok()?;
+        let named = read_small(&files.pid()).ok().flatten().and_then(|text| text.trim().parse().ok());
+        if let Some(server) = named.and_then(|pid| Self::verified(pid, files, &log)) {
+            return Some(server);
+        }
+        // The pid file may be missing after a crash between start and its writing, or be wrong.
+        let pids = fs::read_dir("/proc")
+            .ok()?
+            .flatten()
+            .filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(|pid| has_our_config(*pid, files)).find_map(|pid| Self::verified(pid, files, &log))
+    }
+
+    fn verified(pid: i32, files: &Files, log: &fs::Metadata) -> Option<Self> {
+        let server = Self { pid, pidfd: pidfd_open(pid).ok()? };
+        let ours = has_our_config(pid, files) && has_open(pid, log);
+        // Only after the look at /proc: alive now means that what was looked at was this process.
+        (ours && !server.ended_within(0)).then_some(server)
+    }
+
+    /// Makes it read the files of names and leases again.
+    pub fn reload(&self) {
+        self.signal(Signal::SIGHUP);
+    }
+
+    /// Ends it and waits for its end. As root.
+    pub fn stop(&self, bridge: &str) -> Result<(), NetworkError> {
+        for signal in [Signal::SIGTERM, Signal::SIGKILL] {
+            self.signal(signal);
+            if self.ended_within(END_PATIENCE) {
+                return Ok(());
+            }
+        }
+        Err(NetworkError::Unkillable { pid: self.pid, bridge: bridge.to_owned() })
+    }
+
+    fn ended_within(&self, milliseconds: u16) -> bool {
+        let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&self.pidfd), PollFlags::POLLIN)];
+        loop {
+            match poll(&mut fds, PollTimeout::from(milliseconds)) {
+                Err(Errno::EINTR) => {}
+                other => return other.is_ok_and(|ready| ready > 0),
+            }
+        }
+    }
+
+    fn signal(&self, signal: Signal) {
+        // SAFETY: plain system call on an open pidfd with no pointer but a null one, which means "no siginfo"
+        // (pidfd_send_signal(2)). It fails only for a process that is gone, and then there is nothing to do.
+        unsafe {
+            libc::syscall(
+                libc::SYS_pidfd_send_signal,
+                self.pidfd.as_raw_fd(),
+                signal as libc::c_int,
+                std::ptr::null::<libc::siginfo_t>(),
+                0,
+            );
+        }
+    }
+}
+
+/// Starts dnsmasq with that configuration and waits until it serves. As root.
+pub(crate) fn start(program: &Path, files: &Files, config: &str) -> Result<Server, NetworkError> {
+    for folder in [files.names(), files.hosts()] {
+        make_folder(&folder).map_err(NetworkError::file("make", folder))?;
+    }
+    write_public(&files.config(), config).map_err(NetworkError::file("write", files.config()))?;
+    let (log, start) = open_log(files)?;
+    let mut command = command(program);
+    command
+        .arg(config_argument(files))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log.try_clone().map_err(NetworkError::file("open", files.log()))?);
+    // SAFETY: between fork and exec only setrlimit and signal are called, both async-signal-safe (signal-safety(7)).
+    unsafe {
+        command.pre_exec(|| {
+            // A write beyond the limit then fails with EFBIG, and dnsmasq goes on with syslog.
+            let limit = libc::rlimit { rlim_cur: LOG_LIMIT, rlim_max: LOG_LIMIT };
+            if libc::signal(libc::SIGXFSZ, libc::SIG_IGN) == libc::SIG_ERR
+                || libc::setrlimit(libc::RLIMIT_FSIZE, &raw const limit) != 0
+            {
+                return Err(std::io::Error::last_os_error());
+            }
+            Ok(())
+        });
+    }
+    let status =
+        command.status().map_err(|source| NetworkError::Spawn { program: program.to_owned(), source })?;
+    let refused = |output: String| NetworkError::Program {
+        program: "dnsmasq",
+        task: "serve DHCP and DNS".to_owned(),
+        output,
+    };
+    if !status.success() {
+        return Err(refused(last_lines(&read_from(log, start), 1)));
+    }
+    Server::find(files)
+        .ok_or_else(|| refused(format!("it ended again: {}", last_lines(&read_from(log, start), 2))))
+}
+
+/// Whether dnsmasq was last started with that configuration.
+pub(crate) fn is_configured_as(files: &Files, config: &str) -> bool {
+    read_small(&files.config()).is_ok_and(|text| text.as_deref() == Some(config))
+}
+
+/// One line of dnsmasq's list of acknowledged leases that matters here: who has which address.
+pub(crate) fn parse_acknowledged(text: &str) -> Vec<(Ipv4Addr, String)> {
+    // "EXPIRY MAC ADDRESS NAME CLIENT-ID", written by dnsmasq, which runs unprivileged: taken as hostile.
+    text.lines()
+        .take(65536)
+        .filter_map(|line| {
+            let mut words = line.split_ascii_whitespace().skip(1);
+            let mac: super::address::Mac = words.next()?.parse().ok()?;
+            Some((words.next()?.parse().ok()?, mac.to_string()))
+        })
+        .collect()
+}
+
+fn config_argument(files: &Files) -> String {
+    format!("--conf-file={}", files.config().display())
+}
+
+fn open_log(files: &Files) -> Result<(File, u64), NetworkError> {
+    let path = files.log();
+    let work = || {
+        let log = OpenOptions::new().read(true).append(true).create(true).mode(0o644).open(&path)?;
+        if log.metadata()?.len() > LOG_KEPT {
+            log.set_len(0)?;
+        }
+        let length = log.metadata()?.len();
+        Ok((log, length))
+    };
+    work().map_err(NetworkError::file("open", &path))
+}
+
+fn read_from(mut log: File, start: u64) -> String {
+    let mut said = Vec::new();
+    // What cannot be read is left out of the message.
+    let _ = log.seek(SeekFrom::Start(start)).and_then(|_| log.take(16 * 1024).read_to_end(&mut said));
+    String::from_utf8_lossy(&said).into_owned()
+}
+
+fn has_our_config(pid: i32, files: &Files) -> bool {
+    let argument = config_argument(files);
+    fs::read(format!("/proc/{pid}/cmdline"))
+        .is_ok_and(|line| line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes()))
+}
+
+fn has_open(pid: i32, file: &fs::Metadata) -> bool {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
+    entries
+        .flatten()
+        .filter_map(|entry| fs::metadata(entry.path()).ok())
+        .any(|open| (open.dev(), open.ino()) == (file.dev(), file.ino()))
+}
+
+fn pidfd_open(pid: i32) -> std::io::Result<OwnedFd> {
+    // SAFETY: plain system call (pidfd_open(2)); a descriptor that it returns is new and nobody else's.
+    unsafe {
+        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
+        match libc::c_int::try_from(fd) {
+            Ok(fd) if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn acknowledged_leases_are_parsed_and_garbage_is_passed_over() {
+        let text = "1700000000 02:ca:00:00:00:01 10.208.0.10 web1 *\nduid 00:01\n\n1 2\n\
+                    9 02:ca:00:00:00:02 10.208.0.11 * 01:02:ca:00:00:00:02\n9 zz 10.208.0.12 * *\n";
+        let expected = [(10, "02:ca:00:00:00:01"), (11, "02:ca:00:00:00:02")]
+            .map(|(last, mac)| (Ipv4Addr::new(10, 208, 0, last), mac.to_owned()));
+        assert_eq!(parse_acknowledged(text), expected);
+    }
+}

@@ -1,0 +1,138 @@
+//! Address translation and the firewall between guests and the rest, as one nftables table of our own.
+//!
+//! What the table does, and no more:
+//! - guests reach everything that the host reaches, with the host's address (masquerade);
+//! - guests of one network reach each other; from outside the host only answers come in; another network of
+//!   Catalyst's on the same host counts as outside;
+//! - a guest that sends with an address outside its subnet is not heard;
+//! - TCP connections through a narrower link (VPN, cloud networks) are told its segment size, since path MTU
+//!   discovery is broken in many places.
+//!
+//! Guests reach the host on the bridge's address like any machine of its local network: what the host offers there
+//! is the host's own firewall's business, which we neither open nor close. The daemon's REST port is on loopback,
+//! where nothing from the bridge arrives. A base chain of ours can accept only for itself: a `drop` in somebody
+//! else's chain stays one. [`obstacles`] finds those.
+
+use std::path::Path;
+
+use serde::Deserialize;
+
+use super::address::Subnet;
+use super::error::NetworkError;
+use super::program::run;
+
+/// Sets the table up, replacing what it held, in one transaction. Waits.
+pub(crate) fn apply(nft: &Path, bridge: &str, subnet: Subnet) -> Result<(), NetworkError> {
+    let task = format!("load the table {}", table(bridge));
+    run(nft, "nft", &["-f", "-"], &ruleset(bridge, subnet), &task).map(drop)
+}
+
+/// Removes the table; none is no error. Waits.
+pub(crate) fn remove(nft: &Path, bridge: &str) -> Result<(), NetworkError> {
+    let table = table(bridge);
+    // Added first: nft 1.0.6 has no `destroy`, and deleting what is not there is an error.
+    let input = format!("add table inet {table}\ndelete table inet {table}\n");
+    run(nft, "nft", &["-f", "-"], &input, &format!("remove the table {table}")).map(drop)
+}
+
+/// The table's name.
+fn table(bridge: &str) -> String {
+    format!("catalyst_{bridge}")
+}
+
+fn ruleset(bridge: &str, subnet: Subnet) -> String {
+    let table = table(bridge);
+    format!(
+        r#"add table inet {table}
+delete table inet {table}
+table inet {table} {{
+    chain from_guests {{
+        type filter hook prerouting priority raw; policy accept;
+        iifname "{bridge}" ip saddr != {{ 0.0.0.0, {subnet} }} drop
+    }}
+    chain forward {{
+        type filter hook forward priority filter; policy accept;
+        iifname "{bridge}" oifname "{bridge}" accept
+        iifname "{bridge}" tcp flags & (syn | rst) == syn tcp option maxseg size set rt mtu
+        iifname "{bridge}" accept
+        oifname "{bridge}" ct state established,related accept
+        oifname "{bridge}" drop
+    }}
+    chain postrouting {{
+        type nat hook postrouting priority srcnat; policy accept;
+        ip saddr {subnet} oifname != "{bridge}" masquerade
+    }}
+}}
+"#
+    )
+}
+
+/// Chains of others that may keep guests from the network although all of ours is right, each in words with what
+/// to do. Docker and the usual firewalls drop forwarded packets that they do not know. Waits.
+pub(crate) fn obstacles(nft: &Path, bridge: &str) -> Result<Vec<String>, NetworkError> {
+    let json = run(nft, "nft", &["-j", "list", "chains"], "", "list its chains")?;
+    Ok(parse_obstacles(&json, bridge))
+}
+
+#[derive(Deserialize)]
+struct Listing {
+    nftables: Vec<Item>,
+}
+
+#[derive(Deserialize)]
+struct Item {
+    chain: Option<Chain>,
+}
+
+#[derive(Deserialize)]
+struct Chain {
+    family: String,
+    table: String,
+    name: String,
+    hook: Option<String>,
+    policy: Option<String>,
+}
+
+fn parse_obstacles(json: &str, bridge: &str) -> Vec<String> {
+    let Ok(listing) = serde_json::from_str::<Listing>(json) else { return Vec::new() };
+    let dropping = |chain: &Chain| {
+        matches!(chain.family.as_str(), "ip" | "inet") && chain.policy.as_deref() == Some("drop")
+    };
+    let chains = listing.nftables.into_iter().filter_map(|item| item.chain).filter(dropping);
+    chains
+        .filter_map(|chain| {
+            let (what, remedy) = match chain.hook.as_deref()? {
+                "forward" => {
+                    ("forwarded packets", format!("accept iifname {bridge} and oifname {bridge} there"))
+                }
+                "input" => {
+                    ("packets to the host", format!("accept udp 53, udp 67 and tcp 53 from {bridge} there"))
+                }
+                _ => return None,
+            };
+            let Chain { family, table, name, .. } = chain;
+            Some(format!(
+                "chain {name} of nftables table {family} {table} drops {what} that it does not know: \
+                 if guests get no network, {remedy}"
+            ))
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chains_that_drop_by_policy_are_named() {
+        let json = r#"{"nftables":[{"metainfo":{"version":"1.0.6"}},
+            {"chain":{"family":"ip","table":"filter","name":"FORWARD","handle":1,"type":"filter","hook":"forward","prio":0,"policy":"drop"}},
+            {"chain":{"family":"ip","table":"filter","name":"INPUT","handle":1,"type":"filter","hook":"input","prio":0,"policy":"accept"}},
+            {"chain":{"family":"ip6","table":"filter","name":"FORWARD","handle":1,"type":"filter","hook":"forward","prio":0,"policy":"drop"}},
+            {"chain":{"family":"ip","table":"filter","name":"DOCKER","handle":2}}]}"#;
+        let found = parse_obstacles(json, "catalyst0");
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].contains("FORWARD of nftables table ip filter") && found[0].contains("catalyst0"));
+        assert!(parse_obstacles("not json", "catalyst0").is_empty());
+    }
+}
