@@ -9,21 +9,20 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
-use nix::errno::Errno;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::unistd::User;
 
 use super::address::Subnet;
 use super::error::NetworkError;
 use super::lease::{DOMAIN, gateway};
-use super::program::{command, last_lines};
+use super::process::Process;
+use super::program::{command, finish, last_lines};
 use super::state::{make_folder, read_small, write_public};
 
 /// Bytes of log after which dnsmasq may write no more to it, so that a noisy guest cannot fill memory.
@@ -32,8 +31,8 @@ const LOG_LIMIT: u64 = 8 << 20;
 /// Bytes of log after which the next start begins a new one.
 const LOG_KEPT: u64 = 1 << 20;
 
-/// How long dnsmasq has to end, in milliseconds, before and after it is killed.
-const END_PATIENCE: u16 = 3000;
+/// How long dnsmasq has to end, before and after it is killed.
+const END_PATIENCE: Duration = Duration::from_secs(3);
 
 /// The files of one network's dnsmasq.
 #[derive(Debug, Clone)]
@@ -119,11 +118,10 @@ pub(crate) fn config(files: &Files, bridge: &str, subnet: Subnet) -> String {
     .join("\n")
 }
 
-/// A dnsmasq of ours that runs, held by a pidfd: what is done to it is done to it and to no successor of its pid.
+/// A dnsmasq of ours that runs.
 #[derive(Debug)]
 pub(crate) struct Server {
-    pub pid: i32,
-    pidfd: OwnedFd,
+    process: Process,
 }
 
 impl Server {
@@ -143,50 +141,31 @@ impl Server {
     }
 
     fn verified(pid: i32, files: &Files, log: &fs::Metadata) -> Option<Self> {
-        let server = Self { pid, pidfd: pidfd_open(pid).ok()? };
+        let process = Process::open(pid).ok()?;
         let ours = has_our_config(pid, files) && has_open(pid, log);
         // Only after the look at /proc: alive now means that what was looked at was this process.
-        (ours && !server.ended_within(0)).then_some(server)
+        (ours && !process.ended_within(Duration::ZERO)).then_some(Self { process })
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> i32 {
+        self.process.pid
     }
 
     /// Makes it read the files of names and leases again.
     pub fn reload(&self) {
-        self.signal(Signal::SIGHUP);
+        self.process.signal(Signal::SIGHUP);
     }
 
     /// Ends it and waits for its end. As root.
     pub fn stop(&self, bridge: &str) -> Result<(), NetworkError> {
         for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-            self.signal(signal);
-            if self.ended_within(END_PATIENCE) {
+            self.process.signal(signal);
+            if self.process.ended_within(END_PATIENCE) {
                 return Ok(());
             }
         }
-        Err(NetworkError::Unkillable { pid: self.pid, bridge: bridge.to_owned() })
-    }
-
-    fn ended_within(&self, milliseconds: u16) -> bool {
-        let mut fds = [PollFd::new(std::os::fd::AsFd::as_fd(&self.pidfd), PollFlags::POLLIN)];
-        loop {
-            match poll(&mut fds, PollTimeout::from(milliseconds)) {
-                Err(Errno::EINTR) => {}
-                other => return other.is_ok_and(|ready| ready > 0),
-            }
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        // SAFETY: plain system call on an open pidfd with no pointer but a null one, which means "no siginfo"
-        // (pidfd_send_signal(2)). It fails only for a process that is gone, and then there is nothing to do.
-        unsafe {
-            libc::syscall(
-                libc::SYS_pidfd_send_signal,
-                self.pidfd.as_raw_fd(),
-                signal as libc::c_int,
-                std::ptr::null::<libc::siginfo_t>(),
-                0,
-            );
-        }
+        Err(NetworkError::Unkillable { pid: self.pid(), bridge: bridge.to_owned() })
     }
 }
 
@@ -216,8 +195,7 @@ pub(crate) fn start(program: &Path, files: &Files, config: &str) -> Result<Serve
             Ok(())
         });
     }
-    let status =
-        command.status().map_err(|source| NetworkError::Spawn { program: program.to_owned(), source })?;
+    let status = finish(&mut command, program)?.status;
     let refused = |output: String| NetworkError::Program {
         program: "dnsmasq",
         task: "serve DHCP and DNS".to_owned(),
@@ -284,17 +262,6 @@ fn has_open(pid: i32, file: &fs::Metadata) -> bool {
         .flatten()
         .filter_map(|entry| fs::metadata(entry.path()).ok())
         .any(|open| (open.dev(), open.ino()) == (file.dev(), file.ino()))
-}
-
-fn pidfd_open(pid: i32) -> std::io::Result<OwnedFd> {
-    // SAFETY: plain system call (pidfd_open(2)); a descriptor that it returns is new and nobody else's.
-    unsafe {
-        let fd = libc::syscall(libc::SYS_pidfd_open, pid, 0);
-        match libc::c_int::try_from(fd) {
-            Ok(fd) if fd >= 0 => Ok(OwnedFd::from_raw_fd(fd)),
-            _ => Err(std::io::Error::last_os_error()),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -164,6 +164,12 @@ pub enum NetworkError {
         /// Its bridge.
         bridge: String,
     },
+    /// Another daemon does not let go of the lock.
+    #[error("another daemon has been changing the network for 30 s: `fuser -v {}` shows which", path.display())]
+    Busy {
+        /// The lock.
+        path: PathBuf,
+    },
     /// The kernel refused a change of links, addresses or routes.
     #[error("cannot {task}")]
     Netlink {

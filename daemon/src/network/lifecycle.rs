@@ -1,9 +1,13 @@
 //! Bringing the network up, taking it down, and saying how it is.
 
 use std::fs::File;
+use std::path::Path;
+use std::sync::PoisonError;
+use std::time::Duration;
 
 use nix::unistd::geteuid;
 
+use super::address::Subnet;
 use super::dnsmasq::{self, Server};
 use super::error::NetworkError;
 use super::lease::{LeaseTable, gateway};
@@ -13,6 +17,9 @@ use super::state::{RunDir, Settings};
 use super::subnet::collision;
 use super::{Network, NetworkStatus, choose_subnet, forwarding, nat, publish, tap};
 use crate::privilege::{as_root, as_root_blocking};
+
+/// How long another daemon may change the network of this machine, which it does in fractions of a second.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 
 impl Network {
     /// Brings the network up, or makes whole what is there: may be called at every power-on.
@@ -87,7 +94,7 @@ impl Network {
         let Some(bridge) = bridge else { return Ok(()) };
         status.ports = netlink.ports(bridge.index).await?;
         let files = self.files();
-        status.dnsmasq_pid = as_root_blocking(move || Server::find(&files)).await.map(|server| server.pid);
+        status.dnsmasq_pid = as_root_blocking(move || Server::find(&files)).await.map(|server| server.pid());
         status.up = bridge.is_up && status.dnsmasq_pid.is_some();
         if geteuid().is_root() {
             let (nft, name) = (program::nft()?, bridge.name);
@@ -154,7 +161,7 @@ impl Network {
     fn serve(&self, programs: &Programs) -> Result<(), NetworkError> {
         let bridge = &self.inner.bridge;
         let subnet = self.subnet();
-        nat::apply(&programs.nft, bridge, subnet)?;
+        self.load_table(&programs.nft, subnet)?;
         self.inner.run.make_network(bridge)?;
         forwarding::enable(&self.inner.run.forwarding(), bridge)?;
         let files = self.files();
@@ -171,6 +178,21 @@ impl Network {
         if publish::publish_all(&files, gateway(subnet), &leases.all())? {
             server.reload();
         }
+        Ok(())
+    }
+
+    /// Loads the nftables table, unless no table of this namespace has changed since it was loaded.
+    fn load_table(&self, nft: &Path, subnet: Subnet) -> Result<(), NetworkError> {
+        let mut loaded = self.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = nat::generation().ok();
+        if before.is_some() && *loaded == before {
+            return Ok(());
+        }
+        *loaded = None;
+        nat::apply(nft, &self.inner.bridge, subnet)?;
+        // One more than before: the change since then is ours and no other.
+        let after = nat::generation().ok();
+        *loaded = after.filter(|after| before.map(|before| before.wrapping_add(1)) == Some(*after));
         Ok(())
     }
 
@@ -212,8 +234,13 @@ pub(super) async fn lock(run: &RunDir) -> Result<Option<File>, NetworkError> {
     if !geteuid().is_root() {
         return Ok(None);
     }
-    let run = run.clone();
-    as_root_blocking(move || run.lock()).await.map(Some)
+    let taking = run.clone();
+    let lock = as_root_blocking(move || taking.lock());
+    // Who waits in vain goes on waiting on a thread of its own, and lets go as soon as it has the lock.
+    match tokio::time::timeout(LOCK_PATIENCE, lock).await {
+        Ok(lock) => lock.map(Some),
+        Err(_) => Err(NetworkError::Busy { path: run.lock_path() }),
+    }
 }
 
 fn require_root(task: &str) -> Result<(), NetworkError> {

@@ -20,6 +20,7 @@ mod lease;
 mod lifecycle;
 mod nat;
 mod netlink;
+mod process;
 mod program;
 mod publish;
 mod state;
@@ -113,6 +114,8 @@ struct Inner {
     /// The bridge's hardware address, by which we know it.
     bridge_mac: Mac,
     leases: Mutex<LeaseTable>,
+    /// The generation of the namespace's nftables rules that our table was loaded in, if nothing came between.
+    loaded: Mutex<Option<u32>>,
     /// Held while the network changes.
     changing: tokio::sync::Mutex<()>,
 }
@@ -147,6 +150,7 @@ impl Network {
                 bridge: settings.bridge,
                 bridge_mac,
                 leases: Mutex::new(LeaseTable::new(settings.subnet, bridge_mac)),
+                loaded: Mutex::new(None),
                 changing: tokio::sync::Mutex::new(()),
                 state_dir,
             }),

@@ -13,8 +13,10 @@
 //! where nothing from the bridge arrives. A base chain of ours can accept only for itself: a `drop` in somebody
 //! else's chain stays one. [`obstacles`] finds those.
 
+use std::io;
 use std::path::Path;
 
+use rtnetlink::sys::{Socket, SocketAddr, protocols};
 use serde::Deserialize;
 
 use super::address::Subnet;
@@ -33,6 +35,41 @@ pub(crate) fn remove(nft: &Path, bridge: &str) -> Result<(), NetworkError> {
     // Added first: nft 1.0.6 has no `destroy`, and deleting what is not there is an error.
     let input = format!("add table inet {table}\ndelete table inet {table}\n");
     run(nft, "nft", &["-f", "-"], &input, &format!("remove the table {table}")).map(drop)
+}
+
+/// The generation of this namespace's nftables rules: a number that each change of any table counts up. Lets a table
+/// be known for unchanged without listing it, which takes a process.
+pub(crate) fn generation() -> io::Result<u32> {
+    // <linux/netfilter/nfnetlink.h> and nf_tables.h: subsystem 10, NFT_MSG_NEWGEN 15, NFT_MSG_GETGEN 16.
+    const NEW: u16 = 10 << 8 | 15;
+    const GET: u16 = 10 << 8 | 16;
+    // An nlmsghdr of 16 octets (length, type, NLM_F_REQUEST, sequence, port) and an nfgenmsg of 4, all zero.
+    let mut request = [0_u8; 20];
+    request[0] = 20;
+    request[4..6].copy_from_slice(&GET.to_ne_bytes());
+    request[6] = 1;
+    let socket = Socket::new(protocols::NETLINK_NETFILTER)?;
+    socket.send_to(&request, &SocketAddr::new(0, 0), 0)?;
+    let (reply, _) = socket.recv_from_full()?;
+    parse_generation(&reply, NEW)
+        .ok_or_else(|| io::Error::other("no generation of nftables rules in the answer"))
+}
+
+/// The attribute NFTA_GEN_ID (1, a number in network order) of a netlink message of that type.
+fn parse_generation(message: &[u8], kind: u16) -> Option<u32> {
+    if message.get(4..6)? != kind.to_ne_bytes() {
+        return None;
+    }
+    let mut attributes = message.get(20..)?;
+    while let Some((header, rest)) = attributes.split_first_chunk::<4>() {
+        let length = usize::from(u16::from_ne_bytes([header[0], header[1]]));
+        let value = rest.get(..length.checked_sub(4)?)?;
+        if u16::from_ne_bytes([header[2], header[3]]) == 1 {
+            return Some(u32::from_be_bytes(value.try_into().ok()?));
+        }
+        attributes = rest.get(value.len().next_multiple_of(4)..)?;
+    }
+    None
 }
 
 /// The table's name.
@@ -134,5 +171,21 @@ mod tests {
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].contains("FORWARD of nftables table ip filter") && found[0].contains("catalyst0"));
         assert!(parse_obstacles("not json", "catalyst0").is_empty());
+    }
+
+    #[test]
+    fn a_generation_is_read_from_a_whole_message_only() {
+        let mut message = vec![0_u8; 20];
+        message[4..6].copy_from_slice(&7_u16.to_ne_bytes());
+        for (kind, value) in [(2_u16, 99_u32), (1, 5)] {
+            message.extend(8_u16.to_ne_bytes());
+            message.extend(kind.to_ne_bytes());
+            message.extend(value.to_be_bytes());
+        }
+        assert_eq!(parse_generation(&message, 7), Some(5));
+        assert_eq!(parse_generation(&message, 8), None);
+        for length in 0..message.len() {
+            assert_eq!(parse_generation(&message[..length], 7), None, "{length}");
+        }
     }
 }

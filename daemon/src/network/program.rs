@@ -2,14 +2,22 @@
 
 use std::io::{self, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
 
 use super::error::NetworkError;
+use super::process::Process;
 
 /// Where programs are looked for: the system's folders only. They run as root, and `PATH` may be the owner's.
 const FOLDERS: [&str; 6] =
     ["/usr/sbin", "/sbin", "/usr/bin", "/bin", "/usr/local/sbin", "/run/current-system/sw/bin"];
+
+/// How long a program may take; nft and dnsmasq's start take milliseconds.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The paths of the programs that the network needs.
 #[derive(Debug, Clone)]
@@ -55,24 +63,41 @@ pub(crate) fn run(
     input: &str,
     task: &str,
 ) -> Result<String, NetworkError> {
-    let spawn_error = |source: io::Error| NetworkError::Spawn { program: path.to_owned(), source };
-    let mut child = command(path)
-        .args(arguments)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(spawn_error)?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A program that ends without reading says why in its output.
-        let _ = stdin.write_all(input.as_bytes());
-    }
-    let output = child.wait_with_output().map_err(spawn_error)?;
+    let mut command = command(path);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = finish_with(&mut command, path, input)?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(NetworkError::Program { program, task: task.to_owned(), output: last_lines(&said, 3) })
+    let said = match output.status.signal() {
+        Some(signal) => format!("it was ended by signal {signal}"),
+        None => last_lines(&String::from_utf8_lossy(&output.stderr), 3),
+    };
+    Err(NetworkError::Program { program, task: task.to_owned(), output: said })
+}
+
+/// Runs a command to its end, which it must find within [`PATIENCE`], else it is killed. Waits.
+pub(crate) fn finish(command: &mut Command, path: &Path) -> Result<Output, NetworkError> {
+    finish_with(command, path, "")
+}
+
+fn finish_with(command: &mut Command, path: &Path, input: &str) -> Result<Output, NetworkError> {
+    let failed = |source: io::Error| NetworkError::Spawn { program: path.to_owned(), source };
+    let mut child = command.spawn().map_err(failed)?;
+    // Not reaped before this thread waits for it below: the pid is still the child's.
+    let process = Process::open(child.id().cast_signed()).map_err(failed)?;
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            if !process.ended_within(PATIENCE) {
+                process.signal(Signal::SIGKILL);
+            }
+        });
+        if let Some(mut stdin) = child.stdin.take() {
+            // A program that ends without reading says why in its output.
+            let _ = stdin.write_all(input.as_bytes());
+        }
+        child.wait_with_output().map_err(failed)
+    })
 }
 
 /// The last `count` lines that say something, in one line of at most some 400 characters.

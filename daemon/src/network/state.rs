@@ -61,7 +61,10 @@ impl Settings {
             fs::rename(&new, &path)?;
             File::open(state_dir)?.sync_all()
         };
-        write().map_err(NetworkError::file("write", &path))
+        write().map_err(|error| {
+            let _ = fs::remove_file(&new);
+            NetworkError::file("write", &path)(error)
+        })
     }
 }
 
@@ -121,12 +124,17 @@ impl RunDir {
     /// Takes the lock under which daemons change the network of this machine; it is held as long as the file is
     /// open. Waits for others, who hold it for milliseconds: to be called where waiting is allowed.
     pub fn lock(&self) -> Result<File, NetworkError> {
-        let path = self.root.join("network.lock");
+        let path = self.lock_path();
         make_folder(&self.root).map_err(NetworkError::file("make", &self.root))?;
         let file = OpenOptions::new().create(true).truncate(false).write(true).mode(0o600).open(&path);
         let file = file.map_err(NetworkError::file("open", &path))?;
         file.lock().map_err(NetworkError::file("lock", &path))?;
         Ok(file)
+    }
+
+    /// The file of [`RunDir::lock`].
+    pub fn lock_path(&self) -> PathBuf {
+        self.root.join("network.lock")
     }
 
     /// The claims of other state folders. Those whose folder is gone are forgotten.
@@ -158,7 +166,10 @@ impl RunDir {
                     fs::remove_file(old)?;
                 }
             }
-            write_public(&path, &serde_json::to_string(claim)?)
+            match read_claim(&path) {
+                Some(present) if present == *claim => Ok(()),
+                _ => write_public(&path, &serde_json::to_string(claim)?),
+            }
         };
         work().map_err(NetworkError::file("write", &path))
     }

@@ -223,3 +223,55 @@ fn it_works_from_threads_that_act_on_files_as_the_owner() {
         assert_eq!(fs::metadata(state.join("network.json")).unwrap().uid(), 65534);
     });
 }
+
+#[test]
+fn rules_that_somebody_flushed_are_back_after_the_next_power_on() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    host.block_on(|| async {
+        let network = Network::load(host.config("state")).await.unwrap();
+        network.up().await.unwrap();
+        let rules = host.namespace.run("nft list ruleset");
+        network.up().await.unwrap();
+        host.namespace.run("nft flush ruleset");
+        network.up().await.unwrap();
+        assert_eq!(host.namespace.run("nft list ruleset"), rules);
+        host.namespace.run("nft add table ip theirs && nft flush chain inet catalyst_catalyst0 forward");
+        network.up().await.unwrap();
+        assert!(host.namespace.run("nft list ruleset").contains(rules.trim()));
+        host.namespace
+            .run("nft add chain ip theirs f '{ type filter hook forward priority 0; policy drop; }'");
+        let warnings = network.status().await.warnings;
+        assert!(warnings.iter().any(|warning| warning.contains("table ip theirs")), "{warnings:?}");
+    });
+}
+
+#[test]
+fn another_namespace_has_a_network_of_the_same_names() {
+    if cannot_run() {
+        return;
+    }
+    let (one, two) = (Host::new(), Host::new());
+    let second = |state: &str| NetworkConfig { run_dir: one.run_dir(), ..two.config(state) };
+    let before = two.traces();
+    let first = one.block_on(|| async {
+        let network = Network::load(one.config("state")).await.unwrap();
+        network.up().await.unwrap();
+        network.status().await
+    });
+    two.block_on(|| async {
+        let network = Network::load(second("state")).await.unwrap();
+        network.up().await.unwrap();
+        let status = network.status().await;
+        assert_eq!((&status.bridge, status.subnet), (&first.bridge, first.subnet));
+        assert_ne!(status.dnsmasq_pid, first.dnsmasq_pid);
+        network.down().await.unwrap();
+        assert_eq!(two.traces(), before);
+    });
+    one.block_on(|| async {
+        let network = Network::load(one.config("state")).await.unwrap();
+        assert_eq!(network.status().await, first, "the first one did not notice");
+    });
+}

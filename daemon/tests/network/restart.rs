@@ -63,6 +63,9 @@ fn a_killed_daemons_network_is_taken_over() {
         let web2 = network.lease_for("web2", None).unwrap();
         let began = Instant::now();
         network.up().await.unwrap();
+        println!("up of a network that another daemon left: {:?}", began.elapsed());
+        let began = Instant::now();
+        network.up().await.unwrap();
         println!("up of a network that is up: {:?}", began.elapsed());
         let after = network.status().await;
         assert_eq!(after.dnsmasq_pid, before.dnsmasq_pid, "the same dnsmasq");
@@ -110,5 +113,29 @@ fn a_dnsmasq_that_died_or_runs_with_another_configuration_is_started_anew() {
         bystander.kill().unwrap();
         bystander.wait().unwrap();
         assert!(host.namespace.processes().is_empty());
+    });
+}
+
+#[test]
+fn a_log_that_is_full_stops_neither_names_nor_the_finding_of_dnsmasq() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    host.block_on(|| async {
+        let network = Network::load(host.config("state")).await.unwrap();
+        network.up().await.unwrap();
+        let before = network.status().await;
+        let log = fs::OpenOptions::new().write(true).open(&before.dnsmasq_log).unwrap();
+        log.set_len(8 << 20).unwrap();
+        let lease = network.lease_for("web1", None).unwrap();
+        let tap = network.open_tap(&lease).await.unwrap();
+        let guest = host.guest(&network, "port1", &lease);
+        assert!(host.dhcp(&guest, "").is_some());
+        assert_eq!(resolve(&guest, lease.dns, "web1.catalyst"), Some(lease.address.to_string()));
+        assert_eq!(log.metadata().unwrap().len(), 8 << 20, "nothing was added");
+        network.up().await.unwrap();
+        assert_eq!(network.status().await.dnsmasq_pid, before.dnsmasq_pid);
+        drop(tap);
     });
 }
