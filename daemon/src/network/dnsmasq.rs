@@ -142,6 +142,11 @@ impl Server {
 
     fn verified(pid: i32, files: &Files, log: &fs::Metadata) -> Option<Self> {
         let process = Process::open(pid).ok()?;
+        if is_ending_dnsmasq(pid) {
+            // It shows neither files nor arguments any more, and may still hold the sockets: a successor must wait.
+            process.ended_within(END_PATIENCE);
+            return None;
+        }
         let ours = has_our_config(pid, files) && has_open(pid, log);
         // Only after the look at /proc: alive now means that what was looked at was this process.
         (ours && !process.ended_within(Duration::ZERO)).then_some(Self { process })
@@ -256,6 +261,16 @@ fn has_our_config(pid: i32, files: &Files) -> bool {
         .is_ok_and(|line| line.split(|byte| *byte == 0).any(|word| word == argument.as_bytes()))
 }
 
+/// Whether the process is some dnsmasq on its way out (`PF_EXITING` among the flags of proc_pid_stat(5)).
+fn is_ending_dnsmasq(pid: i32) -> bool {
+    const EXITING: u32 = 4;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let Some((_, rest)) = stat.split_once("(dnsmasq) ") else { return false };
+    // State, five ids, and then the flags.
+    let flags: Option<u32> = rest.split(' ').nth(6).and_then(|flags| flags.parse().ok());
+    flags.is_some_and(|flags| flags & EXITING != 0)
+}
+
 fn has_open(pid: i32, file: &fs::Metadata) -> bool {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     entries
@@ -275,5 +290,12 @@ mod tests {
         let expected = [(10, "02:ca:00:00:00:01"), (11, "02:ca:00:00:00:02")]
             .map(|(last, mac)| (Ipv4Addr::new(10, 208, 0, last), mac.to_owned()));
         assert_eq!(parse_acknowledged(text), expected);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_text_is_parsed_without_a_panic(text in "(.{0,30}[ \n]){0,20}") {
+            parse_acknowledged(&text);
+        }
     }
 }

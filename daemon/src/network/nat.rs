@@ -188,4 +188,13 @@ mod tests {
             assert_eq!(parse_generation(&message[..length], 7), None, "{length}");
         }
     }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_parsed_without_a_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..80)) {
+            let kind = bytes.get(4..6).map_or(0, |kind| u16::from_ne_bytes([kind[0], kind[1]]));
+            parse_generation(&bytes, kind);
+            parse_obstacles(&String::from_utf8_lossy(&bytes), "catalyst0");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use catalyst_daemon::network::{Mac, Network, NetworkError};
 
-use crate::namespace::{Host, Namespace, cannot_run, resolve};
+use crate::namespace::{Hidden, Host, Namespace, cannot_run, resolve, vanished};
 
 #[test]
 fn dhcp_gives_the_fixed_lease_and_names_come_and_go_with_the_machines() {
@@ -31,7 +31,9 @@ fn dhcp_gives_the_fixed_lease_and_names_come_and_go_with_the_machines() {
         assert!(
             host.dhcp(&two, "-x hostname:evil -F evil.catalyst").unwrap().contains(&web2.address.to_string())
         );
-        assert_eq!(resolve(&one, gateway, "evil.catalyst"), None);
+        for name in ["evil", "evil.catalyst"] {
+            assert_eq!(resolve(&one, gateway, name), None);
+        }
         assert!(network.answers_arp(web1.address, web1.mac).await);
         assert!(!network.answers_arp(web1.address, web2.mac).await, "another machine's");
         assert_eq!(resolve(&two, gateway, "web1.catalyst"), Some(web1.address.to_string()));
@@ -169,12 +171,14 @@ fn a_tap_vanishes_with_its_descriptor_and_keeps_the_network_up() {
         assert!(host.namespace.run(&format!("ip link show {}", tap.name)).contains("master catalyst0"));
         let copy = tap.fd.try_clone().unwrap();
         let name = tap.name.clone();
+        let second_name = second.name.clone();
         drop((tap, second));
+        vanished(&host, &second_name).await;
         let error = network.down().await.unwrap_err();
         assert!(error.to_string().contains(&format!("{name} is still on bridge catalyst0")), "{error}");
         assert!(network.status().await.up, "a refused down changes nothing");
         drop(copy);
-        assert!(!host.namespace.try_run(&format!("ip link show {name}")).status.success());
+        vanished(&host, &name).await;
         network.down().await.unwrap();
     });
 }
@@ -216,5 +220,37 @@ fn many_at_once_get_distinct_leases_and_cables() {
             let found = resolve(&guest, lease.dns, &format!("{}.catalyst", lease.name));
             assert_eq!(found, Some(lease.address.to_string()));
         }
+    });
+}
+
+#[test]
+fn names_of_the_world_come_from_the_hosts_name_server_and_ours_do_not_reach_it() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let world = Namespace::new();
+    host.namespace.run(&format!(
+        "ip link add wan0 type veth peer name eth0 netns {} && ip address add 198.51.100.1/24 dev wan0 &&
+         ip link set wan0 up",
+        world.path()
+    ));
+    world.run(
+        "ip address add 198.51.100.2/24 dev eth0 && ip link set eth0 up &&
+         exec dnsmasq --conf-file=/dev/null --no-hosts --no-resolv --pid-file --interface=eth0 --bind-interfaces \
+             --address=/example.test/203.0.113.7 --address=/catalyst/203.0.113.8 --log-facility=/dev/null",
+    );
+    let resolv = host.folder().join("resolv.conf");
+    std::fs::write(&resolv, "nameserver 198.51.100.2\n").unwrap();
+    host.block_on(|| async {
+        let _resolv = Hidden::behind("/etc/resolv.conf", &resolv);
+        let network = Network::load(host.config("state")).await.unwrap();
+        let lease = network.lease_for("web1", None).unwrap();
+        network.up().await.unwrap();
+        let guest = host.guest(&network, "port1", &lease);
+        host.dhcp(&guest, "").unwrap();
+        assert_eq!(resolve(&guest, lease.dns, "www.example.test").as_deref(), Some("203.0.113.7"));
+        assert_eq!(resolve(&guest, lease.dns, "nobody.catalyst"), None);
+        network.down().await.unwrap_err();
     });
 }

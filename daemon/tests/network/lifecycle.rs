@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 
 use catalyst_daemon::network::{Network, NetworkConfig, NetworkError};
 
-use crate::namespace::{Host, cannot_run};
+use crate::namespace::{Hidden, Host, cannot_run, vanished};
 
 fn ip_forward(host: &Host) -> String {
     host.namespace.run("cat /proc/sys/net/ipv4/ip_forward").trim().to_owned()
@@ -216,7 +216,9 @@ fn it_works_from_threads_that_act_on_files_as_the_owner() {
         network.up().await.unwrap();
         let tap = network.open_tap(&lease).await.unwrap();
         assert_eq!(network.status().await.ports, std::slice::from_ref(&tap.name));
+        let name = tap.name.clone();
         drop(tap);
+        vanished(&host, &name).await;
         network.release("web1");
         network.down().await.unwrap();
         assert!(fs::write(host.folder().join("roots"), "").is_err(), "the thread is the owner's again");
@@ -273,5 +275,61 @@ fn another_namespace_has_a_network_of_the_same_names() {
     one.block_on(|| async {
         let network = Network::load(one.config("state")).await.unwrap();
         assert_eq!(network.status().await, first, "the first one did not notice");
+    });
+}
+
+#[test]
+fn what_is_missing_is_named_with_the_command_that_brings_it() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    host.block_on(|| async {
+        let network = Network::load(host.config("state")).await.unwrap();
+        let lease = network.lease_for("web1", None).unwrap();
+        let before = host.traces();
+        for (hidden, remedy) in [
+            ("/usr/sbin/dnsmasq", "sudo apt install dnsmasq-base"),
+            ("/usr/sbin/nft", "sudo apt install nftables"),
+        ] {
+            let hidden = Hidden::new(hidden);
+            let error = network.up().await.unwrap_err().to_string();
+            drop(hidden);
+            assert!(error.contains(remedy) && !error.contains('\n'), "{error}");
+            assert_eq!(host.traces(), before);
+        }
+        network.up().await.unwrap();
+        let hidden = Hidden::new("/dev/net/tun");
+        let error = network.open_tap(&lease).await.unwrap_err().to_string();
+        drop(hidden);
+        assert!(error.contains("/dev/net/tun") && error.contains("sudo modprobe tun"), "{error}");
+        network.open_tap(&lease).await.unwrap();
+    });
+}
+
+#[test]
+fn without_root_it_reads_and_leases_and_says_that_it_cannot_do_more() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let state = host.folder().join("state");
+    fs::create_dir(&state).unwrap();
+    std::os::unix::fs::chown(&state, Some(65534), Some(65534)).unwrap();
+    host.block_on(|| async {
+        // SAFETY: plain system call; unlike the C library's function it changes this thread alone, which ends with
+        // this test.
+        let changed = unsafe { libc::syscall(libc::SYS_setresuid, 65534, 65534, 65534) };
+        assert_eq!(changed, 0);
+        let network = Network::load(host.config("state")).await.unwrap();
+        let lease = network.lease_for("web1", None).unwrap();
+        assert!(!network.status().await.up);
+        for error in [network.up().await.unwrap_err(), network.down().await.unwrap_err()] {
+            assert!(matches!(error, NetworkError::NotRoot { .. }), "{error}");
+            assert!(error.to_string().contains("sudo"), "{error}");
+        }
+        assert!(network.open_tap(&lease).await.is_err());
+        assert!(!network.answers_arp(lease.address, lease.mac).await);
+        network.release("web1");
     });
 }

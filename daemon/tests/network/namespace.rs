@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use catalyst_daemon::network::{Lease, Network, NetworkConfig};
+use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, setns, unshare};
 
 /// A network namespace; it exists as long as this is open, or anything runs in it.
@@ -163,6 +164,49 @@ impl Host {
         let output = guest.try_run(&line);
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         output.status.success().then(|| said.lines().find(|line| line.starts_with("ip=")).unwrap().to_owned())
+    }
+}
+
+/// A file that this thread, and what it starts, does not find or finds replaced, as long as this lives.
+pub struct Hidden {
+    path: String,
+}
+
+impl Hidden {
+    pub fn new(path: &str) -> Self {
+        Self::behind(path, Path::new("/dev/null"))
+    }
+
+    /// `other` in its place.
+    pub fn behind(path: &str, other: &Path) -> Self {
+        // The thread's own mounts, of which the machine sees nothing.
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+        // Where the file is a link, what it leads to.
+        let path = fs::canonicalize(path).unwrap().to_str().unwrap().to_owned();
+        if path.starts_with("/dev/") {
+            let folder = Path::new(&path).parent().unwrap();
+            mount(None::<&str>, folder, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+            return Self { path: folder.to_str().unwrap().to_owned() };
+        }
+        mount(Some(other), path.as_str(), None::<&str>, MsFlags::MS_BIND, None::<&str>).unwrap();
+        Self { path }
+    }
+}
+
+impl Drop for Hidden {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount(self.path.as_str());
+    }
+}
+
+/// Waits until a tap is gone whose last descriptor this process has closed. Where several tests run as threads, a
+/// child that another one is about to start has a copy for a moment, between fork and exec; no event tells its end.
+pub async fn vanished(host: &Host, tap: &str) {
+    let began = std::time::Instant::now();
+    while host.namespace.try_run(&format!("ip link show {tap}")).status.success() {
+        assert!(began.elapsed().as_secs() < 5, "{tap} is still there");
+        tokio::task::yield_now().await;
     }
 }
 
