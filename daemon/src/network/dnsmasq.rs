@@ -9,10 +9,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -150,6 +152,11 @@ impl Server {
         let ours = has_our_config(pid, files) && has_open(pid, log);
         // Only after the look at /proc: alive now means that what was looked at was this process.
         (ours && !process.ended_within(Duration::ZERO)).then_some(Self { process })
+    }
+
+    /// A descriptor that becomes readable when it ends.
+    pub fn pidfd(&self) -> Arc<OwnedFd> {
+        self.process.pidfd()
     }
 
     /// Its process id.

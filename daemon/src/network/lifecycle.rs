@@ -178,6 +178,7 @@ impl Network {
         if publish::publish_all(&files, gateway(subnet), &leases.all())? {
             server.reload();
         }
+        self.inner.serving.send_replace(Some(server.pidfd()));
         Ok(())
     }
 
@@ -209,6 +210,7 @@ impl Network {
             }
         }
         let nft = program::nft()?;
+        self.inner.serving.send_replace(None);
         let network = self.clone();
         as_root_blocking(move || {
             if let Some(server) = Server::find(&network.files()) {

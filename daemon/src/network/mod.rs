@@ -25,10 +25,12 @@ mod program;
 mod publish;
 mod state;
 mod subnet;
+mod supervision;
 mod tap;
 
 use std::fs;
 use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -116,6 +118,8 @@ struct Inner {
     leases: Mutex<LeaseTable>,
     /// The generation of the namespace's nftables rules that our table was loaded in, if nothing came between.
     loaded: Mutex<Option<u32>>,
+    /// The dnsmasq that serves, by its pidfd, from `up` to `down`.
+    serving: tokio::sync::watch::Sender<Option<Arc<OwnedFd>>>,
     /// Held while the network changes.
     changing: tokio::sync::Mutex<()>,
 }
@@ -151,6 +155,7 @@ impl Network {
                 bridge_mac,
                 leases: Mutex::new(LeaseTable::new(settings.subnet, bridge_mac)),
                 loaded: Mutex::new(None),
+                serving: tokio::sync::watch::Sender::new(None),
                 changing: tokio::sync::Mutex::new(()),
                 state_dir,
             }),

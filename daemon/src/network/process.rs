@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -12,7 +13,7 @@ use nix::sys::signal::Signal;
 #[derive(Debug)]
 pub(crate) struct Process {
     pub pid: i32,
-    pidfd: OwnedFd,
+    pidfd: Arc<OwnedFd>,
 }
 
 impl Process {
@@ -26,7 +27,12 @@ impl Process {
                 _ => return Err(io::Error::last_os_error()),
             }
         };
-        Ok(Self { pid, pidfd })
+        Ok(Self { pid, pidfd: Arc::new(pidfd) })
+    }
+
+    /// The descriptor, which becomes readable when the process ends.
+    pub fn pidfd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.pidfd)
     }
 
     /// Waits for its end for at most that long (up to a minute); whether it has ended.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use catalyst_daemon::network::{Network, NetworkConfig};
 
@@ -137,5 +137,38 @@ fn a_log_that_is_full_stops_neither_names_nor_the_finding_of_dnsmasq() {
         network.up().await.unwrap();
         assert_eq!(network.status().await.dnsmasq_pid, before.dnsmasq_pid);
         drop(tap);
+    });
+}
+
+#[test]
+fn a_watched_dnsmasq_that_is_killed_comes_back_and_one_that_down_ended_does_not() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    host.block_on(|| async {
+        let network = Network::load(host.config("state")).await.unwrap();
+        let watching = network.clone();
+        let watch = tokio::spawn(async move { watching.keep_serving().await });
+        network.up().await.unwrap();
+        let first = network.status().await.dnsmasq_pid.unwrap();
+        tokio::task::yield_now().await;
+        host.namespace.run(&format!("kill -9 {first}"));
+        let back = async {
+            loop {
+                // The watcher pauses for a second.
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                match network.status().await.dnsmasq_pid {
+                    Some(pid) if pid != first => return,
+                    _ => {}
+                }
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), back).await.unwrap();
+        network.down().await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1500)).await;
+        assert!(host.namespace.processes().is_empty());
+        assert!(!watch.is_finished());
+        watch.abort();
     });
 }
