@@ -34,8 +34,7 @@ pub struct Global {
     #[arg(long, global = true)]
     pub json: bool,
     /// How long to wait for a VM that is still starting
-    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 120,
-          value_parser = clap::value_parser!(u64).range(0..=86_400))]
+    #[arg(long, global = true, value_name = "SECONDS", default_value = "120", value_parser = size::seconds)]
     pub timeout: u64,
 }
 
@@ -141,7 +140,7 @@ pub struct Create {
     #[arg(long)]
     pub name: Option<String>,
     /// Virtual CPUs [default: 1]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = size::count)]
     pub cpus: Option<u32>,
     /// Memory in MiB, or with a unit: 512M, 1.5G [default: 1G]
     #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
@@ -175,7 +174,7 @@ pub struct Set {
     #[arg(long)]
     pub name: Option<String>,
     /// Virtual CPUs
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = size::count)]
     pub cpus: Option<u32>,
     /// Memory in MiB, or with a unit: 512M, 1.5G
     #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
@@ -300,7 +299,7 @@ pub struct Logs {
     #[arg(short, long)]
     pub follow: bool,
     /// The log of the VM's process instead
-    #[arg(long, conflicts_with = "follow")]
+    #[arg(long)]
     pub engine: bool,
 }
 

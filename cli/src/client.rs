@@ -1,6 +1,7 @@
 //! The daemon's REST API, `/v1/…`, as calls.
 
 use std::io::{self, Read};
+use std::net::ToSocketAddrs;
 use std::time::Duration;
 
 use catalyst_api::{
@@ -144,6 +145,10 @@ impl Client {
             host: self.host.clone(),
             program: crate::holder::describe(&self.host, server),
         };
+        // The resolver's failures cannot be told from others once they are the HTTP library's.
+        if !self.host.is_loopback() && (self.host.name.as_str(), self.host.port).to_socket_addrs().is_err() {
+            return Err(ClientError::Unknown(self.host.name.clone()));
+        }
         let target = path(&["version"]);
         let mut response = match self.send(&Method::GET, &target, None, Patience::Whole(ANSWER / 6)) {
             Err(ClientError::Garbled { .. }) => return Err(foreign(None)),
@@ -215,13 +220,12 @@ impl Client {
 
     /// `GET /v1/vms/{id}/console`: what the serial console printed, and what it prints.
     pub fn console_log(&self, id: &str, follow: bool) -> Result<Stream, ClientError> {
-        let query = if follow { "?follow=true" } else { "?follow=false" };
-        self.stream(&(path(&["vms", id, "console"]) + query), Patience::Stream)
+        self.stream(&format!("{}?follow={follow}", path(&["vms", id, "console"])), Patience::Stream)
     }
 
-    /// `GET /v1/vms/{id}/log`: the log of the VM's process.
-    pub fn engine_log(&self, id: &str) -> Result<Stream, ClientError> {
-        self.stream(&path(&["vms", id, "log"]), Patience::Stream)
+    /// `GET /v1/vms/{id}/log`: the log of the VM's process, and what it logs.
+    pub fn engine_log(&self, id: &str, follow: bool) -> Result<Stream, ClientError> {
+        self.stream(&format!("{}?follow={follow}", path(&["vms", id, "log"])), Patience::Stream)
     }
 
     /// `GET /v1/events`, all or those of one VM; the stream breaks off after `limit`.

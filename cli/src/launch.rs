@@ -201,8 +201,11 @@ mod tests {
     fn a_program_that_speaks_and_fails_is_quoted() {
         let folder = tempfile::tempdir().unwrap();
         let program = folder.path().join(DAEMON);
-        std::fs::write(&program, "#!/bin/sh\necho \"Error: no $1\" >&2\nexit 3\n").unwrap();
-        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let draft = folder.path().join("draft");
+        std::fs::write(&draft, "#!/bin/sh\necho \"Error: no $1\" >&2\nexit 3\n").unwrap();
+        // By another process: what this one has open for writing, a child of another thread has too.
+        let done = Command::new("install").arg("-m755").args([&draft, &program]).status().unwrap();
+        assert!(done.success());
         let (status, words) = run(&program, &[]).unwrap();
         assert_eq!((status.code(), last_words(&words, status).as_str()), (Some(3), "no --background"));
     }

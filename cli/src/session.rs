@@ -63,8 +63,6 @@ pub trait Peer {
     fn input_end(&mut self, link: &mut Link) -> Result<(), SessionError>;
     /// A signal came.
     fn signal(&mut self, link: &mut Link, signal: Signal) -> Result<Step, SessionError>;
-    /// The daemon closed the connection in good order.
-    fn closed(&mut self, error: LinkError) -> Result<u8, SessionError>;
 }
 
 /// Runs a session to its end; standard input is read if `attached`. Returns the exit code.
@@ -76,7 +74,6 @@ pub fn run(
 ) -> Result<u8, SessionError> {
     match run_to_end(link, signals, attached, peer) {
         Err(SessionError::Output(OutputError::Gone)) => Ok(READER_GONE),
-        Err(SessionError::Link(error @ LinkError::Closed { .. })) => peer.closed(error),
         other => other,
     }
 }

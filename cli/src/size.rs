@@ -16,6 +16,17 @@ pub fn disk_gib(text: &str) -> Result<u64, String> {
     whole(text, GIB, "GiB")
 }
 
+/// Reads a number of things.
+pub fn count(text: &str) -> Result<u32, String> {
+    text.trim().parse().map_err(|_| "a whole number is wanted, such as 2".to_owned())
+}
+
+/// Reads a time in seconds, a day at most.
+pub fn seconds(text: &str) -> Result<u64, String> {
+    let seconds = text.trim().parse().ok().filter(|seconds| *seconds <= 86_400);
+    seconds.ok_or_else(|| "a number of seconds is wanted, at most 86400 (a day)".to_owned())
+}
+
 /// Reads `text` as a multiple of `unit` bytes; a bare number counts units.
 fn whole(text: &str, unit: u64, unit_name: &str) -> Result<u64, String> {
     let text = text.trim();
@@ -109,6 +120,15 @@ mod tests {
             assert!(memory_mib(text).is_err(), "{text}");
         }
         assert!(disk_gib("500M").unwrap_err().contains("whole"));
+    }
+
+    #[test]
+    fn numbers_are_refused_in_words() {
+        assert_eq!((count("2"), seconds("0"), seconds("86400")), (Ok(2), Ok(0), Ok(86_400)));
+        for text in ["", "x", "-1", "1.5", "99999999999"] {
+            assert!(count(text).unwrap_err().contains("whole number"), "{text}");
+            assert!(seconds(text).unwrap_err().contains("seconds"), "{text}");
+        }
     }
 
     #[test]

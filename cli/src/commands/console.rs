@@ -27,8 +27,17 @@ pub fn run(context: &Context, id: &str) -> Outcome {
     if !vm.state.has_process() {
         wait::running(&vm)?;
     }
-    let code = attach(client.host(), id)?;
-    Ok(ExitCode::from(code))
+    match attach(client.host(), id) {
+        Ok(code) => Ok(ExitCode::from(code)),
+        // The line ends with the VM; whether that is why is asked of the daemon.
+        Err(SessionError::Link(LinkError::Closed { .. } | LinkError::Lost { .. }))
+            if client.vm(id).is_ok_and(|vm| !vm.state.has_process()) =>
+        {
+            output::info(&format!("VM '{id}' has stopped"));
+            Ok(ExitCode::SUCCESS)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 fn attach(host: &Host, id: &str) -> Result<u8, SessionError> {
@@ -80,10 +89,5 @@ impl Peer for Console {
             Signal::SIGWINCH => Ok(Step::On),
             _ => Ok(Step::End(u8::try_from(128 + signal as i32).unwrap_or(1))),
         }
-    }
-
-    fn closed(&mut self, _: LinkError) -> Result<u8, SessionError> {
-        output::info("The VM has stopped");
-        Ok(0)
     }
 }

@@ -27,10 +27,12 @@ pub fn run(context: &Context, command: Daemon) -> Outcome {
     }
 }
 
-fn start(context: &Context, options: DaemonStart) -> Outcome {
-    // `--listen` says where it will be; `--host` may, for a daemon that reads its port elsewhere.
+fn start(context: &Context, mut options: DaemonStart) -> Outcome {
+    if options.listen.is_none() && context.host.explicit {
+        options.listen = Some(context.host.to_string());
+    }
     let host = match options.listen.as_deref() {
-        Some(listen) => Host::parse(&listen.replace("0.0.0.0", "127.0.0.1"))?,
+        Some(listen) => Host::parse(listen)?,
         None => context.host.clone(),
     };
     let client = Client::new(host.clone());

@@ -12,7 +12,7 @@ use super::Context;
 use crate::Outcome;
 use crate::args;
 use crate::client::path;
-use crate::link::{Link, LinkError};
+use crate::link::Link;
 use crate::output;
 use crate::progress::Board;
 use crate::session::{self, Peer, SessionError, Step};
@@ -34,7 +34,7 @@ fn converse(host: &crate::host::Host, target: &str, asked: args::Exec) -> Result
         argv: asked.command,
         user: asked.user,
         cwd: asked.cwd,
-        env: asked.env,
+        env: environment(asked.env, asked.tty),
         terminal: asked.tty.then(terminal::size),
         stdin: None,
         attach_stdin: attached,
@@ -46,6 +46,15 @@ fn converse(host: &crate::host::Host, target: &str, asked: args::Exec) -> Result
     link.send(Message::text(serde_json::to_string(&request)?))?;
     let mut peer = Command { tty: asked.tty, interrupted: false };
     session::run(&mut link, &signals, attached, &mut peer)
+}
+
+/// The variables asked for, and with a terminal its kind, as ssh passes it on.
+fn environment(mut asked: Vec<String>, tty: bool) -> Vec<String> {
+    let named = asked.iter().any(|variable| variable.starts_with("TERM="));
+    if let Some(kind) = std::env::var("TERM").ok().filter(|kind| tty && !named && !kind.is_empty()) {
+        asked.push(format!("TERM={kind}"));
+    }
+    asked
 }
 
 /// A command that runs in the guest.
@@ -89,10 +98,6 @@ impl Peer for Command {
             }
         }
         Ok(Step::On)
-    }
-
-    fn closed(&mut self, error: LinkError) -> Result<u8, SessionError> {
-        Err(error.into())
     }
 }
 

@@ -13,7 +13,7 @@ use crate::text::TerminalFilter;
 pub fn run(context: &Context, asked: &Logs) -> Outcome {
     let client = context.client()?;
     let mut stream = if asked.engine {
-        client.engine_log(&asked.id)?
+        client.engine_log(&asked.id, asked.follow)?
     } else {
         client.console_log(&asked.id, asked.follow)?
     };
