@@ -1,0 +1,484 @@
+//! The command line's grammar.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::{names, output, size};
+
+/// Virtual machines for developers: cloned in milliseconds, driven from here or by REST.
+#[derive(Debug, Parser)]
+#[command(name = "catalyst", version, arg_required_else_help = true, max_term_width = 100)]
+#[command(after_help = "Exit codes: 0, 1 for a failed operation, 2 for wrong use; \
+                        `ssh` and `guest exec` pass on the code of their command.")]
+pub struct Cli {
+    /// Options of every command.
+    #[command(flatten)]
+    pub global: Global,
+    /// The command.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Options of every command.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every command")]
+pub struct Global {
+    /// The daemon to speak to [default: localhost:8080; one is started if none answers there]
+    #[arg(long, global = true, env = "CATALYST_HOST", hide_env_values = true, value_name = "URL|HOST:PORT")]
+    pub host: Option<String>,
+    /// Print JSON on stdout
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// How long to wait for a VM that is still starting
+    #[arg(long, global = true, value_name = "SECONDS", default_value = "120", value_parser = size::seconds)]
+    pub timeout: u64,
+}
+
+/// The domains, as AppCatalyst named them, and what came since.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Create, list, change and delete VMs
+    #[command(subcommand)]
+    Vm(Vm),
+    /// Switch VMs on and off
+    #[command(subcommand)]
+    Vmpower(Power),
+    /// Ask and drive the guest of a VM
+    #[command(subcommand)]
+    Guest(Guest),
+    /// Log in to a VM, or run a command in it, with the system's ssh
+    Ssh(Ssh),
+    /// Attach to a VM's serial console; Ctrl-] leaves
+    Console(OneId),
+    /// Print the log of a VM's serial console
+    Logs(Logs),
+    /// Build, list and check the images that VMs are made from
+    #[command(subcommand)]
+    Image(Image),
+    /// Show or take down the network of the VMs
+    #[command(subcommand)]
+    Network(Network),
+    /// Check what this machine offers, and what to do where something is missing
+    Doctor,
+    /// Start, stop and ask the daemon
+    #[command(subcommand)]
+    Daemon(Daemon),
+    /// Follow what happens, one line per event
+    Events {
+        /// Only events of this VM
+        #[arg(long, value_name = "ID", value_parser = names::vm_id)]
+        vm: Option<String>,
+    },
+    /// Print the completion script of a shell
+    Completion {
+        /// The shell
+        shell: Shell,
+    },
+    /// Print the version of this program and of the daemon
+    Version,
+}
+
+/// `vm …`
+#[derive(Debug, Subcommand)]
+pub enum Vm {
+    /// Create a VM from a template
+    Create(Create),
+    /// Clone a powered-off VM with its disk
+    Clone {
+        /// The VM to clone
+        #[arg(value_parser = names::vm_id)]
+        parent: String,
+        /// Id of the new VM
+        #[arg(value_parser = names::vm_id)]
+        id: String,
+    },
+    /// List VMs: a table on a terminal, ids alone in a pipe
+    #[command(visible_alias = "ls")]
+    List {
+        /// Only VMs with this tag
+        #[arg(long)]
+        tag: Option<String>,
+        /// A table, in a pipe too
+        #[arg(short, long, conflicts_with = "quiet")]
+        long: bool,
+        /// Ids alone, on a terminal too
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Show all that is known of a VM
+    Show(OneId),
+    /// Delete VMs with their disks
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// The VMs
+        #[arg(required = true, value_name = "ID", value_parser = names::vm_id)]
+        ids: Vec<String>,
+        /// Power off a running VM first
+        #[arg(short, long)]
+        force: bool,
+    },
+    /// Change a VM; CPUs and memory take effect at its next power-on
+    Set(Set),
+    /// Switch VMs on and off (same as `vmpower`)
+    #[command(subcommand)]
+    Power(Power),
+    /// Print a VM's address (same as `guest getip`)
+    Getip(GetIp),
+}
+
+/// `vm create`
+#[derive(Debug, Args)]
+pub struct Create {
+    /// Id of the new VM: also its folder, its host name and its name in DNS
+    #[arg(value_parser = names::vm_id)]
+    pub id: String,
+    /// Display name [default: the id]
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Virtual CPUs [default: 1]
+    #[arg(long, value_name = "N", value_parser = size::count)]
+    pub cpus: Option<u32>,
+    /// Memory in MiB, or with a unit: 512M, 1.5G [default: 1G]
+    #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
+    pub memory: Option<u64>,
+    /// Disk size in GiB, or with a unit: 80G, 1T; only what is written occupies space [default: 64G]
+    #[arg(long, value_name = "SIZE", value_parser = size::disk_gib)]
+    pub disk: Option<u64>,
+    /// The image to clone [default: lumen]
+    #[arg(long, value_parser = names::image)]
+    pub template: Option<String>,
+    /// A tag; may be given several times
+    #[arg(long = "tag", value_name = "TAG")]
+    pub tags: Vec<String>,
+    /// Power it on too
+    #[arg(long)]
+    pub on: bool,
+    /// Wait until ssh and docker answer in it
+    #[arg(long, requires = "on")]
+    pub wait: bool,
+}
+
+/// `vm set`
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("change").required(true).multiple(true)
+    .args(["name", "cpus", "memory", "tags", "no_tags"])))]
+pub struct Set {
+    /// The VM
+    #[arg(value_parser = names::vm_id)]
+    pub id: String,
+    /// Display name
+    #[arg(long)]
+    pub name: Option<String>,
+    /// Virtual CPUs
+    #[arg(long, value_name = "N", value_parser = size::count)]
+    pub cpus: Option<u32>,
+    /// Memory in MiB, or with a unit: 512M, 1.5G
+    #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
+    pub memory: Option<u64>,
+    /// A tag; those given replace all it had
+    #[arg(long = "tag", value_name = "TAG")]
+    pub tags: Vec<String>,
+    /// Take all tags off
+    #[arg(long, conflicts_with = "tags")]
+    pub no_tags: bool,
+}
+
+/// `vmpower …`
+#[derive(Debug, Subcommand)]
+pub enum Power {
+    /// List the ids of the VMs that are not off: running, paused or on the way
+    List,
+    /// Start VMs, or resume them where suspended
+    On {
+        /// The VMs
+        #[command(flatten)]
+        ids: Ids,
+        /// Wait until ssh and docker answer in them
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Pull the plug
+    Off(Ids),
+    /// Ask the guests to shut down, and wait until they have
+    Shutdown(Ids),
+    /// Write memory and devices to disk and stop
+    Suspend(Ids),
+    /// Stop the virtual CPUs, keep the memory
+    Pause(Ids),
+    /// Let the virtual CPUs go on
+    Unpause(Ids),
+}
+
+/// One or more VMs.
+#[derive(Debug, Args)]
+pub struct Ids {
+    /// The VMs
+    #[arg(required = true, value_name = "ID", value_parser = names::vm_id)]
+    pub ids: Vec<String>,
+}
+
+/// One VM.
+#[derive(Debug, Args)]
+pub struct OneId {
+    /// The VM
+    #[arg(value_parser = names::vm_id)]
+    pub id: String,
+}
+
+/// `guest …`
+#[derive(Debug, Subcommand)]
+pub enum Guest {
+    /// Print the VM's address, once the guest holds it
+    Getip(GetIp),
+    /// Run a command in the guest; needs no network
+    Exec(Exec),
+}
+
+/// `guest getip`
+#[derive(Debug, Args)]
+pub struct GetIp {
+    /// The VM
+    #[arg(value_parser = names::vm_id)]
+    pub id: String,
+    /// Wait until the guest holds the address
+    #[arg(long)]
+    pub wait: bool,
+}
+
+/// `guest exec`
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// The VM
+    #[arg(value_parser = names::vm_id)]
+    pub id: String,
+    /// User in the guest [default: root]
+    #[arg(short, long)]
+    pub user: Option<String>,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Pass standard input on, also where it is a terminal
+    #[arg(short, long)]
+    pub interactive: bool,
+    /// Working directory [default: the user's home]
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<String>,
+    /// Set a variable; may be given several times
+    #[arg(short, long = "env", value_name = "NAME=VALUE", value_parser = names::variable)]
+    pub env: Vec<String>,
+    /// The command and its arguments; no shell is involved
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    pub command: Vec<String>,
+}
+
+/// `ssh`
+#[derive(Debug, Args)]
+pub struct Ssh {
+    /// The VM
+    #[arg(value_parser = names::vm_id)]
+    pub id: String,
+    /// Options for ssh, such as `-L 8000:localhost:80`
+    #[arg(allow_hyphen_values = true, value_name = "SSH-OPTION")]
+    pub options: Vec<OsString>,
+    /// The command to run [default: a login shell]
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// `logs`
+#[derive(Debug, Args)]
+pub struct Logs {
+    /// The VM
+    #[arg(value_parser = names::vm_id)]
+    pub id: String,
+    /// Go on printing what comes
+    #[arg(short, long)]
+    pub follow: bool,
+    /// The log of the VM's process instead
+    #[arg(long)]
+    pub engine: bool,
+}
+
+/// `image …`
+#[derive(Debug, Subcommand)]
+pub enum Image {
+    /// Build an image, or go on with a build that was interrupted
+    Build(ImageName),
+    /// List the images
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show an image
+    Show {
+        /// The image
+        #[command(flatten)]
+        image: ImageName,
+        /// Print its manifest: every package, file and digest
+        #[arg(long)]
+        manifest: bool,
+    },
+    /// Check every file of an image against its manifest
+    Verify(ImageName),
+    /// Remove an image that no VM stands on
+    #[command(visible_alias = "rm")]
+    Remove(ImageName),
+}
+
+/// The image meant.
+#[derive(Debug, Args)]
+pub struct ImageName {
+    /// The image
+    #[arg(value_name = "IMAGE", default_value = "lumen", value_parser = names::image)]
+    pub name: String,
+}
+
+/// `network …`
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum Network {
+    /// Show the network of the VMs
+    Show,
+    /// Undo the bridge, NAT and DHCP; the next power-on sets them up again
+    Down,
+}
+
+/// `daemon …`
+#[derive(Debug, Subcommand)]
+pub enum Daemon {
+    /// Start a daemon in the background
+    Start(DaemonStart),
+    /// Stop the daemon; VMs keep running
+    Stop,
+    /// Say whether a daemon runs, and which
+    Status,
+}
+
+/// `daemon start`
+#[derive(Debug, Args)]
+pub struct DaemonStart {
+    /// Where VMs and their state lie
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<OsString>,
+    /// Where to listen
+    #[arg(long, value_name = "ADDR:PORT")]
+    pub listen: Option<String>,
+    /// The user whom the daemon and the VMs belong to
+    #[arg(long, value_name = "USER")]
+    pub owner: Option<String>,
+    /// More options for catalyst-daemon
+    #[arg(last = true, value_name = "DAEMON-OPTION")]
+    pub more: Vec<OsString>,
+}
+
+/// Prints what clap has to say: help and version as they are, wrong use as one line.
+/// Returns the exit code.
+pub fn report(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // Nothing can be said to a reader that has gone.
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            ExitCode::from(2)
+        }
+        _ => {
+            output::error(&wrong_use(&error.render().to_string()));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Clap's paragraphs as one line, without its usage text.
+fn wrong_use(rendered: &str) -> String {
+    let kept: Vec<String> = rendered
+        .trim()
+        .split("\n\n")
+        .map(|paragraph| paragraph.split_whitespace().collect::<Vec<_>>().join(" "))
+        .filter(|paragraph| {
+            !paragraph.starts_with("Usage:") && !paragraph.starts_with("For more information")
+        })
+        .collect();
+    let line = kept.join("; ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    format!("{}; see --help", line.trim_end_matches('.'))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    fn parse(words: &[&str]) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(std::iter::once("catalyst").chain(words.iter().copied()))
+    }
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn wrong_use_is_one_line() {
+        for words in [
+            &["vm", "create"][..],
+            &["vm", "creat", "x"],
+            &["vm", "create", "web1", "--cpus", "many"],
+            &["vm", "create", "../x"],
+            &["vm", "set", "web1"],
+            &["vm", "create", "web1", "--wait"],
+            &["guest", "exec", "web1"],
+        ] {
+            let error = parse(words).unwrap_err();
+            let line = wrong_use(&error.render().to_string());
+            assert!(!line.contains('\n') && !line.contains("Usage:"), "{line}");
+            assert!(line.len() > 20, "{line}");
+        }
+    }
+
+    fn ssh(words: &[&str]) -> (Global, Ssh) {
+        let cli = parse(words).unwrap();
+        let Command::Ssh(ssh) = cli.command else { panic!("not ssh") };
+        (cli.global, ssh)
+    }
+
+    #[test]
+    fn ssh_leaves_everything_after_its_own_options_to_ssh() {
+        let (global, plain) = ssh(&["ssh", "web1", "--timeout", "5", "--", "ls", "--json", "-v"]);
+        assert_eq!((global.timeout, global.json), (5, false));
+        assert_eq!(
+            (plain.options.len(), plain.command),
+            (0, ["ls", "--json", "-v"].map(Into::into).to_vec())
+        );
+        let (global, forward) = ssh(&["ssh", "web1", "-L", "1:localhost:2", "-v", "--", "ls", "--host", "x"]);
+        assert_eq!(global.host, None);
+        assert_eq!(forward.options, ["-L", "1:localhost:2", "-v", "--", "ls", "--host", "x"]);
+        let (_, bare) = ssh(&["ssh", "web1", "uname", "-a"]);
+        assert_eq!(bare.options, ["uname", "-a"]);
+    }
+
+    #[test]
+    fn exec_leaves_the_commands_options_alone() {
+        let cli =
+            parse(&["guest", "exec", "web1", "-u", "catalyst", "-it", "--", "ls", "--json", "-t"]).unwrap();
+        let Command::Guest(Guest::Exec(exec)) = cli.command else { panic!("not exec") };
+        assert_eq!(exec.command, ["ls", "--json", "-t"]);
+        assert!(exec.tty && exec.interactive);
+        let cli = parse(&["guest", "exec", "web1", "uname", "-a"]).unwrap();
+        let Command::Guest(Guest::Exec(exec)) = cli.command else { panic!("not exec") };
+        assert_eq!(exec.command, ["uname", "-a"]);
+    }
+
+    #[test]
+    fn both_ways_to_power_parse_alike() {
+        let one = parse(&["vmpower", "on", "a", "b", "--wait"]).unwrap();
+        let Command::Vmpower(Power::On { ids, wait: true }) = one.command else { panic!("not on") };
+        assert_eq!(ids.ids, ["a", "b"]);
+        let two = parse(&["vm", "power", "shutdown", "a"]).unwrap();
+        assert!(matches!(two.command, Command::Vm(Vm::Power(Power::Shutdown(_)))));
+    }
+}

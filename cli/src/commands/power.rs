@@ -1,0 +1,68 @@
+//! `vmpower …`, also as `vm power …`.
+
+use std::process::ExitCode;
+
+use catalyst_api::{PowerOp, Vm};
+
+use super::{Context, for_each, vm};
+use crate::Outcome;
+use crate::args::Power;
+use crate::client::Client;
+use crate::error::CliError;
+use crate::output;
+use crate::progress::Board;
+use crate::wait::Wait;
+
+/// Runs a `vmpower` command.
+pub fn run(context: &Context, command: Power) -> Outcome {
+    match command {
+        Power::List => list(context),
+        Power::On { ids, wait } => change(context, &ids.ids, PowerOp::On, wait),
+        Power::Off(ids) => change(context, &ids.ids, PowerOp::Off, false),
+        Power::Shutdown(ids) => change(context, &ids.ids, PowerOp::Shutdown, false),
+        Power::Suspend(ids) => change(context, &ids.ids, PowerOp::Suspend, false),
+        Power::Pause(ids) => change(context, &ids.ids, PowerOp::Pause, false),
+        Power::Unpause(ids) => change(context, &ids.ids, PowerOp::Unpause, false),
+    }
+}
+
+fn list(context: &Context) -> Outcome {
+    let mut vms = context.client()?.vms(None)?;
+    vms.retain(|vm| vm.state.has_process());
+    if context.json {
+        output::json(&vms)?;
+    } else {
+        output::print(&vm::ids(&vms))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn change(context: &Context, ids: &[String], op: PowerOp, wait: bool) -> Outcome {
+    let client = context.client()?;
+    let board = Board::new();
+    for_each(ids, &board, |id| {
+        let mut vm = apply(&client, id, op, &board)?;
+        if wait {
+            vm = wait_until_up(context, &client, id, &board)?;
+        }
+        if context.json {
+            board.aside(|| output::json_line(&vm))?;
+        }
+        Ok(())
+    })
+}
+
+/// Does the operation, says so in AppCatalyst's words, and returns the VM as it is then.
+pub fn apply(client: &Client, id: &str, op: PowerOp, board: &Board) -> Result<Vm, CliError> {
+    let line = board.spinner(format!("{id}: {op}"));
+    let vm = client.power(id, op)?;
+    drop(line);
+    board.aside(|| output::info(&format!("Completed power op '{op}' for VM at '{}'", vm.vmx)));
+    Ok(vm)
+}
+
+/// Waits until ssh and docker answer in the VM.
+pub fn wait_until_up(context: &Context, client: &Client, id: &str, board: &Board) -> Result<Vm, CliError> {
+    let wait = Wait { client, id, what: "ssh and docker", limit: context.timeout };
+    wait.until(board, |vm| Ok((vm.guest.ssh && vm.guest.docker).then(|| vm.clone())))
+}

@@ -1,0 +1,265 @@
+//! `vm …`: create, clone, list, show, change, delete.
+
+use std::process::ExitCode;
+
+use catalyst_api::{CreateVm, PowerOp, UpdateVm, Version, Vm, VmState};
+
+use super::{Context, for_each, guest, power};
+use crate::Outcome;
+use crate::args;
+use crate::client::Client;
+use crate::error::CliError;
+use crate::progress::Board;
+use crate::table::{Cell, Table, Tone};
+use crate::{output, size, text, wait};
+
+/// Runs a `vm` command.
+pub fn run(context: &Context, command: args::Vm) -> Outcome {
+    match command {
+        args::Vm::Create(create) => self::create(context, create),
+        args::Vm::Clone { parent, id } => clone(context, parent, id),
+        args::Vm::List { tag, long, quiet } => {
+            list(context, tag.as_deref(), !quiet && (long || output::on_terminal()))
+        }
+        args::Vm::Show(one) => show(context, &one.id),
+        args::Vm::Delete { ids, force } => delete(context, &ids, force),
+        args::Vm::Set(change) => set(context, change),
+        args::Vm::Power(command) => power::run(context, command),
+        args::Vm::Getip(command) => guest::getip(context, &command),
+    }
+}
+
+fn create(context: &Context, asked: args::Create) -> Outcome {
+    let (client, daemon) = context.connect()?;
+    let body = CreateVm {
+        id: asked.id,
+        name: asked.name,
+        parent: None,
+        template: asked.template,
+        cpus: asked.cpus,
+        memory_mib: asked.memory,
+        disk_gib: asked.disk,
+        tags: asked.tags,
+    };
+    let mut vm = client.create(&body)?;
+    told_cloned(&template_path(&daemon, &vm), &vm);
+    if asked.on {
+        vm = power::apply(&client, &vm.id, PowerOp::On, &Board::new())?;
+        if asked.wait {
+            vm = power::wait_until_up(context, &client, &vm.id, &Board::new())?;
+        }
+    }
+    told(context, &vm)
+}
+
+fn clone(context: &Context, parent: String, id: String) -> Outcome {
+    let client = context.client()?;
+    let source = client.vm(&parent)?.vmx;
+    let vm = client.create(&CreateVm { id, parent: Some(parent), ..CreateVm::default() })?;
+    told_cloned(&source, &vm);
+    told(context, &vm)
+}
+
+fn told_cloned(from: &str, vm: &Vm) {
+    output::info(&format!("Cloned VM from '{from}' to '{}'", vm.vmx));
+}
+
+fn template_path(daemon: &Version, vm: &Vm) -> String {
+    format!("{}/{}", daemon.image_dir.trim_end_matches('/'), vm.template)
+}
+
+/// The VM for programs; people have read the Info line.
+fn told(context: &Context, vm: &Vm) -> Outcome {
+    if context.json {
+        output::json(vm)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn list(context: &Context, tag: Option<&str>, long: bool) -> Outcome {
+    let (client, daemon) = context.connect()?;
+    let vms = client.vms(tag)?;
+    output::info(&format!("VMs found in '{}/vms'", daemon.state_dir.trim_end_matches('/')));
+    if context.json {
+        output::json(&vms)?;
+    } else if long {
+        output::print(&table(&vms).render(output::colours()))?;
+    } else {
+        output::print(&ids(&vms))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One id a line.
+pub fn ids(vms: &[Vm]) -> String {
+    vms.iter().map(|vm| text::clean(&vm.id) + "\n").collect()
+}
+
+fn table(vms: &[Vm]) -> Table {
+    let mut table = Table::new(&["ID", "STATE", "CPUS", "MEMORY", "DISK", "ADDRESS", "TAGS"]);
+    for vm in vms {
+        table.row(vec![
+            Cell::from(&vm.id),
+            Cell::toned(vm.state.as_str(), tone(vm.state)),
+            Cell::from(vm.cpus.to_string()),
+            Cell::from(memory(vm)),
+            Cell::from(disk(vm)),
+            Cell::from(&vm.address),
+            Cell::from(vm.tags.join(", ")),
+        ]);
+    }
+    table
+}
+
+fn memory(vm: &Vm) -> String {
+    size::human(vm.memory_mib.saturating_mul(size::MIB))
+}
+
+fn disk(vm: &Vm) -> String {
+    size::human(vm.disk_gib.saturating_mul(size::GIB))
+}
+
+const fn tone(state: VmState) -> Tone {
+    match state {
+        VmState::PoweredOn => Tone::Good,
+        VmState::PoweredOff | VmState::Suspended => Tone::Faint,
+        VmState::Blocked => Tone::Bad,
+        _ => Tone::Warn,
+    }
+}
+
+fn show(context: &Context, id: &str) -> Outcome {
+    let vm = context.client()?.vm(id)?;
+    if context.json {
+        output::json(&vm)?;
+    } else {
+        output::print(&description(&vm).render(output::colours()))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn description(vm: &Vm) -> Table {
+    let mut pairs = Table::pairs();
+    pairs.pair("Id", &vm.id);
+    if vm.name != vm.id {
+        pairs.pair("Name", &vm.name);
+    }
+    pairs.pair("State", Cell::toned(vm.state.as_str(), tone(vm.state)));
+    if let Some(started) = vm.started.filter(|_| vm.state.has_process()) {
+        let age = text::duration(text::since(started));
+        pairs.pair("Started", format!("{} ({age} ago)", text::date(started)));
+    }
+    if let Some(reason) = &vm.reason {
+        pairs.pair("Reason", reason);
+    }
+    if vm.state.has_process() {
+        pairs.pair("Guest", guest_line(vm));
+    }
+    if !vm.tags.is_empty() {
+        pairs.pair("Tags", vm.tags.join(", "));
+    }
+    pairs.pair("CPUs", vm.cpus.to_string());
+    pairs.pair("Memory", memory(vm));
+    pairs.pair("Disk", disk(vm));
+    pairs.pair("Template", &vm.template);
+    pairs.pair("Address", &vm.address);
+    pairs.pair("MAC", &vm.mac);
+    let process = vm.pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
+    pairs.pair("Engine", format!("{}{process}", vm.engine));
+    pairs.pair("VMX", &vm.vmx);
+    pairs
+}
+
+fn guest_line(vm: &Vm) -> String {
+    let version = vm.guest.agent_version.as_ref().map(|version| format!(" (agent {version})"));
+    format!("{}{}", wait::stage(&vm.guest), version.unwrap_or_default())
+}
+
+fn delete(context: &Context, ids: &[String], force: bool) -> Outcome {
+    let client = context.client()?;
+    for_each(ids, &Board::new(), |id| {
+        client.delete(id, force)?;
+        output::info(&format!("Deleted VM '{id}'"));
+        if context.json {
+            output::json_line(&serde_json::json!({ "id": id, "deleted": true }))?;
+        }
+        Ok(())
+    })
+}
+
+fn set(context: &Context, change: args::Set) -> Outcome {
+    let tags = (change.no_tags || !change.tags.is_empty()).then_some(change.tags);
+    let later = change.cpus.is_some() || change.memory.is_some();
+    let body = UpdateVm { name: change.name, cpus: change.cpus, memory_mib: change.memory, tags };
+    let vm = update(&context.client()?, &change.id, &body)?;
+    let note = if later && vm.state != VmState::PoweredOff {
+        "; CPUs and memory take effect at its next power-on"
+    } else {
+        ""
+    };
+    output::info(&format!("Changed VM '{}'{note}", vm.id));
+    told(context, &vm)
+}
+
+fn update(client: &Client, id: &str, body: &UpdateVm) -> Result<Vm, CliError> {
+    Ok(client.update(id, body)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use catalyst_api::{EngineName, GuestStatus};
+
+    use super::*;
+
+    fn vm() -> Vm {
+        Vm {
+            id: "web1".to_owned(),
+            name: "Web \x1b[2Jserver".to_owned(),
+            state: VmState::PoweredOff,
+            reason: Some("the VM process was killed (signal 9)".to_owned()),
+            tags: vec!["a".to_owned(), "b".to_owned()],
+            cpus: 2,
+            memory_mib: 1536,
+            disk_gib: 64,
+            template: "lumen".to_owned(),
+            engine: EngineName::Qemu,
+            mac: "52:54:00:00:00:01".to_owned(),
+            address: "10.87.0.2".to_owned(),
+            guest: GuestStatus::default(),
+            pid: None,
+            started: None,
+            vmx: "/s/vms/web1/web1.vmx".to_owned(),
+        }
+    }
+
+    #[test]
+    fn the_table_has_one_row_for_each_vm() {
+        assert_eq!(
+            table(&[vm()]).render(false),
+            "ID    STATE        CPUS  MEMORY   DISK    ADDRESS    TAGS\n\
+             web1  powered off  2     1.5 GiB  64 GiB  10.87.0.2  a, b\n"
+        );
+        assert_eq!(ids(&[vm(), vm()]), "web1\nweb1\n");
+    }
+
+    #[test]
+    fn a_description_says_why_a_vm_is_off_and_hides_what_drives_terminals() {
+        let text = description(&vm()).render(false);
+        assert!(text.contains("Reason    the VM process was killed (signal 9)\n"), "{text}");
+        assert!(text.contains("Name      Web  [2Jserver\n"), "{text}");
+        assert!(!text.contains("Guest"), "{text}");
+    }
+
+    #[test]
+    fn a_running_vm_shows_its_process_and_guest() {
+        let mut vm = vm();
+        vm.state = VmState::PoweredOn;
+        vm.pid = Some(42);
+        vm.started = Some(0);
+        vm.guest.agent = true;
+        let text = description(&vm).render(false);
+        assert!(text.contains("State     powered on\nStarted   1970-01-01 00:00:00 UTC ("), "{text}");
+        assert!(text.contains("Engine    qemu, pid 42\n"), "{text}");
+        assert!(text.contains("Guest     its agent answers"), "{text}");
+    }
+}

@@ -1,0 +1,55 @@
+//! The `catalyst` command: argument parsing, output and progress.
+//!
+//! It speaks REST to a daemon and holds no logic that another client would need too. The
+//! one thing it does by itself is to start a daemon on this machine where none answers.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod client;
+mod commands;
+mod error;
+mod events;
+mod holder;
+mod host;
+mod launch;
+mod link;
+mod names;
+mod output;
+mod process;
+mod progress;
+mod session;
+mod size;
+mod table;
+mod tasks;
+mod terminal;
+mod text;
+mod wait;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::error::CliError;
+
+/// Runs one command line (program name first) and returns its exit code: 0, 1 for a failed
+/// operation, 2 for wrong use; `ssh` and `guest exec` pass the code of their command on.
+pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let result = match args::Cli::try_parse_from(words) {
+        Ok(cli) => commands::run(cli),
+        Err(error) => return args::report(&error),
+    };
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            if let Some(line) = error.line() {
+                output::error(&line);
+            }
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+/// What a command gives: its exit code, or what went wrong.
+type Outcome = Result<ExitCode, CliError>;
