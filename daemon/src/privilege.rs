@@ -8,6 +8,15 @@
 
 use nix::unistd::{Gid, Uid, geteuid, setfsgid, setfsuid};
 
+/// Makes the calling thread act on files as the user `uid` with the group `gid`, until it ends. In a process that is
+/// not root this changes nothing.
+pub fn act_as(uid: u32, gid: u32) {
+    if geteuid().is_root() {
+        setfsgid(Gid::from_raw(gid));
+        setfsuid(Uid::from_raw(uid));
+    }
+}
+
 /// Runs `work` with root's file-system identity and puts back the identity that the thread had before,
 /// also when `work` panics.
 ///
