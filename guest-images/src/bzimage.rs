@@ -259,7 +259,7 @@ mod tests {
 
     #[test]
     fn damaged_data_names_the_tool_that_refused_it() {
-        let error = unpack_bytes(&image(0x020f, 0, 14, b"\xfd7zXZ\0garbage!\x01\0\0\0")).unwrap_err();
+        let error = unpack_bytes(&image(0x020f, 0, 18, b"\xfd7zXZ\0garbage!\x01\0\0\0")).unwrap_err();
         assert!(matches!(error, BzImageError::Unpack { program: "xz", .. }), "{error:?}");
     }
 

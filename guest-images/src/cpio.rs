@@ -11,6 +11,9 @@ const FOLDER: u32 = 0o040_000;
 /// Type bits of a plain file's mode.
 const FILE: u32 = 0o100_000;
 
+/// Length of an entry's header in bytes.
+const HEADER: usize = 6 + 13 * 8;
+
 /// Writes an archive, file by file. All belongs to root and has no time, so that the same content gives the
 /// same bytes.
 #[derive(Debug)]
@@ -51,7 +54,6 @@ impl<W: Write> CpioWriter<W> {
         for field in [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0] {
             write!(self.output, "{field:08x}")?;
         }
-        const HEADER: usize = 6 + 13 * 8;
         self.output.write_all(name.as_bytes())?;
         self.output.write_all(&[0])?;
         self.pad(HEADER + name.len() + 1)?;

@@ -86,7 +86,8 @@ fn main() -> ExitCode {
             let mut message = format!("Error: {error}");
             let mut cause = error.source();
             while let Some(error) = cause {
-                message += &format!(": {error}");
+                message.push_str(": ");
+                message.push_str(&error.to_string());
                 cause = error.source();
             }
             eprintln!("{message}");

@@ -130,12 +130,12 @@ fn system(build: &mut Build<'_>) -> Result<(), BuildError> {
     put(&root.join("usr/lib/catalyst/catalyst-agent"), &build.agent, 0o755)?;
     let sources: String = build.sources.entries.iter().map(|source| source.line(false) + "\n").collect();
     put(&root.join("etc/apt/sources.list"), sources.as_bytes(), 0o644)?;
-    let proxies: String = proxies()
-        .iter()
-        .filter(|setting| !is_local(setting))
-        .map(|setting| format!("{setting};\n"))
-        .collect();
-    put(&root.join("etc/apt/apt.conf.d/80proxy"), proxies.as_bytes(), 0o644)?;
+    let mut proxy = String::new();
+    for setting in proxies().iter().filter(|setting| !is_local(setting)) {
+        proxy += setting;
+        proxy += ";\n";
+    }
+    put(&root.join("etc/apt/apt.conf.d/80proxy"), proxy.as_bytes(), 0o644)?;
     let script = build.work.join("configure.sh");
     fs::write(&script, recipe::CONFIGURE).map_err(io_error("write", &script))?;
     let mut shell = command("sh");
