@@ -24,12 +24,35 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 impl Network {
     /// Brings the network up, or makes whole what is there: may be called at every power-on.
     ///
-    /// What fails leaves nothing behind that was not there before.
+    /// What fails leaves nothing behind that was not there before. Once begun it goes on, also when the future is
+    /// dropped.
     pub async fn up(&self) -> Result<(), NetworkError> {
+        let network = self.clone();
+        to_its_end(async move { network.bring_up().await }).await
+    }
+
+    /// Takes away everything that [`Network::up`] made, also what a daemon that crashed left. What there is not is
+    /// no error. The leases and the choice of bridge and subnet stay. Once begun it goes on, also when the future is
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`NetworkError::InUse`] with the interfaces of the virtual machines that are on; nothing is changed then.
+    pub async fn down(&self) -> Result<(), NetworkError> {
+        let network = self.clone();
+        to_its_end(async move {
+            require_root("take the network down")?;
+            let _changing = network.inner.changing.lock().await;
+            let _lock = lock(&network.inner.run).await?;
+            network.tear_down(&Netlink::open()?).await
+        })
+        .await
+    }
+
+    async fn bring_up(&self) -> Result<(), NetworkError> {
         require_root("set up the network")?;
         let programs = Programs::find()?;
         let _changing = self.inner.changing.lock().await;
-        let _lock = lock(&self.inner.run).await?;
+        let lock = lock(&self.inner.run).await?;
         let netlink = Netlink::open()?;
         let found = self.own_bridge(&netlink).await?;
         let is_new = found.is_none();
@@ -37,7 +60,8 @@ impl Network {
             self.avoid_collision(&netlink).await?;
         }
         self.claim()?;
-        let done = self.build(&netlink, found, programs).await;
+        let copy = lock.as_ref().and_then(|lock| lock.try_clone().ok());
+        let done = self.build(&netlink, found, programs, copy).await;
         if is_new
             && done.is_err()
             && let Err(error) = self.tear_down(&netlink).await
@@ -45,18 +69,6 @@ impl Network {
             tracing::warn!(%error, "a network that did not come up could not be taken away");
         }
         done
-    }
-
-    /// Takes away everything that [`Network::up`] made, also what a daemon that crashed left. What there is not is
-    /// no error. The leases and the choice of bridge and subnet stay.
-    ///
-    /// # Errors
-    /// [`NetworkError::InUse`] with the interfaces of the virtual machines that are on; nothing is changed then.
-    pub async fn down(&self) -> Result<(), NetworkError> {
-        require_root("take the network down")?;
-        let _changing = self.inner.changing.lock().await;
-        let _lock = lock(&self.inner.run).await?;
-        self.tear_down(&Netlink::open()?).await
     }
 
     /// What there is of the network at the moment.
@@ -132,18 +144,20 @@ impl Network {
         netlink: &Netlink,
         found: Option<Link>,
         programs: Programs,
+        lock: Option<File>,
     ) -> Result<(), NetworkError> {
         let bridge = match found {
             Some(bridge) => bridge,
             None => self.make_bridge(netlink).await?,
         };
         let subnet = self.subnet();
+        tap::disable_ipv6(&bridge.name)?;
         netlink.set_address(&bridge, gateway(subnet), subnet.prefix()).await?;
         if !bridge.is_up {
             netlink.set_up(&bridge).await?;
         }
         let network = self.clone();
-        as_root_blocking(move || network.serve(&programs)).await
+        as_root_blocking(move || network.serve(&programs, lock)).await
     }
 
     async fn make_bridge(&self, netlink: &Netlink) -> Result<Link, NetworkError> {
@@ -153,12 +167,11 @@ impl Network {
         let bridge = bridge.ok_or_else(|| NetworkError::NoBridge { bridge: name.clone() })?;
         let alias: String = format!("Catalyst {}", self.inner.state_dir.display()).chars().take(60).collect();
         netlink.set_alias(&bridge, &alias).await?;
-        tap::disable_ipv6(name)?;
         Ok(bridge)
     }
 
     /// Everything but the bridge: table, forwarding, dnsmasq. As root; waits.
-    fn serve(&self, programs: &Programs) -> Result<(), NetworkError> {
+    fn serve(&self, programs: &Programs, lock: Option<File>) -> Result<(), NetworkError> {
         let bridge = &self.inner.bridge;
         let subnet = self.subnet();
         self.load_table(&programs.nft, subnet)?;
@@ -172,7 +185,7 @@ impl Network {
         }
         let server = match server {
             Some(server) => server,
-            None => dnsmasq::start(&programs.dnsmasq, &files, &config)?,
+            None => dnsmasq::start(&programs.dnsmasq, &files, &config, lock)?,
         };
         let leases = self.leases();
         if publish::publish_all(&files, gateway(subnet), &leases.all())? {
@@ -242,6 +255,18 @@ pub(super) async fn lock(run: &RunDir) -> Result<Option<File>, NetworkError> {
     match tokio::time::timeout(LOCK_PATIENCE, lock).await {
         Ok(lock) => lock.map(Some),
         Err(_) => Err(NetworkError::Busy { path: run.lock_path() }),
+    }
+}
+
+/// Runs the work on a task of its own, which goes on when nobody waits any more. A panic goes on in the caller.
+async fn to_its_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(work).await {
+        Ok(value) => value,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is going away, and every task with it: nothing is left to tell.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

@@ -28,19 +28,21 @@ fn daemon_that_is_killed() {
     });
 }
 
+/// The command line of that process.
+fn daemon_command() -> String {
+    let test = std::env::current_exe().unwrap();
+    format!("exec {} --ignored --exact restart::daemon_that_is_killed --nocapture", test.display())
+}
+
 #[test]
 fn a_killed_daemons_network_is_taken_over() {
     if cannot_run() {
         return;
     }
     let host = Host::new();
-    let test = std::env::current_exe().unwrap();
     let mut daemon = host
         .namespace
-        .command(&format!(
-            "exec {} --ignored --exact restart::daemon_that_is_killed --nocapture",
-            test.display()
-        ))
+        .command(&daemon_command())
         .env(FOLDER, host.folder())
         .stdout(Stdio::piped())
         .spawn()
@@ -77,6 +79,32 @@ fn a_killed_daemons_network_is_taken_over() {
         network.down().await.unwrap();
         assert!(host.namespace.processes().is_empty());
     });
+}
+
+#[test]
+fn a_daemon_killed_while_it_brings_the_network_up_leaves_nothing_that_the_next_does_not_find() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let before = host.traces();
+    let daemon = daemon_command();
+    for milliseconds in (4..60).step_by(4) {
+        let mut daemon = host.namespace.command(&daemon).env(FOLDER, host.folder()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        host.block_on(|| async {
+            let network = Network::load(host.config("state")).await.unwrap();
+            // Both ways on: taken away as it is, or made whole first.
+            if milliseconds % 8 == 0 {
+                network.up().await.unwrap();
+                assert!(network.status().await.up, "killed after {milliseconds} ms");
+            }
+            network.down().await.unwrap();
+            assert_eq!(host.traces(), before, "killed after {milliseconds} ms");
+        });
+    }
 }
 
 #[test]
