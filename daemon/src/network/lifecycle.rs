@@ -42,8 +42,9 @@ impl Network {
         to_its_end(async move {
             require_root("take the network down")?;
             let _changing = network.inner.changing.lock().await;
-            let _lock = lock(&network.inner.run).await?;
-            network.tear_down(&Netlink::open()?).await
+            let lock = lock(&network.inner.run).await?;
+            let copy = copy_of(lock.as_ref());
+            network.tear_down(&Netlink::open()?, copy).await
         })
         .await
     }
@@ -60,11 +61,10 @@ impl Network {
             self.avoid_collision(&netlink).await?;
         }
         self.claim()?;
-        let copy = lock.as_ref().and_then(|lock| lock.try_clone().ok());
-        let done = self.build(&netlink, found, programs, copy).await;
+        let done = self.build(&netlink, found, programs, copy_of(lock.as_ref())).await;
         if is_new
             && done.is_err()
-            && let Err(error) = self.tear_down(&netlink).await
+            && let Err(error) = self.tear_down(&netlink, copy_of(lock.as_ref())).await
         {
             tracing::warn!(%error, "a network that did not come up could not be taken away");
         }
@@ -174,7 +174,7 @@ impl Network {
     fn serve(&self, programs: &Programs, lock: Option<File>) -> Result<(), NetworkError> {
         let bridge = &self.inner.bridge;
         let subnet = self.subnet();
-        self.load_table(&programs.nft, subnet)?;
+        self.load_table(&programs.nft, subnet, lock.as_ref())?;
         self.inner.run.make_network(bridge)?;
         forwarding::enable(&self.inner.run.forwarding(), bridge)?;
         let files = self.files();
@@ -196,21 +196,21 @@ impl Network {
     }
 
     /// Loads the nftables table, unless no table of this namespace has changed since it was loaded.
-    fn load_table(&self, nft: &Path, subnet: Subnet) -> Result<(), NetworkError> {
+    fn load_table(&self, nft: &Path, subnet: Subnet, lock: Option<&File>) -> Result<(), NetworkError> {
         let mut loaded = self.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let before = nat::generation().ok();
         if before.is_some() && *loaded == before {
             return Ok(());
         }
         *loaded = None;
-        nat::apply(nft, &self.inner.bridge, subnet)?;
+        nat::apply(nft, &self.inner.bridge, subnet, lock)?;
         // One more than before: the change since then is ours and no other.
         let after = nat::generation().ok();
         *loaded = after.filter(|after| before.map(|before| before.wrapping_add(1)) == Some(*after));
         Ok(())
     }
 
-    async fn tear_down(&self, netlink: &Netlink) -> Result<(), NetworkError> {
+    async fn tear_down(&self, netlink: &Netlink, lock: Option<File>) -> Result<(), NetworkError> {
         let bridge = match self.own_bridge(netlink).await {
             // Not ours, not touched; what else there is of ours goes.
             Err(NetworkError::ForeignLink { .. }) => None,
@@ -229,7 +229,7 @@ impl Network {
             if let Some(server) = Server::find(&network.files()) {
                 server.stop(&network.inner.bridge)?;
             }
-            nat::remove(&nft, &network.inner.bridge)
+            nat::remove(&nft, &network.inner.bridge, lock.as_ref())
         })
         .await?;
         if let Some(bridge) = &bridge {
@@ -256,6 +256,11 @@ pub(super) async fn lock(run: &RunDir) -> Result<Option<File>, NetworkError> {
         Ok(lock) => lock.map(Some),
         Err(_) => Err(NetworkError::Busy { path: run.lock_path() }),
     }
+}
+
+/// A copy of the lock's descriptor, for the programs that work under it.
+fn copy_of(lock: Option<&File>) -> Option<File> {
+    lock.and_then(|lock| lock.try_clone().ok())
 }
 
 /// Runs the work on a task of its own, which goes on when nobody waits any more. A panic goes on in the caller.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use catalyst_daemon::network::{Network, NetworkConfig};
 
-use crate::namespace::{Host, cannot_run, resolve};
+use crate::namespace::{Host, cannot_run, comes_to};
 
 /// Folder of the network that [`daemon_that_is_killed`] is to bring up.
 const FOLDER: &str = "CATALYST_TEST_NETWORK_FOLDER";
@@ -72,8 +72,8 @@ fn a_killed_daemons_network_is_taken_over() {
         let after = network.status().await;
         assert_eq!(after.dnsmasq_pid, before.dnsmasq_pid, "the same dnsmasq");
         for lease in [&web1, &web2] {
-            let found = resolve(&guest, lease.dns, &format!("{}.catalyst", lease.name));
-            assert_eq!(found, Some(lease.address.to_string()));
+            let name = format!("{}.catalyst", lease.name);
+            comes_to(&guest, lease.dns, &name, Some(&lease.address.to_string())).await;
         }
         host.namespace.run("ip link delete port1");
         network.down().await.unwrap();
@@ -160,7 +160,7 @@ fn a_log_that_is_full_stops_neither_names_nor_the_finding_of_dnsmasq() {
         let tap = network.open_tap(&lease).await.unwrap();
         let guest = host.guest(&network, "port1", &lease);
         assert!(host.dhcp(&guest, "").is_some());
-        assert_eq!(resolve(&guest, lease.dns, "web1.catalyst"), Some(lease.address.to_string()));
+        comes_to(&guest, lease.dns, "web1.catalyst", Some(&lease.address.to_string())).await;
         assert_eq!(log.metadata().unwrap().len(), 8 << 20, "nothing was added");
         network.up().await.unwrap();
         assert_eq!(network.status().await.dnsmasq_pid, before.dnsmasq_pid);
