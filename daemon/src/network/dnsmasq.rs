@@ -9,12 +9,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -154,9 +152,9 @@ impl Server {
         (ours && !process.ended_within(Duration::ZERO)).then_some(Self { process })
     }
 
-    /// A descriptor that becomes readable when it ends.
-    pub fn pidfd(&self) -> Arc<OwnedFd> {
-        self.process.pidfd()
+    /// The process.
+    pub fn into_process(self) -> Process {
+        self.process
     }
 
     /// Its process id.

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use nix::unistd::geteuid;
@@ -187,11 +187,16 @@ impl Network {
             Some(server) => server,
             None => dnsmasq::start(&programs.dnsmasq, &files, &config, lock)?,
         };
+        let known = self.inner.serving.borrow().clone();
+        if known.is_some_and(|known| known.pid == server.pid() && !known.ended_within(Duration::ZERO)) {
+            // Since then every tap and every release has told it what changed.
+            return Ok(());
+        }
         let leases = self.leases();
         if publish::publish_all(&files, gateway(subnet), &leases.all())? {
             server.reload();
         }
-        self.inner.serving.send_replace(Some(server.pidfd()));
+        self.inner.serving.send_replace(Some(Arc::new(server.into_process())));
         Ok(())
     }
 
