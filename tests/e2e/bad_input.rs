@@ -112,7 +112,7 @@ fn values(checks: &mut Checks, world: &World) {
         for (flag, value, word) in [
             ("--cpus", "0", "CPU"),
             ("--cpus", "10000", "CPU"),
-            ("--cpus", "-1", "--cpus"),
+            ("--cpus", "-1", "-1"),
             ("--cpus", "many", "--cpus"),
             ("--memory", "1", "emory"),
             ("--memory", "999T", "emory"),
@@ -239,6 +239,11 @@ fn paths(checks: &mut Checks, world: &World) {
         v1_error(&world.curl("GET", "/v1/tasks/lots", None), "invalid_request");
         v1_error(&world.curl("GET", "/v1/tasks/99", None), "task_not_found");
         v1_error(&world.curl("GET", "/v1/images/nothing", None), "image_not_found");
+        for (method, path) in [("GET", ""), ("DELETE", ""), ("POST", "/build"), ("POST", "/verify")] {
+            let answer = world.curl(method, &format!("/v1/images/a%0Ab{path}"), None);
+            assert!([400, 404].contains(&answer.status), "{answer:?}");
+            assert!(!answer.json()["message"].as_str().unwrap().contains('\n'), "{answer:?}");
+        }
         let long = format!("/v1/{}", "x".repeat(60_000));
         assert!((400..500).contains(&world.curl("GET", &long, None).status));
     });
