@@ -10,8 +10,8 @@ use catalyst_tests::{Answer, Checks, World, skip};
 
 use crate::common::{create, healthy, power, quiet, try_power, vm};
 
-/// Some user, without an entry in the user database.
-const OWNER: u32 = 54321;
+/// `nobody`: an owner must be in the user database.
+const OWNER: u32 = 65534;
 const STRANGER: u32 = 54322;
 
 /// The group.
