@@ -60,10 +60,17 @@ pub fn start(session: &Arc<Session>, stream: &Arc<Stream>, spec: ExecSpec) -> Re
         system(error)
     })?;
     *stream.command() = Some(Handle { group, terminal: spawned.terminal.take() });
-    session.reply(stream.epoch, stream.id, Reply::Started { pid });
     let running = Running { session: Arc::clone(session), stream: Arc::clone(stream), exited };
     let timeout = spec.timeout_ms.map(Duration::from_millis);
-    thread::spawn(move || running.supervise(spawned, &watch, timeout));
+    let supervised = thread::Builder::new().spawn(move || {
+        // Before its output, which only this thread's children send.
+        running.session.reply(running.stream.epoch, running.stream.id, Reply::Started { pid });
+        running.supervise(spawned, &watch, timeout);
+    });
+    supervised.map(drop).map_err(|error| {
+        kill(stream, libc::SIGKILL);
+        failed(ProblemKind::Failed, format!("a command cannot be watched: {error}"))
+    })?;
     Ok(())
 }
 
