@@ -47,10 +47,10 @@ struct Running {
 }
 
 /// Starts a command as the stream's.
-pub fn start(session: &Arc<Session>, stream: &Arc<Stream>, spec: ExecSpec) -> Result<(), Reply> {
+pub fn start(session: &Arc<Session>, stream: &Arc<Stream>, spec: &ExecSpec) -> Result<(), Reply> {
     let system = |error: Errno| failed(ProblemKind::Failed, format!("a command cannot be watched: {error}"));
     let exited = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(system)?;
-    let mut spawned = spawn(&session.config.root, &spec)?;
+    let mut spawned = spawn(&session.config.root, spec)?;
     let pid = spawned.child.id();
     let group = i32::try_from(pid).unwrap_or(i32::MAX);
     let watch = pidfd(group).map_err(|error| {
@@ -238,9 +238,8 @@ impl Running {
         };
         match waited {
             Err(Errno::EINTR) => Waited::Exited,
-            Err(_) => Waited::Over,
             Ok(_) if is_ready(&fds[0]) => Waited::Ready,
-            Ok(0) => Waited::Over,
+            Ok(0) | Err(_) => Waited::Over,
             Ok(_) => Waited::Exited,
         }
     }

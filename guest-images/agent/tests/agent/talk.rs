@@ -1,18 +1,16 @@
 //! Greeting, files and identity over the real agent.
 
-mod support;
-
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 use std::time::Duration;
 
+use super::support::Host;
 use catalyst_agent_protocol::{
     Channel, Control, FileSpec, HostKey, Identity, Problem, ProblemKind, Reply, Request, ShutdownKind,
     Status, VERSION, encode,
 };
-use support::Host;
 
 fn failed_as(reply: &Reply, wanted: ProblemKind) -> bool {
     matches!(reply, Reply::Failed(Problem { kind, message }) if *kind == wanted && !message.contains('\n'))

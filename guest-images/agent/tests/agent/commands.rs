@@ -1,14 +1,12 @@
 //! Commands over the real agent.
 
-mod support;
-
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use super::support::{Host, spec};
 use catalyst_agent_protocol::{
     Channel, Control, ExecExit, ExecSpec, INITIAL_CREDIT, Problem, ProblemKind, Reply, Request, Terminal,
 };
-use support::{Host, spec};
 
 fn terminal(rows: u16, cols: u16) -> Terminal {
     Terminal { rows, cols, term: None }
@@ -38,7 +36,7 @@ fn output_errors_and_code_come_apart() {
 fn input_comes_back_whole_while_another_command_stalls() {
     let mut host = Host::greeted();
     let (stalled, _) = host.exec(spec(&["yes"]));
-    let bytes: Vec<u8> = (0..5_000_000_u32).flat_map(|number| number.to_le_bytes()).take(5_000_000).collect();
+    let bytes: Vec<u8> = (0..5_000_000_u32).flat_map(u32::to_le_bytes).take(5_000_000).collect();
     let outcome = host.run(ExecSpec { stdin: true, ..spec(&["cat"]) }, &bytes);
     assert!(outcome.output == bytes, "{} bytes came back", outcome.output.len());
     assert_eq!(outcome.exit, Some(ExecExit::Code(0)));
@@ -191,7 +189,7 @@ fn input_beyond_its_credit_ends_the_command() {
     let mut host = Host::greeted();
     let (stream, _) = host.exec(ExecSpec { stdin: true, ..spec(&["sleep", "60"]) });
     for _ in 0..10 {
-        host.send_frame(stream, Channel::Input, &[0; 60_000]);
+        host.send_frame(stream, Channel::Input, &vec![0; 60_000]);
     }
     assert_eq!(host.finish(stream, b"").exit, Some(ExecExit::Signal(libc::SIGHUP)));
     assert_eq!(host.request(Request::Ping), Reply::Done);
