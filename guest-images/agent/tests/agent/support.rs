@@ -1,6 +1,6 @@
 //! The real agent on a socket, and a host that talks to it without threads.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -123,7 +123,7 @@ impl Host {
     }
 
     fn read_frame(&mut self) -> Frame {
-        let mut buffer = [0; 65536];
+        let mut buffer = vec![0; 65536];
         loop {
             if let Some(frame) = self.decoder.next_frame() {
                 return frame;
@@ -175,7 +175,7 @@ impl Host {
     pub fn finish(&mut self, stream: u32, mut input: &[u8]) -> Outcome {
         let mut credit = catalyst_agent_protocol::INITIAL_CREDIT as usize;
         let mut outcome = Outcome::default();
-        let mut ends = HashMap::new();
+        let mut ends = HashSet::new();
         while outcome.exit.is_none() {
             while !input.is_empty() && credit > 0 {
                 let (now, later) = input.split_at(input.len().min(credit).min(50_000));
@@ -191,7 +191,7 @@ impl Host {
                 (_, Some(Control::Credit { bytes, .. })) => credit += bytes as usize,
                 (_, Some(Control::Exited { exit, .. })) => outcome.exit = Some(exit),
                 (channel, _) if frame.payload.is_empty() => {
-                    assert!(ends.insert(channel, ()).is_none(), "{channel:?} ends twice");
+                    assert!(ends.insert(channel), "{channel:?} ends twice");
                 }
                 (channel, _) => {
                     let (sink, channel) = match channel {
@@ -204,7 +204,7 @@ impl Host {
                 }
             }
         }
-        assert!(ends.contains_key(&Channel::Output), "no end of the output before the exit");
+        assert!(ends.contains(&Channel::Output), "no end of the output before the exit");
         outcome
     }
 
