@@ -1,3 +1,193 @@
 //! catalyst-daemon: VM store, engines, network, REST.
 
-fn main() {}
+mod background;
+
+use std::error::Error;
+use std::fs::{self, File, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use catalyst_daemon::access::guard::protect;
+use catalyst_daemon::access::listen::ListenOptions;
+use catalyst_daemon::access::owner::Owner;
+use catalyst_daemon::access::peer::Peer;
+use catalyst_daemon::access_keys::AccessKeys;
+use catalyst_daemon::engine::Engine;
+use catalyst_daemon::engine::qemu::QemuEngine;
+use catalyst_daemon::events::Events;
+use catalyst_daemon::http::{self, App};
+use catalyst_daemon::images::Images;
+use catalyst_daemon::machines::{Context, Machines};
+use catalyst_daemon::network::{Network, NetworkConfig};
+use catalyst_daemon::privilege;
+use catalyst_daemon::settings::{Args, EngineChoice, Settings, default_state_dir};
+use catalyst_daemon::store::Store;
+use catalyst_daemon::tasks::Tasks;
+use catalyst_images::ImageStore;
+use clap::Parser;
+use rustix::fs::FlockOperation;
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::Notify;
+
+/// How long requests under way may take once the daemon stops.
+const GRACE: Duration = Duration::from_secs(3);
+
+/// Why the daemon did not start.
+#[derive(Debug, Error)]
+enum StartError {
+    #[error(
+        "catalyst-daemon needs root to set up networks and to start VM processes; run: sudo {program} --owner {user}"
+    )]
+    NotRoot { program: String, user: String },
+    #[error("Engine 'kvm' is not in this version of Catalyst yet; leave --engine out")]
+    NoKvm,
+    #[error("Cannot make the state folder {path}")]
+    StateDir {
+        path: String,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("Another daemon (pid {pid}) uses the state folder {path}; stop it, or take another --state-dir")]
+    Locked { path: String, pid: String },
+    #[error("Cannot start the daemon")]
+    Runtime(#[source] std::io::Error),
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let outcome = if args.background { background::start() } else { run(args) };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let message = http::error::chain(error.as_ref()).join(": ");
+            background::tell_failure(&message);
+            eprintln!("Error: {message}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<(), Box<dyn Error>> {
+    let owner = Owner::resolve(args.owner.as_deref())?;
+    if !rustix::process::geteuid().is_root() {
+        let program = std::env::args().next().unwrap_or_default();
+        return Err(StartError::NotRoot { program, user: owner.name }.into());
+    }
+    if args.engine == EngineChoice::Kvm {
+        return Err(StartError::NoKvm.into());
+    }
+    let filter = tracing_subscriber::EnvFilter::try_new(&args.log)?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // What the daemon writes is its owner's business alone.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    let (uid, gid) = (owner.uid, owner.gid);
+    privilege::act_as(uid, gid);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_keep_alive(Duration::from_secs(5))
+        .on_thread_start(move || privilege::act_as(uid, gid))
+        .enable_all()
+        .build()
+        .map_err(StartError::Runtime)?;
+    let outcome = runtime.block_on(serve(args, owner));
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
+}
+
+async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
+    let own_environment = owner.uid == rustix::process::getuid().as_raw();
+    let state_dir = match args.state_dir {
+        Some(dir) => std::path::absolute(dir).map_err(StartError::Runtime)?,
+        None => default_state_dir(&owner, own_environment),
+    };
+    let _lock = lock_state_dir(&state_dir)?;
+    let stop = Arc::new(Notify::new());
+    let settings = Arc::new(Settings {
+        state_dir: state_dir.clone(),
+        image_dir: args.image_dir.clone(),
+        listen: args.listen.clone(),
+    });
+    // Listening comes first: a taken port is the most likely thing to be wrong.
+    let address = args.listen.parse()?;
+    let socket = state_dir.join("catalyst.sock");
+    let listener = ListenOptions { tcp: &address, unix: Some(&socket), owner: &owner }.bind()?;
+
+    let events = Events::default();
+    let images = ImageStore::open(&args.image_dir);
+    let tasks = Tasks::new(events.clone());
+    let image_tasks = Images::new(images.clone(), tasks, state_dir.clone());
+    if let Err(error) = image_tasks.register() {
+        tracing::warn!(dir = %args.image_dir.display(), %error, "cannot note the use of the images");
+    }
+    let mut network = NetworkConfig::new(&state_dir);
+    network.bridge = args.bridge;
+    let network = Network::load(network).await?;
+    let engine: Arc<dyn Engine> = Arc::new(QemuEngine);
+    let access_keys = AccessKeys::open(&state_dir, &owner.home)?;
+    let store = Store::open(&state_dir)?;
+    let context = Context::new(store, images, network, engine, events, owner.clone(), access_keys);
+    let machines = Machines::load(context)?;
+
+    let app = App { machines, images: image_tasks, settings, stop: Arc::clone(&stop) };
+    let router = protect(http::router(app), listener.policy());
+    tracing::info!(listen = %args.listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
+    background::tell_ready();
+    let served = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
+        .with_graceful_shutdown(stopped(Arc::clone(&stop)));
+    tokio::select! {
+        result = served => result.map_err(StartError::Runtime)?,
+        () = overdue(stop) => {}
+    }
+    tracing::info!("stopped; VMs run on");
+    Ok(())
+}
+
+/// Waits for a signal or a request to stop.
+async fn stopped(stop: Arc<Notify>) {
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    else {
+        return stop.notified().await;
+    };
+    tokio::select! {
+        () = stop.notified() => {}
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    // Those who listen to events would hold up the end for ever.
+    stop.notify_waiters();
+}
+
+/// Ends the wait for clients that keep their connections open.
+async fn overdue(stop: Arc<Notify>) {
+    let woken = stop.notified();
+    woken.await;
+    tokio::time::sleep(GRACE).await;
+}
+
+fn lock_state_dir(state_dir: &Path) -> Result<File, StartError> {
+    let shown = || state_dir.display().to_string();
+    let error = |source| StartError::StateDir { path: shown(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(state_dir).map_err(error)?;
+    let path = state_dir.join("daemon.lock");
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)
+        .map_err(error)?;
+    if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        let pid = fs::read_to_string(&path).unwrap_or_default().trim().to_owned();
+        return Err(StartError::Locked { path: shown(), pid });
+    }
+    file.set_len(0).map_err(error)?;
+    std::io::Write::write_all(&mut &file, std::process::id().to_string().as_bytes()).map_err(error)?;
+    Ok(file)
+}

@@ -1,0 +1,80 @@
+# Catalyst. Two commands do everything: `make demo` shows it, `make test` proves it.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup build agent image demo test unit e2e lint licences bench lab install uninstall clean
+
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+RELEASE := target/release
+GNU := x86_64-unknown-linux-gnu
+# Shared between checkouts and state folders; the key of an image's content is in its path.
+IMAGE_DIR ?= /var/lib/catalyst/images
+PREFIX ?= /usr/local
+
+# Programs that are needed, each with the Debian package it comes from.
+NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-base nft:nftables \
+         mmdebstrap:mmdebstrap busybox:busybox-static mke2fs:e2fsprogs ssh:openssh-client ip:iproute2 \
+         cpio:cpio depmod:kmod xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc
+
+help: ## show this
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## install what is missing (Debian packages)
+	@missing=; for need in $(NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	[ -f /usr/share/seabios/bios-microvm.bin ] || missing="$$missing seabios"; \
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
+	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
+
+build: setup agent ## build everything into target/release
+	cargo build --release --workspace --exclude catalyst-agent
+
+# The agent runs in guests, whatever C library they have: it is linked statically.
+agent:
+	RUSTFLAGS="-C target-feature=+crt-static -C strip=symbols" cargo build --release --target $(GNU) --target-dir target/guest -p catalyst-agent
+	@mkdir -p $(RELEASE) && cmp -s target/guest/$(GNU)/release/catalyst-agent $(RELEASE)/catalyst-agent-static || \
+	  install -m 755 target/guest/$(GNU)/release/catalyst-agent $(RELEASE)/catalyst-agent-static
+
+image: build ## build the bundled image lumen, unless it is there
+	$(SUDO) $(RELEASE)/catalyst-image build --store $(IMAGE_DIR)
+
+demo: image ## from nothing to a container in a VM, each step with its time
+	tests/demo $(RELEASE)
+
+unit: build ## unit tests
+	cargo test --release --workspace --exclude catalyst-tests
+
+e2e: image ## end-to-end tests on real VMs (root)
+	cargo test --release -p catalyst-tests -- --nocapture
+
+test: lint licences unit e2e ## all tests
+
+lint: setup ## formatting and clippy
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --quiet -- -D warnings
+
+licences: setup ## licences and advisories of all dependencies
+	tests/licences
+
+bench: image ## the promises of docs/SPECIFICATION.md, measured
+	cargo run --release -p catalyst-tests --bin bench -- $(BENCH)
+
+lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm
+	tests/lab/run '$(CMD)'
+
+install: image ## install programs, units and completions under PREFIX
+	$(SUDO) install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/catalyst $(RELEASE)/catalyst-daemon
+	$(SUDO) install -D -m 755 -t $(DESTDIR)$(PREFIX)/lib/catalyst $(RELEASE)/catalyst-vmm $(RELEASE)/catalyst-image $(RELEASE)/catalyst-agent-static
+	$(SUDO) install -D -m 644 -t $(DESTDIR)/etc/systemd/system daemon/catalyst@.service
+	$(SUDO) sed -i 's|@PREFIX@|$(PREFIX)|' $(DESTDIR)/etc/systemd/system/catalyst@.service
+	$(SUDO) install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions
+	$(RELEASE)/catalyst completion bash | $(SUDO) tee $(DESTDIR)$(PREFIX)/share/bash-completion/completions/catalyst >/dev/null
+	$(RELEASE)/catalyst completion zsh | $(SUDO) tee $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_catalyst >/dev/null
+
+uninstall: ## remove what install put there; VMs and images stay
+	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/bin/catalyst $(DESTDIR)$(PREFIX)/bin/catalyst-daemon $(DESTDIR)$(PREFIX)/lib/catalyst \
+	  $(DESTDIR)/etc/systemd/system/catalyst@.service $(DESTDIR)$(PREFIX)/share/bash-completion/completions/catalyst \
+	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_catalyst
+
+clean: ## remove what was built here; images stay
+	cargo clean

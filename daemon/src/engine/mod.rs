@@ -1,0 +1,142 @@
+//! Engines: how a VM process is started and spoken to (design decision 2).
+//!
+//! An engine knows nothing of the store, of REST or of names; it gets paths and descriptors
+//! and answers with a [`VmProcess`]. Below this line the two engines may differ as they like,
+//! above it there are no special cases.
+
+pub mod process;
+pub mod qemu;
+pub mod sockets;
+
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::OwnedFd;
+
+use catalyst_api::EngineName;
+use futures_util::future::BoxFuture;
+use thiserror::Error;
+
+use crate::store::VmDir;
+pub use process::Exit;
+
+/// Everything a VM process is made of.
+#[derive(Debug)]
+pub struct StartSpec {
+    /// The VM's folder: logs go there, sockets into `run/` below it.
+    pub dir: VmDir,
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+    /// Kernel image with a PVH entry point, read-only.
+    pub kernel: OwnedFd,
+    /// Initial RAM disk, read-only.
+    pub initrd: OwnedFd,
+    /// Kernel command line.
+    pub command_line: String,
+    /// The template's raw disk, read-only.
+    pub base: OwnedFd,
+    /// The VM's own qcow2, for reading and writing.
+    pub overlay: OwnedFd,
+    /// The tap, with `IFF_VNET_HDR`.
+    pub tap: OwnedFd,
+    /// MAC address of the NIC.
+    pub mac: [u8; 6],
+    /// User and group the process runs as.
+    pub user: u32,
+}
+
+/// The user a VM process runs as: one for each address, so that no two VMs share one. Above
+/// the ranges that adduser, subuid(5) and systemd's container users take.
+pub fn vm_user(address: Ipv4Addr) -> u32 {
+    const FIRST: u32 = 1_879_113_728;
+    let [_, _, third, fourth] = address.octets();
+    FIRST + (u32::from(third) << 8) + u32::from(fourth)
+}
+
+/// Why an engine could not do what it was asked.
+#[derive(Debug, Error)]
+pub enum EngineError {
+    /// The program is not there.
+    #[error("Cannot run {program}; install it: {remedy}")]
+    Program {
+        /// The program.
+        program: String,
+        /// A command.
+        remedy: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A file, socket or system call failed.
+    #[error("Cannot {what}")]
+    Io {
+        /// What was tried, on what.
+        what: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The process ended while it was being started.
+    #[error("The VM process ended while starting: {0}")]
+    Died(String),
+    /// The process does not answer, or with an error.
+    #[error("The VM process did not {what}: {why}")]
+    Refused {
+        /// What was asked.
+        what: &'static str,
+        /// Its answer.
+        why: String,
+    },
+    /// Another process of this VM lives.
+    #[error("A process of this VM is running already (pid {0})")]
+    Running(u32),
+}
+
+impl EngineError {
+    pub(crate) fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Io { what, source }
+    }
+}
+
+/// Starts VM processes and finds them again.
+pub trait Engine: Send + Sync {
+    /// Which one this is.
+    fn name(&self) -> EngineName;
+
+    /// Starts a VM cold; the virtual CPUs run when this returns.
+    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Box<dyn VmProcess>, EngineError>>;
+
+    /// Finds the process that an earlier daemon started for the VM in `dir` and that runs as
+    /// `user`; `None` where there is none.
+    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>>;
+}
+
+/// A running VM process. Its agent and console sockets are `agent.sock` and `console.sock` in
+/// the VM's `run/` folder, whatever the engine.
+pub trait VmProcess: Send + Sync {
+    /// Process id.
+    fn pid(&self) -> u32;
+
+    /// When it was started, in seconds since 1970.
+    fn started(&self) -> u64;
+
+    /// Whether the virtual CPUs run.
+    fn is_running(&self) -> BoxFuture<'_, Result<bool, EngineError>>;
+
+    /// Stops the virtual CPUs.
+    fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>>;
+
+    /// Lets the virtual CPUs go on.
+    fn resume(&self) -> BoxFuture<'_, Result<(), EngineError>>;
+
+    /// Presses the power button.
+    fn power_button(&self) -> BoxFuture<'_, Result<(), EngineError>>;
+
+    /// Ends the process at once.
+    fn kill(&self) -> Result<(), EngineError>;
+
+    /// Waits for the end of the process. May be called again after it was dropped unfinished.
+    fn exited(&self) -> BoxFuture<'_, Exit>;
+}

@@ -1,0 +1,332 @@
+//! VM processes: started so that they outlive the daemon, found again without guessing.
+//!
+//! A VM process holds an inherited `flock` on `run/lock` in its VM's folder for as long as it
+//! lives, and wrote its pid there before it became the VM program. So a daemon that was killed
+//! at any moment, also right after the fork, is followed by one that finds exactly the
+//! processes that live: the lock says that there is one, the pid says which, and the user it
+//! runs as (no other process has it) guards against a file that was tampered with.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use rustix::fs::FlockOperation;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+use super::EngineError;
+use crate::store::files;
+
+/// What is started, and with which descriptors.
+#[derive(Debug)]
+pub struct Launch {
+    /// Program, found in PATH.
+    pub program: String,
+    /// Its arguments.
+    pub args: Vec<OsString>,
+    /// Descriptors that keep their numbers in the new process.
+    pub fds: Vec<OwnedFd>,
+    /// User and group it runs as; it keeps no other group and no capability.
+    pub user: u32,
+    /// What it writes on stdout and stderr.
+    pub log: File,
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// By itself, with this code.
+    Code(i32),
+    /// By this signal.
+    Signal(i32),
+    /// It was not started by this daemon, so its status is not known.
+    Unknown,
+    /// By itself, because the guest powered off.
+    PoweredOff,
+}
+
+/// A process that runs, by descriptor: its number cannot come to mean another one.
+#[derive(Debug)]
+pub struct Process {
+    pid: Pid,
+    pidfd: AsyncFd<OwnedFd>,
+    started: u64,
+}
+
+impl Process {
+    /// Starts a process that holds the lock in the folder `run`.
+    pub fn spawn(launch: Launch, run: &Path) -> Result<Self, EngineError> {
+        let lock = lock_file(run)?;
+        let program = launch.program.clone();
+        let inherited: Vec<RawFd> =
+            launch.fds.iter().map(AsRawFd::as_raw_fd).chain([lock.as_raw_fd()]).collect();
+        let errors = launch.log.try_clone().map_err(EngineError::io("copy a log descriptor"))?;
+        let mut command = Command::new(&launch.program);
+        command.args(&launch.args).env_clear().current_dir("/");
+        command.stdin(Stdio::null()).stdout(launch.log).stderr(errors);
+        let (lock_fd, user) = (lock.as_raw_fd(), launch.user);
+        // SAFETY: prepare_child only makes system calls and allocates nothing, as what runs
+        // between fork and exec of a threaded process must.
+        unsafe { command.pre_exec(move || prepare_child(&inherited, lock_fd, user)) };
+        let child = command.spawn().map_err(|source| EngineError::Program {
+            program,
+            remedy: "sudo apt-get install qemu-system-x86 qemu-utils",
+            source,
+        })?;
+        let pid = Pid::from_child(&child);
+        // The child is not reaped before its pidfd says it has ended, so the number is its own.
+        Self::open(pid)
+    }
+
+    /// Finds the process that holds the lock in `run`, if one does; it must run as `user`.
+    pub fn adopt(run: &Path, user: u32) -> Result<Option<Self>, EngineError> {
+        let path = run.join("lock");
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(EngineError::io(format!("open {}", path.display()))(source)),
+        };
+        let held = || rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err();
+        if !held() {
+            return Ok(None);
+        }
+        let text =
+            files::read_bounded(&path, 32).map_err(EngineError::io(format!("read {}", path.display())))?;
+        let pid =
+            std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).and_then(Pid::from_raw);
+        let Some(pid) = pid else {
+            let empty = io::Error::other("it is locked by a process whose number it does not hold");
+            return Err(EngineError::io(format!("read {}", path.display()))(empty));
+        };
+        let process = Self::open(pid)?;
+        // Only now the number is pinned: ask again whether it was the holder's.
+        if !held() {
+            return Ok(None);
+        }
+        let path = format!("/proc/{}", pid.as_raw_nonzero());
+        let metadata = fs::metadata(&path).map_err(EngineError::io(format!("read {path}")))?;
+        let runs_as = std::os::unix::fs::MetadataExt::uid(&metadata);
+        // /proc/PID belongs to root while the process is not dumpable (after a change of user).
+        if runs_as == user || (runs_as == 0 && status_uid(pid) == Some(user)) {
+            Ok(Some(process))
+        } else {
+            let foreign =
+                io::Error::other(format!("process {pid} is not this VM's", pid = pid.as_raw_nonzero()));
+            Err(EngineError::io(format!("take over the process named in {}", run.display()))(foreign))
+        }
+    }
+
+    fn open(pid: Pid) -> Result<Self, EngineError> {
+        let error = |what| EngineError::io(format!("{what} process {}", pid.as_raw_nonzero()));
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)
+            .map_err(|errno| error("watch")(errno.into()))?;
+        let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(error("watch"))?;
+        Ok(Self { pid, pidfd, started: start_time(pid) })
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// When it was started, in seconds since 1970.
+    pub fn started(&self) -> u64 {
+        self.started
+    }
+
+    /// Ends it at once.
+    pub fn kill(&self) -> Result<(), EngineError> {
+        match rustix::process::pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(errno) => Err(EngineError::io(format!("end process {}", self.pid()))(errno.into())),
+        }
+    }
+
+    /// Waits for its end and, if it is a child, reaps it.
+    pub async fn exited(&self) -> Exit {
+        // An error of the runtime means that the daemon itself is stopping.
+        if self.pidfd.readable().await.is_err() {
+            return Exit::Unknown;
+        }
+        let status = rustix::process::waitid(
+            WaitId::PidFd(self.pidfd.as_fd()),
+            WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
+        );
+        match status {
+            Ok(Some(status)) => match (status.exit_status(), status.terminating_signal()) {
+                (Some(code), _) => Exit::Code(code),
+                (_, Some(signal)) => Exit::Signal(signal),
+                _ => Exit::Unknown,
+            },
+            _ => Exit::Unknown,
+        }
+    }
+}
+
+/// Opens `run/lock` with an exclusive lock that the next process inherits.
+fn lock_file(run: &Path) -> Result<File, EngineError> {
+    let path = run.join("lock");
+    let error = || EngineError::io(format!("lock {}", path.display()));
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)
+        .map_err(error())?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let pid = fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
+            return Err(EngineError::Running(pid.unwrap_or(0)));
+        }
+        Err(errno) => return Err(error()(errno.into())),
+    }
+    file.set_len(0).map_err(error())?;
+    Ok(file)
+}
+
+/// Runs in the child: own session, pid into the lock file, descriptors kept, privileges gone.
+fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32) -> io::Result<()> {
+    let mut digits = [0_u8; 16];
+    let mut cursor = io::Cursor::new(&mut digits[..]);
+    write!(cursor, "{}", rustix::process::getpid().as_raw_nonzero())?;
+    let length = usize::try_from(cursor.position()).unwrap_or(0);
+    // SAFETY: plain system calls on descriptors and numbers that are valid in this process.
+    unsafe {
+        check(libc::setsid())?;
+        check(libc::write(lock, digits.as_ptr().cast(), length))?;
+        for &fd in inherited {
+            check(libc::fcntl(fd, libc::F_SETFD, 0))?;
+        }
+        let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
+        if libc::geteuid() == 0 {
+            check(libc::setgroups(0, std::ptr::null()))?;
+            check(libc::setresgid(user, user, user))?;
+            check(libc::setresuid(user, user, user))?;
+        }
+        check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+    }
+    Ok(())
+}
+
+fn check<T: PartialOrd + Default>(result: T) -> io::Result<()> {
+    if result < T::default() { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The real user of a process, from the `Uid:` line of proc_pid_status(5).
+fn status_uid(pid: Pid) -> Option<u32> {
+    let text = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok())
+}
+
+/// When a process was started, in seconds since 1970 (fields 22 of proc_pid_stat(5) and btime
+/// of proc_stat(5)); 0 if it cannot be told.
+fn start_time(pid: Pid) -> u64 {
+    let ticks = || {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
+        // The second field, the name, may hold anything; the last ')' ends it.
+        stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse::<u64>().ok()
+    };
+    let boot = || {
+        let stat = fs::read_to_string("/proc/stat").ok()?;
+        stat.lines().find_map(|line| line.strip_prefix("btime ")?.trim().parse::<u64>().ok())
+    };
+    match (boot(), ticks()) {
+        (Some(boot), Some(ticks)) => boot + ticks / rustix::param::clock_ticks_per_second(),
+        _ => 0,
+    }
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Code(0) | Self::PoweredOff => f.write_str("the guest powered off"),
+            Self::Code(code) => write!(f, "the VM process ended with exit code {code}"),
+            Self::Signal(signal) => write!(f, "the VM process was ended by signal {signal}"),
+            Self::Unknown => f.write_str("the VM process ended"),
+        }
+    }
+}
+
+impl From<std::process::ExitStatus> for Exit {
+    fn from(status: std::process::ExitStatus) -> Self {
+        match (status.code(), status.signal()) {
+            (Some(code), _) => Self::Code(code),
+            (_, Some(signal)) => Self::Signal(signal),
+            _ => Self::Unknown,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn launch(folder: &Path, args: &[&str]) -> Launch {
+        Launch {
+            program: args[0].to_owned(),
+            args: args[1..].iter().map(OsString::from).collect(),
+            fds: vec![],
+            user: 65534,
+            log: File::create(folder.join("log")).unwrap(),
+        }
+    }
+
+    #[tokio::test]
+    async fn a_process_is_found_again_by_its_lock_and_only_while_it_lives() {
+        let run = tempfile::tempdir().unwrap();
+        assert!(Process::adopt(run.path(), 65534).unwrap().is_none());
+        let first = Process::spawn(launch(run.path(), &["/bin/sleep", "60"]), run.path()).unwrap();
+        let again = Process::adopt(run.path(), 65534).unwrap().unwrap();
+        assert_eq!(first.pid(), again.pid());
+        assert!(again.started() > 1_600_000_000);
+        let second = Process::spawn(launch(run.path(), &["/bin/sleep", "60"]), run.path());
+        assert!(matches!(second, Err(EngineError::Running(pid)) if pid == first.pid()));
+        again.kill().unwrap();
+        assert_eq!(first.exited().await, Exit::Signal(9));
+        assert!(Process::adopt(run.path(), 65534).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn a_process_of_another_user_is_not_taken_over() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: needs root to start a process as another user");
+            return;
+        }
+        let run = tempfile::tempdir().unwrap();
+        let process = Process::spawn(launch(run.path(), &["/bin/sleep", "60"]), run.path()).unwrap();
+        assert!(Process::adopt(run.path(), 65533).is_err());
+        process.kill().unwrap();
+        process.exited().await;
+    }
+
+    #[tokio::test]
+    async fn a_program_that_is_not_there_is_named_with_the_remedy() {
+        let run = tempfile::tempdir().unwrap();
+        let error = Process::spawn(launch(run.path(), &["/no/such/program"]), run.path()).unwrap_err();
+        assert!(error.to_string().contains("/no/such/program") && error.to_string().contains("apt-get"));
+        assert!(Process::adopt(run.path(), 65534).unwrap().is_none());
+    }
+
+    #[tokio::test]
+    async fn it_runs_without_root_and_without_groups() {
+        let run = tempfile::tempdir().unwrap();
+        let script = "id -u; id -G; grep -c '0000000000000000' /proc/self/status";
+        let process = Process::spawn(launch(run.path(), &["/bin/sh", "-c", script]), run.path()).unwrap();
+        assert_eq!(process.exited().await, Exit::Code(0));
+        if rustix::process::geteuid().is_root() {
+            let text = fs::read_to_string(run.path().join("log")).unwrap();
+            assert!(text.starts_with("65534\n65534\n"), "{text}");
+        }
+    }
+}

@@ -1,0 +1,265 @@
+//! Errors as clients get them.
+
+use std::error::Error;
+use std::io;
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use catalyst_api::legacy::CodeMessage;
+use catalyst_api::{ApiError, ErrorCode};
+use catalyst_images::ImageError;
+
+use crate::engine::EngineError;
+use crate::machines::error::{ChangeError, CreateError, GuestError, PowerError, UnknownVm};
+use crate::store::disk::DiskError;
+use crate::store::{ConfigError, StoreError};
+
+/// The messages of an error and its causes, nearest first; a cause that only repeats is left out.
+pub fn chain(error: &dyn Error) -> Vec<String> {
+    let mut messages: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        let message = error.to_string();
+        if messages.last().is_none_or(|last| !last.ends_with(&message)) {
+            messages.push(message);
+        }
+        next = error.source();
+    }
+    messages
+}
+
+/// An error of the daemon that knows which word clients get for it.
+pub trait Failure: Error {
+    /// The stable word.
+    fn code(&self) -> ErrorCode;
+}
+
+/// What a handler of `/v1` answers when it fails.
+#[derive(Debug)]
+pub struct Refusal(pub ApiError);
+
+impl<E: Failure> From<E> for Refusal {
+    fn from(error: E) -> Self {
+        let mut causes = chain(&error);
+        let message = causes.remove(0);
+        Self(ApiError { code: error.code(), message, causes })
+    }
+}
+
+impl Refusal {
+    /// An error that has no cause below it.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self(ApiError { code, message: message.into(), causes: Vec::new() })
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        (status(self.0.code), Json(self.0)).into_response()
+    }
+}
+
+/// The HTTP status of each word.
+pub fn status(code: ErrorCode) -> StatusCode {
+    match code {
+        ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
+        ErrorCode::Forbidden => StatusCode::FORBIDDEN,
+        ErrorCode::VmNotFound
+        | ErrorCode::ImageNotFound
+        | ErrorCode::TaskNotFound
+        | ErrorCode::PathNotFound => StatusCode::NOT_FOUND,
+        ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+        ErrorCode::VmExists
+        | ErrorCode::WrongState
+        | ErrorCode::InUse
+        | ErrorCode::ImageUnusable
+        | ErrorCode::GuestNotReady => StatusCode::CONFLICT,
+        ErrorCode::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorCode::GuestTimeout => StatusCode::GATEWAY_TIMEOUT,
+        ErrorCode::GuestFailed => StatusCode::BAD_GATEWAY,
+        ErrorCode::HostUnfit => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::DiskFull => StatusCode::INSUFFICIENT_STORAGE,
+        ErrorCode::NotYet => StatusCode::NOT_IMPLEMENTED,
+        ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+/// What a handler of `/api` answers when it fails. The clients of old understand only some
+/// statuses (AppCatalyst reference section 1.2); the original used 500 for almost everything.
+#[derive(Debug)]
+pub struct LegacyRefusal {
+    status: StatusCode,
+    message: String,
+}
+
+impl LegacyRefusal {
+    /// An error with `status`, or the nearest that the clients understand.
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        let status = match status.as_u16() {
+            413 | 422 => StatusCode::BAD_REQUEST,
+            400 | 401 | 403..=406 | 408 | 409 | 415 | 500 | 503 | 504 => status,
+            _ => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self { status, message: message.into() }
+    }
+}
+
+impl<E: Failure> From<E> for LegacyRefusal {
+    fn from(error: E) -> Self {
+        Self::new(status(error.code()), chain(&error).join(": "))
+    }
+}
+
+impl IntoResponse for LegacyRefusal {
+    fn into_response(self) -> Response {
+        let body = CodeMessage { code: self.status.as_u16(), message: self.message };
+        (self.status, Json(body)).into_response()
+    }
+}
+
+fn io_code(error: &io::Error) -> ErrorCode {
+    match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorCode::DiskFull,
+        _ => ErrorCode::Internal,
+    }
+}
+
+fn disk_code(error: &DiskError) -> ErrorCode {
+    match error {
+        DiskError::Tool(_) => ErrorCode::HostUnfit,
+        DiskError::Full(_) => ErrorCode::DiskFull,
+        DiskError::Io { source, .. } => io_code(source),
+        DiskError::Create { .. } | DiskError::Missing(_) | DiskError::Unusable { .. } => ErrorCode::Internal,
+    }
+}
+
+fn store_code(error: &StoreError) -> ErrorCode {
+    match error {
+        StoreError::Io { source, .. } => io_code(source),
+        StoreError::Vmx { .. } => ErrorCode::WrongState,
+        StoreError::Exists(_) => ErrorCode::VmExists,
+        StoreError::Disk(disk) => disk_code(disk),
+    }
+}
+
+fn engine_code(error: &EngineError) -> ErrorCode {
+    match error {
+        EngineError::Program { .. } => ErrorCode::HostUnfit,
+        EngineError::Io { source, .. } => io_code(source),
+        EngineError::Died(_) | EngineError::Refused { .. } => ErrorCode::Internal,
+        EngineError::Running(_) => ErrorCode::WrongState,
+    }
+}
+
+/// The word for an image's error.
+pub fn image_code(error: &ImageError) -> ErrorCode {
+    match error {
+        ImageError::Missing { .. } | ImageError::MissingVersion { .. } => ErrorCode::ImageNotFound,
+        ImageError::BadName(_) => ErrorCode::InvalidRequest,
+        ImageError::Io { .. } => ErrorCode::Internal,
+        _ => ErrorCode::ImageUnusable,
+    }
+}
+
+impl Failure for UnknownVm {
+    fn code(&self) -> ErrorCode {
+        ErrorCode::VmNotFound
+    }
+}
+
+impl Failure for ConfigError {
+    fn code(&self) -> ErrorCode {
+        ErrorCode::InvalidRequest
+    }
+}
+
+impl Failure for ImageError {
+    fn code(&self) -> ErrorCode {
+        image_code(self)
+    }
+}
+
+impl Failure for CreateError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Id(_) | Self::Config(_) | Self::ParentDisk => ErrorCode::InvalidRequest,
+            Self::Unknown(_) => ErrorCode::VmNotFound,
+            Self::Hostname { .. } => ErrorCode::VmExists,
+            Self::Template { source, .. } => image_code(source),
+            Self::ParentState { .. } => ErrorCode::WrongState,
+            Self::Network(_) => ErrorCode::HostUnfit,
+            Self::Store(store) => store_code(store),
+            Self::Stopping => ErrorCode::Internal,
+        }
+    }
+}
+
+impl Failure for ChangeError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unknown(_) => ErrorCode::VmNotFound,
+            Self::Config(_) => ErrorCode::InvalidRequest,
+            Self::State { .. } => ErrorCode::WrongState,
+            Self::Engine(engine) => engine_code(engine),
+            Self::Store(store) => store_code(store),
+            Self::Stopping => ErrorCode::Internal,
+        }
+    }
+}
+
+impl Failure for PowerError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unknown(_) => ErrorCode::VmNotFound,
+            Self::State { .. } | Self::Overtaken(_) => ErrorCode::WrongState,
+            Self::NotYet(_) => ErrorCode::NotYet,
+            Self::GuestTimeout { .. } => ErrorCode::GuestTimeout,
+            Self::Template { source, .. } => image_code(source),
+            Self::Open { source, .. } => io_code(source),
+            Self::Store(store) => store_code(store),
+            Self::Identity(_) | Self::Stopping => ErrorCode::Internal,
+            Self::Network(_) => ErrorCode::HostUnfit,
+            Self::Engine { source, .. } => engine_code(source),
+        }
+    }
+}
+
+impl Failure for GuestError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unknown(_) => ErrorCode::VmNotFound,
+            Self::State { .. } => ErrorCode::WrongState,
+            Self::NotReady { .. } => ErrorCode::GuestNotReady,
+            Self::Agent { .. } => ErrorCode::GuestFailed,
+            Self::ConsoleBusy(_) => ErrorCode::InUse,
+            Self::Io { source, .. } => io_code(source),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_chain_names_each_cause_once() {
+        let error = StoreError::Io {
+            what: "write",
+            path: "/x".into(),
+            source: io::Error::from(io::ErrorKind::StorageFull),
+        };
+        let outer = CreateError::Store(error);
+        assert_eq!(chain(&outer), ["Cannot write /x", "no storage space"]);
+        assert_eq!(outer.code(), ErrorCode::DiskFull);
+    }
+
+    #[test]
+    fn the_old_clients_get_only_statuses_they_understand() {
+        for status in 400..600 {
+            let refusal = LegacyRefusal::new(StatusCode::from_u16(status).unwrap(), "");
+            let known = [400, 401, 403, 404, 405, 406, 408, 409, 415, 500, 503, 504];
+            assert!(known.contains(&refusal.status.as_u16()), "{status}");
+        }
+    }
+}

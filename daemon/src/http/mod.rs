@@ -1,0 +1,89 @@
+//! REST: handlers that parse and answer, without logic of their own.
+
+mod body;
+pub mod error;
+mod legacy;
+mod shape;
+mod v1;
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::routing::get;
+use tokio::sync::Notify;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::OpenApi;
+use utoipa_swagger_ui::SwaggerUi;
+
+use crate::images::Images;
+use crate::machines::Machines;
+use crate::settings::Settings;
+
+/// What handlers work with.
+#[derive(Clone, Debug)]
+pub struct App {
+    /// The VMs.
+    pub machines: Machines,
+    /// Images and their tasks.
+    pub images: Images,
+    /// How the daemon was started.
+    pub settings: Arc<Settings>,
+    /// Told to stop the daemon.
+    pub stop: Arc<Notify>,
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Catalyst", description = "A desktop hypervisor for developers"),
+    tags(
+        (name = "AppCatalyst", description = "The contract of VMware AppCatalyst, as its clients use it"),
+        (name = "VMs", description = "Virtual machines"),
+        (name = "Guest", description = "Inside a VM"),
+        (name = "Images", description = "Templates that VMs are made from"),
+        (name = "Daemon", description = "The daemon and its host"),
+    )
+)]
+struct Description;
+
+/// All routes. Who may use them is decided by the layers around (see [`crate::access`]).
+pub fn router(app: App) -> Router {
+    let (legacy, legacy_description) = legacy::routes().split_for_parts();
+    let (v1, v1_description) = v1::routes().split_for_parts();
+    let mut description = Description::openapi();
+    description.merge(legacy_description);
+    description.merge(v1_description);
+    let documents = Router::new()
+        .merge(SwaggerUi::new("/swagger").url("/v1/openapi.json", description))
+        .route("/", get(|| async { axum::response::Redirect::temporary("/swagger/") }));
+    let legacy = Router::new()
+        .merge(legacy)
+        .layer(CatchPanicLayer::new())
+        .layer(axum::middleware::from_fn(shape::legacy_errors));
+    let rest = Router::new()
+        .merge(v1)
+        .merge(documents)
+        .fallback(shape::no_such_path)
+        .layer(CatchPanicLayer::new())
+        .layer(axum::middleware::from_fn(shape::v1_errors));
+    legacy.merge(rest).layer(axum::middleware::from_fn(shape::log)).with_state(app)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_path_of_the_original_is_described() {
+        let (_, description) = legacy::routes().split_for_parts();
+        for path in [
+            "/api/vms",
+            "/api/vms/{id}",
+            "/api/vms/power/{id}",
+            "/api/vms/{id}/ipaddress",
+            "/api/vms/{id}/folders",
+            "/api/vms/{id}/folders/{folder_id}",
+        ] {
+            assert!(description.paths.paths.contains_key(path), "{path}");
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! Events as server-sent events.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::extract::{Query, State};
+use axum::response::sse::{self, KeepAlive, Sse};
+use catalyst_api::{Event, EventKind};
+use futures_util::{Stream, stream};
+use serde::Deserialize;
+use tokio::sync::broadcast::{Receiver, error::RecvError};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::super::App;
+use crate::events::now_ms;
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(events))
+}
+
+#[derive(Deserialize)]
+struct EventsQuery {
+    vm: Option<String>,
+}
+
+/// What happens from now on, one JSON object an event.
+#[utoipa::path(get, path = "/v1/events", tag = "Daemon",
+    params(("vm" = Option<String>, Query, description = "Only events of this VM")),
+    responses((status = 200, body = Event, content_type = "text/event-stream")))]
+async fn events(
+    State(app): State<App>,
+    Query(query): Query<EventsQuery>,
+) -> Sse<impl Stream<Item = Result<sse::Event, Infallible>>> {
+    let listener = app.machines.context().events.listen();
+    // The first line goes out at once, so that a client knows that it listens before it acts.
+    let hello = stream::once(async { Ok(sse::Event::default().comment("listening")) });
+    let events = stream::unfold((listener, query.vm), next);
+    let stream = futures_util::StreamExt::chain(hello, events);
+    Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(30)))
+}
+
+type Listener = (Receiver<Event>, Option<String>);
+
+async fn next((mut listener, vm): Listener) -> Option<(Result<sse::Event, Infallible>, Listener)> {
+    loop {
+        let event = match listener.recv().await {
+            Ok(event) => event,
+            Err(RecvError::Lagged(count)) => Event { at_ms: now_ms(), kind: EventKind::Lost { count } },
+            Err(RecvError::Closed) => return None,
+        };
+        if vm.as_deref().is_some_and(|vm| !concerns(&event.kind, vm)) {
+            continue;
+        }
+        // The types of the API always serialize.
+        let data = sse::Event::default().json_data(&event).unwrap_or_default();
+        return Some((Ok(data), (listener, vm)));
+    }
+}
+
+fn concerns(kind: &EventKind, vm: &str) -> bool {
+    match kind {
+        EventKind::VmCreated { id }
+        | EventKind::VmDeleted { id }
+        | EventKind::VmState { id, .. }
+        | EventKind::VmGuest { id, .. } => id == vm,
+        EventKind::Task { .. } => false,
+        EventKind::Lost { .. } => true,
+    }
+}

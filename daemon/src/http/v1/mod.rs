@@ -1,0 +1,23 @@
+//! `/v1/…`: Catalyst's own API.
+
+mod daemon;
+mod events;
+mod guest;
+mod images;
+mod logs;
+mod vms;
+
+use utoipa_axum::router::OpenApiRouter;
+
+use super::App;
+
+/// The routes.
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .merge(vms::routes())
+        .merge(guest::routes())
+        .merge(logs::routes())
+        .merge(images::routes())
+        .merge(events::routes())
+        .merge(daemon::routes())
+}

@@ -1,0 +1,221 @@
+//! Why something could not be done with a VM, one enum per kind of operation.
+
+use std::io;
+
+use catalyst_api::{PowerOp, VmState};
+use catalyst_images::ImageError;
+use thiserror::Error;
+
+use crate::agent::AgentError;
+use crate::engine::EngineError;
+use crate::network::NetworkError;
+use crate::store::identity::IdentityError;
+use crate::store::{ConfigError, IdError, StoreError, VmId};
+
+/// No such VM.
+#[derive(Debug, Error)]
+#[error("There is no VM '{0}'; see: catalyst vm list")]
+pub struct UnknownVm(pub String);
+
+/// Why a VM could not be made.
+#[derive(Debug, Error)]
+pub enum CreateError {
+    /// The id cannot be one.
+    #[error(transparent)]
+    Id(#[from] IdError),
+    /// A value is out of its range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The parent is not there.
+    #[error(transparent)]
+    Unknown(#[from] UnknownVm),
+    /// Two VMs would have the same name in the network.
+    #[error("The VM '{id}' would have the host name of the VM '{other}'; choose another id")]
+    Hostname {
+        /// The new VM.
+        id: VmId,
+        /// The one that has it.
+        other: VmId,
+    },
+    /// The template cannot be used.
+    #[error("The template '{name}' cannot be used")]
+    Template {
+        /// Its name.
+        name: String,
+        /// Why not.
+        #[source]
+        source: ImageError,
+    },
+    /// The parent does not lie still.
+    #[error("The VM '{id}' is {state}; power it off before it is cloned: catalyst vmpower shutdown {id}")]
+    ParentState {
+        /// The parent.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+    },
+    /// A clone keeps its parent's disk.
+    #[error("A clone has the template and disk size of its parent; leave them out")]
+    ParentDisk,
+    /// No address is left.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// It could not be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The daemon is stopping.
+    #[error("The daemon is stopping")]
+    Stopping,
+}
+
+/// Why a VM could not be changed or deleted.
+#[derive(Debug, Error)]
+pub enum ChangeError {
+    /// No such VM.
+    #[error(transparent)]
+    Unknown(#[from] UnknownVm),
+    /// A value is out of its range.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// It runs.
+    #[error("The VM '{id}' is {state}; power it off first, or delete it with --force")]
+    State {
+        /// The VM.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+    },
+    /// The process would not end.
+    #[error("The VM could not be powered off")]
+    Engine(#[from] EngineError),
+    /// It could not be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The daemon is stopping.
+    #[error("The daemon is stopping")]
+    Stopping,
+}
+
+/// Why a VM's power could not be changed.
+#[derive(Debug, Error)]
+pub enum PowerError {
+    /// No such VM.
+    #[error(transparent)]
+    Unknown(#[from] UnknownVm),
+    /// The state does not allow it.
+    #[error("The VM '{id}' is {state}; '{op}' is not possible now")]
+    State {
+        /// The VM.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+        /// What was asked.
+        op: PowerOp,
+    },
+    /// Comes later.
+    #[error(
+        "'{0}' is not supported yet; use 'shutdown', or 'pause' to keep the memory while the daemon's machine runs"
+    )]
+    NotYet(PowerOp),
+    /// The guest did not shut down in time.
+    #[error(
+        "The guest of '{id}' did not shut down within {seconds} s; try again, or pull the plug: catalyst vmpower off {id}"
+    )]
+    GuestTimeout {
+        /// The VM.
+        id: VmId,
+        /// The limit.
+        seconds: u64,
+    },
+    /// Someone pulled the plug while it was shutting down.
+    #[error("The shutdown of '{0}' was overtaken by another request")]
+    Overtaken(VmId),
+    /// The template cannot be used.
+    #[error("The template of '{id}' cannot be used")]
+    Template {
+        /// The VM.
+        id: VmId,
+        /// Why not.
+        #[source]
+        source: ImageError,
+    },
+    /// A file could not be opened.
+    #[error("Cannot open {path}")]
+    Open {
+        /// The file.
+        path: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The VM's files are unusable.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The VM's identity is unusable.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// The network is not up.
+    #[error("The VM network cannot be used")]
+    Network(#[from] NetworkError),
+    /// The process could not be started or spoken to.
+    #[error("The VM '{id}' could not be powered {op}")]
+    Engine {
+        /// The VM.
+        id: VmId,
+        /// What was asked.
+        op: PowerOp,
+        /// Why not.
+        #[source]
+        source: EngineError,
+    },
+    /// The daemon is stopping.
+    #[error("The daemon is stopping")]
+    Stopping,
+}
+
+/// Why the guest could not be used.
+#[derive(Debug, Error)]
+pub enum GuestError {
+    /// No such VM.
+    #[error(transparent)]
+    Unknown(#[from] UnknownVm),
+    /// It does not run.
+    #[error("The VM '{id}' is {state}; start it: catalyst vmpower on {id}")]
+    State {
+        /// The VM.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+    },
+    /// It runs, and is not so far.
+    #[error("The guest of '{id}' is still starting: {missing}")]
+    NotReady {
+        /// The VM.
+        id: VmId,
+        /// What is missing.
+        missing: &'static str,
+    },
+    /// The agent said no, or is gone.
+    #[error("The agent in '{id}' could not do it")]
+    Agent {
+        /// The VM.
+        id: VmId,
+        /// Why not.
+        #[source]
+        source: AgentError,
+    },
+    /// Too much at once.
+    #[error("The console of '{0}' is attached elsewhere; leave it there first")]
+    ConsoleBusy(VmId),
+    /// A socket or file failed.
+    #[error("Cannot {what} of '{id}'")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// The VM.
+        id: VmId,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}

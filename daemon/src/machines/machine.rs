@@ -1,0 +1,400 @@
+//! One VM's task: commands in order, one at a time, and what its process does meanwhile.
+//!
+//! ```text
+//!              on                      pause
+//! powered off ────► powering on ─► powered on ◄────► paused
+//!      ▲                            │   ▲    unpause
+//!      │  off, end of the process   │   │ guest too slow
+//!      ├────────────────────────────┤   │
+//!      └──── end of the process ── powering off ◄── shutdown
+//! ```
+//! `blocked` is a VM whose file cannot be used; it leaves that state when the file is mended.
+//! While a guest shuts down, commands are still taken: `off` overtakes a `shutdown`.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use catalyst_api::{EventKind, PowerOp, UpdateVm, VmState};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use super::error::{ChangeError, PowerError};
+use super::shared::Shared;
+use super::{Context, attendant, start};
+use crate::engine::{Exit, VmProcess};
+use crate::store::{VmDir, disk, files, logs};
+
+/// How long a guest may take to shut down. Vagrant's HTTP client gives up after 60 s and does
+/// not catch that, so the answer comes before (AppCatalyst reference section 1.4).
+pub const SHUTDOWN_LIMIT: Duration = Duration::from_secs(50);
+/// How often the logs of a running VM are looked at, so that a guest cannot fill the disk.
+const LOG_CHECK: Duration = Duration::from_secs(30);
+
+type Reply<E> = oneshot::Sender<Result<(), E>>;
+
+/// What a VM can be asked.
+#[derive(Debug)]
+pub(super) enum Command {
+    Power {
+        op: PowerOp,
+        reply: Reply<PowerError>,
+    },
+    Update {
+        update: UpdateVm,
+        reply: Reply<ChangeError>,
+    },
+    /// Powers off if `force`, removes the folder and ends the task.
+    Delete {
+        force: bool,
+        reply: Reply<ChangeError>,
+    },
+    /// Copies the disk of a VM that lies still; the reply names the state if it does not.
+    CopyDisk {
+        to: VmDir,
+        reply: oneshot::Sender<Result<Result<(), disk::DiskError>, VmState>>,
+    },
+}
+
+pub(super) struct Machine {
+    context: Arc<Context>,
+    shared: Arc<Shared>,
+    process: Option<Running>,
+    shutdown: Option<Shutdown>,
+}
+
+struct Running {
+    process: Box<dyn VmProcess>,
+    attendant: JoinHandle<()>,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.attendant.abort();
+    }
+}
+
+/// A guest that was asked to shut down.
+struct Shutdown {
+    deadline: Instant,
+    replies: Vec<Reply<PowerError>>,
+}
+
+enum Happening {
+    Command(Option<Command>),
+    Exited(Exit),
+    TooSlow,
+    LogCheck,
+}
+
+impl Machine {
+    /// Starts the task of a VM, taking over the process that an earlier daemon left, if any.
+    pub(super) fn spawn(
+        context: Arc<Context>,
+        shared: Arc<Shared>,
+        commands: mpsc::Receiver<Command>,
+        adopt: bool,
+    ) {
+        let machine = Self { context, shared, process: None, shutdown: None };
+        tokio::spawn(machine.run(commands, adopt));
+    }
+
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, adopt: bool) {
+        if adopt {
+            self.adopt().await;
+        }
+        let mut log_check = tokio::time::interval(LOG_CHECK);
+        log_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let happening = tokio::select! {
+                command = commands.recv() => Happening::Command(command),
+                exit = exited(self.process.as_ref()) => Happening::Exited(exit),
+                () = too_slow(self.shutdown.as_ref()) => Happening::TooSlow,
+                _ = log_check.tick(), if self.process.is_some() => Happening::LogCheck,
+            };
+            match happening {
+                Happening::Command(None) => return,
+                Happening::Command(Some(Command::Delete { force, reply })) => {
+                    let result = self.delete(force).await;
+                    let deleted = result.is_ok();
+                    if deleted {
+                        self.context.forget(self.shared.dir().id());
+                    }
+                    // Whoever asked may have gone.
+                    let _ = reply.send(result);
+                    if deleted {
+                        return;
+                    }
+                }
+                Happening::Command(Some(command)) => self.obey(command).await,
+                Happening::Exited(exit) => self.ended(&exit.to_string()),
+                Happening::TooSlow => self.shutdown_failed(),
+                Happening::LogCheck => self.bound_logs(),
+            }
+        }
+    }
+
+    async fn obey(&mut self, command: Command) {
+        match command {
+            Command::Power { op: PowerOp::Shutdown, reply } => self.begin_shutdown(reply).await,
+            Command::Power { op, reply } => {
+                let result = self.power(op).await;
+                let _ = reply.send(result);
+            }
+            Command::Update { update, reply } => {
+                let _ = reply.send(self.update(update));
+            }
+            Command::CopyDisk { to, reply } => {
+                let state = self.shared.state();
+                let result = if state == VmState::PoweredOff {
+                    let from = self.shared.dir().disk();
+                    let copied = tokio::task::spawn_blocking(move || disk::copy(&from, &to.disk())).await;
+                    // The copy cannot panic; if the runtime is stopping, nobody reads the reply.
+                    copied.map_err(|_| state)
+                } else {
+                    Err(state)
+                };
+                let _ = reply.send(result);
+            }
+            Command::Delete { .. } => {}
+        }
+    }
+
+    async fn power(&mut self, op: PowerOp) -> Result<(), PowerError> {
+        let state = self.shared.state();
+        let id = self.shared.dir().id().clone();
+        match (op, state) {
+            (PowerOp::On, VmState::PoweredOff | VmState::Blocked) => self.start().await,
+            (PowerOp::On | PowerOp::Unpause, VmState::PoweredOn)
+            | (PowerOp::Pause, VmState::Paused)
+            | (PowerOp::Off, VmState::PoweredOff | VmState::Blocked) => Ok(()),
+            (PowerOp::Off, _) => self.kill("it was powered off").await,
+            (PowerOp::Pause, VmState::PoweredOn) => {
+                self.with_process(op, |process| process.pause()).await?;
+                self.shared.enter(VmState::Paused, None);
+                Ok(())
+            }
+            (PowerOp::Unpause | PowerOp::On, VmState::Paused) => {
+                self.with_process(op, |process| process.resume()).await?;
+                self.shared.enter(VmState::PoweredOn, None);
+                Ok(())
+            }
+            (PowerOp::Suspend, VmState::PoweredOn | VmState::Paused) => Err(PowerError::NotYet(op)),
+            _ => Err(PowerError::State { id, state, op }),
+        }
+    }
+
+    async fn with_process<'a, F>(&'a self, op: PowerOp, action: F) -> Result<(), PowerError>
+    where
+        F: FnOnce(
+            &'a dyn VmProcess,
+        ) -> futures_util::future::BoxFuture<'a, Result<(), crate::engine::EngineError>>,
+    {
+        let id = self.shared.dir().id().clone();
+        let Some(running) = &self.process else {
+            return Err(PowerError::State { id, state: self.shared.state(), op });
+        };
+        action(running.process.as_ref()).await.map_err(|source| PowerError::Engine { id, op, source })
+    }
+
+    async fn start(&mut self) -> Result<(), PowerError> {
+        self.shared.refresh();
+        self.shared.enter(VmState::PoweringOn, None);
+        let started = Instant::now();
+        match start::start(&self.context, &self.shared).await {
+            Ok(process) => {
+                self.attach(process);
+                self.shared.enter(VmState::PoweredOn, None);
+                tracing::info!(vm = %self.shared.dir().id(), ms = started.elapsed().as_millis(), "started");
+                Ok(())
+            }
+            Err(error) => {
+                let reason = crate::http::error::chain(&error).join(": ");
+                self.shared.enter(VmState::PoweredOff, Some(reason));
+                self.shared.refresh();
+                Err(error)
+            }
+        }
+    }
+
+    async fn adopt(&mut self) {
+        let dir = self.shared.dir().clone();
+        let user = crate::engine::vm_user(self.shared.address());
+        match self.context.engine.adopt(dir.clone(), user).await {
+            Ok(Some(process)) => {
+                let state = match process.is_running().await {
+                    Ok(false) => VmState::Paused,
+                    _ => VmState::PoweredOn,
+                };
+                self.attach(process);
+                self.shared.enter(state, None);
+            }
+            Ok(None) => {
+                if let Ok(reason) = files::read_bounded(&dir.reason(), 4096) {
+                    self.shared.facts().reason = Some(String::from_utf8_lossy(&reason).into_owned());
+                }
+            }
+            Err(error) => {
+                let reason = crate::http::error::chain(&error).join(": ");
+                self.shared.enter(VmState::Blocked, Some(reason));
+            }
+        }
+    }
+
+    fn attach(&mut self, process: Box<dyn VmProcess>) {
+        {
+            let mut facts = self.shared.facts();
+            facts.pid = Some(process.pid());
+            facts.started = Some(process.started());
+            facts.engine = self.context.engine.name();
+        }
+        let attendant = tokio::spawn(attendant::attend(Arc::clone(&self.context), Arc::clone(&self.shared)));
+        self.process = Some(Running { process, attendant });
+    }
+
+    async fn begin_shutdown(&mut self, reply: Reply<PowerError>) {
+        let id = self.shared.dir().id().clone();
+        match self.shared.state() {
+            VmState::PoweredOff => drop(reply.send(Ok(()))),
+            VmState::PoweringOff => {
+                if let Some(shutdown) = &mut self.shutdown {
+                    shutdown.replies.push(reply);
+                }
+            }
+            VmState::PoweredOn => match self.ask_guest().await {
+                Ok(()) => {
+                    self.shutdown =
+                        Some(Shutdown { deadline: Instant::now() + SHUTDOWN_LIMIT, replies: vec![reply] });
+                    self.shared.enter(VmState::PoweringOff, None);
+                }
+                Err(source) => {
+                    drop(reply.send(Err(PowerError::Engine { id, op: PowerOp::Shutdown, source })));
+                }
+            },
+            state => drop(reply.send(Err(PowerError::State { id, state, op: PowerOp::Shutdown }))),
+        }
+    }
+
+    /// Asks the agent; where there is none, or it does not answer, presses the power button.
+    async fn ask_guest(&self) -> Result<(), crate::engine::EngineError> {
+        if let Some(agent) = self.shared.agent()
+            && self.shared.guest().agent
+            && agent.shutdown(crate::agent::ShutdownKind::PowerOff).await.is_ok()
+        {
+            return Ok(());
+        }
+        match &self.process {
+            Some(running) => running.process.power_button().await,
+            None => Ok(()),
+        }
+    }
+
+    fn shutdown_failed(&mut self) {
+        let Some(shutdown) = self.shutdown.take() else { return };
+        let id = self.shared.dir().id();
+        self.shared.enter(VmState::PoweredOn, Some("the guest did not shut down in time".to_owned()));
+        for reply in shutdown.replies {
+            let error = PowerError::GuestTimeout { id: id.clone(), seconds: SHUTDOWN_LIMIT.as_secs() };
+            let _ = reply.send(Err(error));
+        }
+    }
+
+    async fn kill(&mut self, reason: &str) -> Result<(), PowerError> {
+        let id = self.shared.dir().id().clone();
+        if let Some(shutdown) = self.shutdown.take() {
+            for reply in shutdown.replies {
+                let _ = reply.send(Err(PowerError::Overtaken(id.clone())));
+            }
+        }
+        let Some(running) = &self.process else { return Ok(()) };
+        running.process.kill().map_err(|source| PowerError::Engine { id, op: PowerOp::Off, source })?;
+        running.process.exited().await;
+        self.ended(reason);
+        Ok(())
+    }
+
+    /// The process is gone.
+    fn ended(&mut self, reason: &str) {
+        self.process = None;
+        {
+            let mut facts = self.shared.facts();
+            facts.pid = None;
+            facts.started = None;
+            facts.agent = None;
+        }
+        self.shared.set_guest(catalyst_api::GuestStatus::default());
+        let path = self.shared.dir().reason();
+        if let Err(error) = files::write_atomically(&path, reason.as_bytes(), 0o600) {
+            tracing::warn!(path = %path.display(), %error, "cannot keep why the VM is off");
+        }
+        self.shared.enter(VmState::PoweredOff, Some(reason.to_owned()));
+        for reply in self.shutdown.take().map(|shutdown| shutdown.replies).unwrap_or_default() {
+            let _ = reply.send(Ok(()));
+        }
+    }
+
+    fn update(&mut self, update: UpdateVm) -> Result<(), ChangeError> {
+        let dir = self.shared.dir();
+        let (vmx, mut config) = dir.read()?;
+        if let Some(name) = update.name {
+            config.name = name;
+        }
+        if let Some(cpus) = update.cpus {
+            config.cpus = cpus;
+        }
+        if let Some(memory) = update.memory_mib {
+            config.memory_mib = memory;
+        }
+        if let Some(tags) = update.tags {
+            config.tags = tags;
+        }
+        config.check()?;
+        dir.write(vmx, &config)?;
+        self.shared.facts().config = Some(config);
+        Ok(())
+    }
+
+    async fn delete(&mut self, force: bool) -> Result<(), ChangeError> {
+        let id = self.shared.dir().id().clone();
+        let state = self.shared.state();
+        if self.process.is_some() {
+            if !force {
+                return Err(ChangeError::State { id, state });
+            }
+            match self.kill("it is being deleted").await {
+                Err(PowerError::Engine { source, .. }) => return Err(source.into()),
+                _ => {}
+            }
+        }
+        let (store, dir) = (self.context.store.clone(), self.shared.dir().clone());
+        match tokio::task::spawn_blocking(move || store.delete(&dir)).await {
+            Ok(result) => result?,
+            Err(_) => return Err(ChangeError::Stopping),
+        }
+        self.context.events.send(EventKind::VmDeleted { id: id.to_string() });
+        Ok(())
+    }
+
+    fn bound_logs(&self) {
+        let dir = self.shared.dir();
+        for path in [dir.console_log(), dir.engine_log()] {
+            if let Err(error) = logs::bound(&path) {
+                tracing::warn!(path = %path.display(), %error, "cannot cut the log");
+            }
+        }
+    }
+}
+
+async fn exited(running: Option<&Running>) -> Exit {
+    match running {
+        Some(running) => running.process.exited().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn too_slow(shutdown: Option<&Shutdown>) {
+    match shutdown {
+        Some(shutdown) => tokio::time::sleep_until(shutdown.deadline).await,
+        None => std::future::pending().await,
+    }
+}

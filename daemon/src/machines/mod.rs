@@ -1,0 +1,377 @@
+//! The VMs: the one place that knows the state machine of a VM.
+//!
+//! Each VM has a task of its own ([`machine`]) that takes commands in order; [`Machines`] finds
+//! the task by id. REST handlers call [`Machines`] and never an engine.
+
+mod attendant;
+pub mod error;
+pub mod guest;
+mod machine;
+pub mod shared;
+mod start;
+
+use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use catalyst_api::{CreateVm, EventKind, PowerOp, UpdateVm, Vm, VmState};
+use catalyst_images::ImageStore;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::access::owner::Owner;
+use crate::access_keys::AccessKeys;
+use crate::engine::Engine;
+use crate::events::Events;
+use crate::network::{Lease, Mac, Network, NetworkError};
+use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
+use crate::store::{Store, StoreError, VmConfig, VmDir, VmId, disk};
+use error::{ChangeError, CreateError, PowerError, UnknownVm};
+use machine::{Command, Machine};
+use shared::Shared;
+
+/// Commands a VM can have waiting.
+const QUEUE: usize = 64;
+
+/// What all VMs share.
+pub struct Context {
+    /// The VMs on disk.
+    pub store: Store,
+    /// The images.
+    pub images: ImageStore,
+    /// The VM network.
+    pub network: Network,
+    /// What VMs are started with.
+    pub engine: Arc<dyn Engine>,
+    /// The event bus.
+    pub events: Events,
+    /// Who the VMs belong to.
+    pub owner: Owner,
+    /// Who may log in to guests.
+    pub access_keys: AccessKeys,
+    vms: RwLock<BTreeMap<VmId, Entry>>,
+}
+
+impl std::fmt::Debug for Context {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Context").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+/// A VM that is there, or an id that a create under way has taken.
+#[derive(Clone, Debug)]
+enum Entry {
+    Reserved,
+    Vm { shared: Arc<Shared>, commands: mpsc::Sender<Command> },
+}
+
+/// All VMs.
+#[derive(Clone, Debug)]
+pub struct Machines(Arc<Context>);
+
+impl Context {
+    /// Brings together what VMs are made of.
+    pub fn new(
+        store: Store,
+        images: ImageStore,
+        network: Network,
+        engine: Arc<dyn Engine>,
+        events: Events,
+        owner: Owner,
+        access_keys: AccessKeys,
+    ) -> Self {
+        Self { store, images, network, engine, events, owner, access_keys, vms: RwLock::default() }
+    }
+
+    fn entries(&self) -> RwLockReadGuard<'_, BTreeMap<VmId, Entry>> {
+        // Nothing panics while it holds the lock; if it did, the map would still be whole.
+        self.vms.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn entries_mut(&self) -> RwLockWriteGuard<'_, BTreeMap<VmId, Entry>> {
+        self.vms.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets a VM whose folder is gone, and frees its address.
+    fn forget(&self, id: &VmId) {
+        self.entries_mut().remove(id);
+        self.network.release(id.as_str());
+    }
+}
+
+impl Machines {
+    /// Finds all VMs in the store, and the processes of those that run.
+    pub fn load(context: Context) -> Result<Self, StoreError> {
+        let machines = Self(Arc::new(context));
+        for dir in machines.0.store.scan()? {
+            let id = dir.id().clone();
+            if let Err(error) = machines.add(dir, true) {
+                let reason = crate::http::error::chain(&error).join(": ");
+                tracing::error!(vm = %id, reason, "left out");
+            }
+        }
+        Ok(machines)
+    }
+
+    /// What all VMs share.
+    pub fn context(&self) -> &Context {
+        &self.0
+    }
+
+    /// Gives a VM that lies on disk its lease and its task.
+    fn add(&self, dir: VmDir, adopt: bool) -> Result<Arc<Shared>, NetworkError> {
+        let id = dir.id().clone();
+        let (vmx, config) = dir.read().ok().unzip();
+        let wanted = config.as_ref().and_then(|config| Some((Mac(config.mac?), config.address?)));
+        let lease = self.0.network.lease_for(id.as_str(), wanted)?;
+        if let (Some(vmx), Some(config)) = (vmx, config)
+            && wanted != Some((lease.mac, lease.address))
+        {
+            let fixed = with_lease(config, &lease);
+            if let Err(error) = dir.write(vmx, &fixed) {
+                tracing::warn!(vm = %id, %error, "cannot keep the address of the VM");
+            }
+        }
+        let shared = Arc::new(Shared::new(dir, self.0.events.clone(), lease, self.0.engine.name()));
+        shared.refresh();
+        let (commands, queue) = mpsc::channel(QUEUE);
+        Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopt);
+        self.0.entries_mut().insert(id, Entry::Vm { shared: Arc::clone(&shared), commands });
+        Ok(shared)
+    }
+
+    /// All VMs, those with `tag` if one is given, ordered by id.
+    pub fn list(&self, tags: &[String]) -> Vec<Arc<Shared>> {
+        let entries = self.0.entries();
+        let vms = entries.values().filter_map(|entry| match entry {
+            Entry::Vm { shared, .. } => Some(shared),
+            Entry::Reserved => None,
+        });
+        vms.filter(|vm| tags.is_empty() || vm.tags().iter().any(|tag| tags.contains(tag))).cloned().collect()
+    }
+
+    /// The VM `id`.
+    pub fn get(&self, id: &str) -> Result<Arc<Shared>, UnknownVm> {
+        self.find(id).map(|(shared, _)| shared)
+    }
+
+    /// The VM `id` with its file read anew.
+    pub fn show(&self, id: &str) -> Result<Vm, UnknownVm> {
+        let shared = self.get(id)?;
+        shared.refresh();
+        Ok(shared.view())
+    }
+
+    fn find(&self, id: &str) -> Result<(Arc<Shared>, mpsc::Sender<Command>), UnknownVm> {
+        let unknown = || UnknownVm(id.chars().take(80).collect());
+        let id = VmId::parse(id).map_err(|_| unknown())?;
+        match self.0.entries().get(&id) {
+            Some(Entry::Vm { shared, commands }) => Ok((Arc::clone(shared), commands.clone())),
+            _ => Err(unknown()),
+        }
+    }
+
+    /// Makes a VM: from a template, or with the disk of a parent that lies still. It is made
+    /// whole or not at all, also when whoever asked is gone meanwhile.
+    pub async fn create(&self, request: CreateVm) -> Result<Arc<Shared>, CreateError> {
+        let machines = self.clone();
+        let made = tokio::spawn(async move { machines.create_whole(request).await });
+        made.await.unwrap_or(Err(CreateError::Stopping))
+    }
+
+    async fn create_whole(&self, request: CreateVm) -> Result<Arc<Shared>, CreateError> {
+        let id = VmId::parse(&request.id)?;
+        let _reservation = self.reserve(&id)?;
+        let lease = self.0.network.lease_for(id.as_str(), None)?;
+        let created = match request.parent.clone() {
+            Some(parent) => self.clone_vm(&id, &parent, request, &lease).await,
+            None => self.create_from_template(&id, request, &lease).await,
+        };
+        let dir = created.inspect_err(|_| self.0.network.release(id.as_str()))?;
+        let shared = self.add(dir, false)?;
+        self.0.events.send(EventKind::VmCreated { id: id.to_string() });
+        Ok(shared)
+    }
+
+    async fn create_from_template(
+        &self,
+        id: &VmId,
+        request: CreateVm,
+        lease: &Lease,
+    ) -> Result<VmDir, CreateError> {
+        let template = request.template.clone().unwrap_or_else(|| DEFAULT_TEMPLATE.to_owned());
+        let base = VmConfig {
+            name: id.to_string(),
+            cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1),
+            memory_mib: DEFAULT_MEMORY_MIB,
+            disk_gib: request.disk_gib.unwrap_or(DEFAULT_DISK_GIB),
+            template,
+            version: String::new(),
+            mac: None,
+            address: None,
+            tags: Vec::new(),
+        };
+        let mut config = with_lease(with_request(base, request), lease);
+        config.check()?;
+        let context = Arc::clone(&self.0);
+        let id = id.clone();
+        blocking(move || {
+            let image = context
+                .images
+                .current(&config.template)
+                .map_err(|source| CreateError::Template { name: config.template.clone(), source })?;
+            config.version = image.version;
+            let owner = (context.owner.uid, context.owner.gid);
+            let made = context.store.create(&id, &config, |dir| {
+                disk::create_overlay(&dir.disk(), &image.disk, config.disk_gib, owner)
+            });
+            Ok(made?)
+        })
+        .await
+    }
+
+    async fn clone_vm(
+        &self,
+        id: &VmId,
+        parent: &str,
+        request: CreateVm,
+        lease: &Lease,
+    ) -> Result<VmDir, CreateError> {
+        if request.template.is_some() || request.disk_gib.is_some() {
+            return Err(CreateError::ParentDisk);
+        }
+        let (parent, commands) = self.find(parent)?;
+        let (_, inherited) = parent.dir().read()?;
+        let base = VmConfig { name: id.to_string(), ..inherited };
+        let config = with_lease(with_request(base, request), lease);
+        config.check()?;
+        let context = Arc::clone(&self.0);
+        let id = id.clone();
+        let handle = tokio::runtime::Handle::current();
+        blocking(move || {
+            let copy = |dir: &VmDir| copy_disk(&handle, &commands, dir);
+            match context.store.create(&id, &config, copy) {
+                Err(StoreError::Disk(disk::DiskError::Unusable { why, .. })) if why == PARENT_BUSY => {
+                    Err(CreateError::ParentState { id: parent.dir().id().clone(), state: parent.state() })
+                }
+                made => Ok(made?),
+            }
+        })
+        .await
+    }
+
+    /// Takes the id until the reservation is dropped or a VM has taken its place.
+    fn reserve(&self, id: &VmId) -> Result<Reservation, CreateError> {
+        let mut entries = self.0.entries_mut();
+        if entries.contains_key(id) {
+            return Err(StoreError::Exists(id.clone()).into());
+        }
+        if let Some(other) = entries.keys().find(|other| other.hostname() == id.hostname()) {
+            return Err(CreateError::Hostname { id: id.clone(), other: other.clone() });
+        }
+        entries.insert(id.clone(), Entry::Reserved);
+        Ok(Reservation { context: Arc::clone(&self.0), id: id.clone() })
+    }
+
+    /// Does `op` and returns when the VM is in the state that it leads to.
+    pub async fn power(&self, id: &str, op: PowerOp) -> Result<Arc<Shared>, PowerError> {
+        let (shared, commands) = self.find(id)?;
+        let (reply, answer) = oneshot::channel();
+        commands.send(Command::Power { op, reply }).await.map_err(|_| PowerError::Stopping)?;
+        answer.await.map_err(|_| PowerError::Stopping)??;
+        Ok(shared)
+    }
+
+    /// Changes what the VMX says.
+    pub async fn update(&self, id: &str, update: UpdateVm) -> Result<Arc<Shared>, ChangeError> {
+        let (shared, commands) = self.find(id)?;
+        let (reply, answer) = oneshot::channel();
+        commands.send(Command::Update { update, reply }).await.map_err(|_| ChangeError::Stopping)?;
+        answer.await.map_err(|_| ChangeError::Stopping)??;
+        Ok(shared)
+    }
+
+    /// Removes a VM and its files; one that runs only if `force`.
+    pub async fn delete(&self, id: &str, force: bool) -> Result<(), ChangeError> {
+        let (_, commands) = self.find(id)?;
+        let (reply, answer) = oneshot::channel();
+        commands.send(Command::Delete { force, reply }).await.map_err(|_| ChangeError::Stopping)?;
+        answer.await.map_err(|_| ChangeError::Stopping)?
+    }
+
+    /// VMs that have a process.
+    pub fn running(&self) -> Vec<Arc<Shared>> {
+        self.list(&[]).into_iter().filter(|vm| vm.state().has_process()).collect()
+    }
+
+    /// The VM that has `address`.
+    pub fn by_address(&self, address: Ipv4Addr) -> Option<Arc<Shared>> {
+        self.list(&[]).into_iter().find(|vm| vm.address() == address)
+    }
+
+    /// The versions of the template `name` that VMs stand on, one entry for each VM.
+    pub fn template_versions(&self, name: &str) -> Vec<String> {
+        let images = self.list(&[]).into_iter().filter_map(|vm| vm.image());
+        images.filter(|(template, _)| template == name).map(|(_, version)| version).collect()
+    }
+}
+
+/// Frees a reserved id that has not become a VM.
+struct Reservation {
+    context: Arc<Context>,
+    id: VmId,
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        let mut entries = self.context.entries_mut();
+        if let Some(Entry::Reserved) = entries.get(&self.id) {
+            entries.remove(&self.id);
+        }
+    }
+}
+
+const PARENT_BUSY: &str = "its VM does not lie still";
+
+/// Has the parent's task copy its disk, so that nothing powers it on meanwhile.
+fn copy_disk(
+    handle: &tokio::runtime::Handle,
+    commands: &mpsc::Sender<Command>,
+    to: &VmDir,
+) -> Result<(), disk::DiskError> {
+    let busy = || disk::DiskError::Unusable { path: to.disk().display().to_string(), why: PARENT_BUSY };
+    let (reply, answer) = oneshot::channel();
+    commands.blocking_send(Command::CopyDisk { to: to.clone(), reply }).map_err(|_| busy())?;
+    match handle.block_on(answer) {
+        Ok(Ok(result)) => result,
+        Ok(Err(state)) => {
+            tracing::debug!(%state, "the parent does not lie still");
+            Err(busy())
+        }
+        Err(_) => Err(busy()),
+    }
+}
+
+fn with_request(mut config: VmConfig, request: CreateVm) -> VmConfig {
+    config.name = request.name.filter(|name| !name.is_empty()).unwrap_or(config.name);
+    config.cpus = request.cpus.unwrap_or(config.cpus);
+    config.memory_mib = request.memory_mib.unwrap_or(config.memory_mib);
+    config.tags = request.tags;
+    config
+}
+
+fn with_lease(mut config: VmConfig, lease: &Lease) -> VmConfig {
+    config.mac = Some(lease.mac.0);
+    config.address = Some(lease.address);
+    config
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, CreateError> + Send + 'static,
+) -> Result<T, CreateError> {
+    tokio::task::spawn_blocking(work).await.unwrap_or(Err(CreateError::Stopping))
+}
+
+/// Whether a VM in `state` has a guest to speak with.
+pub(crate) const fn has_guest(state: VmState) -> bool {
+    matches!(state, VmState::PoweringOn | VmState::PoweredOn | VmState::PoweringOff)
+}

@@ -1,0 +1,172 @@
+//! What is known of a VM, for everyone who asks; only its own task writes it.
+
+use std::net::Ipv4Addr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use catalyst_api::{EngineName, EventKind, GuestStatus, Vm, VmState};
+
+use crate::agent::AgentLink;
+use crate::events::Events;
+use crate::network::Lease;
+use crate::store::{VmConfig, VmDir};
+
+/// The state of one VM.
+#[derive(Debug)]
+pub struct Shared {
+    dir: VmDir,
+    events: Events,
+    facts: Mutex<Facts>,
+    console: Arc<tokio::sync::Semaphore>,
+}
+
+/// See [`Shared`].
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub state: VmState,
+    pub reason: Option<String>,
+    pub config: Option<VmConfig>,
+    pub lease: Lease,
+    pub engine: EngineName,
+    pub pid: Option<u32>,
+    pub started: Option<u64>,
+    pub guest: GuestStatus,
+    pub agent: Option<AgentLink>,
+}
+
+impl Shared {
+    pub(super) fn new(dir: VmDir, events: Events, lease: Lease, engine: EngineName) -> Self {
+        let facts = Facts {
+            state: VmState::PoweredOff,
+            reason: None,
+            config: None,
+            lease,
+            engine,
+            pid: None,
+            started: None,
+            guest: GuestStatus::default(),
+            agent: None,
+        };
+        Self { dir, events, facts: Mutex::new(facts), console: Arc::new(tokio::sync::Semaphore::new(1)) }
+    }
+
+    /// The VM's folder.
+    pub fn dir(&self) -> &VmDir {
+        &self.dir
+    }
+
+    /// Power state.
+    pub fn state(&self) -> VmState {
+        self.facts().state
+    }
+
+    /// The link to the agent, once it is there.
+    pub fn agent(&self) -> Option<AgentLink> {
+        self.facts().agent.clone()
+    }
+
+    /// The right to use the console until it is dropped; `None` while another has it.
+    pub fn claim_console(&self) -> Option<tokio::sync::OwnedSemaphorePermit> {
+        Arc::clone(&self.console).try_acquire_owned().ok()
+    }
+
+    /// What the agent says.
+    pub fn guest(&self) -> GuestStatus {
+        self.facts().guest.clone()
+    }
+
+    /// The VM's fixed address.
+    pub fn address(&self) -> Ipv4Addr {
+        self.facts().lease.address
+    }
+
+    /// The VM's lease.
+    pub fn lease(&self) -> Lease {
+        self.facts().lease.clone()
+    }
+
+    /// The version of the template that the disk stands on, as template and version.
+    pub fn image(&self) -> Option<(String, String)> {
+        self.facts().config.as_ref().map(|config| (config.template.clone(), config.version.clone()))
+    }
+
+    /// The tags, for lists.
+    pub fn tags(&self) -> Vec<String> {
+        self.facts().config.as_ref().map(|config| config.tags.clone()).unwrap_or_default()
+    }
+
+    pub(super) fn facts(&self) -> MutexGuard<'_, Facts> {
+        // Nothing panics while it holds the lock; if it did, the facts would still be whole.
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Enters a state and tells the listeners.
+    pub(super) fn enter(&self, state: VmState, reason: Option<String>) {
+        {
+            let mut facts = self.facts();
+            facts.state = state;
+            facts.reason.clone_from(&reason);
+        }
+        let id = self.dir.id().to_string();
+        tracing::info!(vm = %id, %state, reason = reason.as_deref().unwrap_or_default(), "state");
+        self.events.send(EventKind::VmState { id, state, reason });
+    }
+
+    /// Notes what the agent says and tells the listeners if it is new.
+    pub(super) fn set_guest(&self, guest: GuestStatus) {
+        {
+            let mut facts = self.facts();
+            if facts.guest == guest {
+                return;
+            }
+            facts.guest = guest.clone();
+        }
+        self.events.send(EventKind::VmGuest { id: self.dir.id().to_string(), guest });
+    }
+
+    /// Reads the VMX again, since clients rewrite it at will. A file that cannot be used blocks
+    /// the VM until it is mended.
+    pub(super) fn refresh(&self) {
+        let read = self.dir.read();
+        let state = self.state();
+        match read {
+            Ok((_, config)) => {
+                self.facts().config = Some(config);
+                if state == VmState::Blocked {
+                    self.enter(VmState::PoweredOff, None);
+                }
+            }
+            Err(error) => {
+                let reason = crate::http::error::chain(&error).join(": ");
+                let told = self.facts().reason.as_deref() == Some(&reason);
+                if !state.has_process() && !(state == VmState::Blocked && told) {
+                    self.enter(VmState::Blocked, Some(reason));
+                }
+            }
+        }
+    }
+
+    /// The VM as the API tells it.
+    pub fn view(&self) -> Vm {
+        let facts = self.facts();
+        let id = self.dir.id().to_string();
+        let config = facts.config.as_ref();
+        Vm {
+            name: config.map_or_else(|| id.clone(), |config| config.name.clone()),
+            state: facts.state,
+            reason: facts.reason.clone(),
+            tags: config.map(|config| config.tags.clone()).unwrap_or_default(),
+            cpus: config.map_or(0, |config| config.cpus),
+            memory_mib: config.map_or(0, |config| config.memory_mib),
+            disk_gib: config.map_or(0, |config| config.disk_gib),
+            template: config.map(|config| config.template.clone()).unwrap_or_default(),
+            engine: facts.engine,
+            mac: facts.lease.mac.to_string(),
+            address: facts.lease.address.to_string(),
+            guest: facts.guest.clone(),
+            pid: facts.pid,
+            started: facts.started,
+            vmx: self.dir.vmx().display().to_string(),
+            id,
+        }
+    }
+}

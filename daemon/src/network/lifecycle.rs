@@ -1,0 +1,250 @@
+//! Bringing the network up, taking it down, and saying how it is.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use nix::unistd::geteuid;
+
+use super::address::Subnet;
+use super::dnsmasq::{self, Server};
+use super::error::NetworkError;
+use super::lease::{LeaseTable, gateway};
+use super::netlink::{Link, Netlink};
+use super::program::{self, Programs};
+use super::state::{RunDir, Settings};
+use super::subnet::collision;
+use super::{Network, NetworkStatus, choose_subnet, forwarding, nat, publish, tap};
+use crate::privilege::{as_root, as_root_blocking};
+
+/// How long another daemon may change the network of this machine, which it does in fractions of a second.
+const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+
+impl Network {
+    /// Brings the network up, or makes whole what is there: may be called at every power-on.
+    ///
+    /// What fails leaves nothing behind that was not there before.
+    pub async fn up(&self) -> Result<(), NetworkError> {
+        require_root("set up the network")?;
+        let programs = Programs::find()?;
+        let _changing = self.inner.changing.lock().await;
+        let _lock = lock(&self.inner.run).await?;
+        let netlink = Netlink::open()?;
+        let found = self.own_bridge(&netlink).await?;
+        let is_new = found.is_none();
+        if is_new {
+            self.avoid_collision(&netlink).await?;
+        }
+        self.claim()?;
+        let done = self.build(&netlink, found, programs).await;
+        if is_new
+            && done.is_err()
+            && let Err(error) = self.tear_down(&netlink).await
+        {
+            tracing::warn!(%error, "a network that did not come up could not be taken away");
+        }
+        done
+    }
+
+    /// Takes away everything that [`Network::up`] made, also what a daemon that crashed left. What there is not is
+    /// no error. The leases and the choice of bridge and subnet stay.
+    ///
+    /// # Errors
+    /// [`NetworkError::InUse`] with the interfaces of the virtual machines that are on; nothing is changed then.
+    pub async fn down(&self) -> Result<(), NetworkError> {
+        require_root("take the network down")?;
+        let _changing = self.inner.changing.lock().await;
+        let _lock = lock(&self.inner.run).await?;
+        self.tear_down(&Netlink::open()?).await
+    }
+
+    /// What there is of the network at the moment.
+    pub async fn status(&self) -> NetworkStatus {
+        let (subnet, leases) = {
+            let table = self.leases();
+            (table.subnet(), table.all())
+        };
+        let mut status = NetworkStatus {
+            bridge: self.inner.bridge.clone(),
+            subnet,
+            gateway: gateway(subnet),
+            up: false,
+            dnsmasq_pid: None,
+            dnsmasq_log: self.files().log(),
+            ports: Vec::new(),
+            leases,
+            forwarding_set_by_us: as_root(|| forwarding::set_by_us(&self.inner.run.forwarding())),
+            warnings: Vec::new(),
+        };
+        if let Err(error) = self.look(&mut status).await {
+            status.warnings.push(error.to_string());
+        }
+        status
+    }
+
+    async fn look(&self, status: &mut NetworkStatus) -> Result<(), NetworkError> {
+        let netlink = Netlink::open()?;
+        let bridge = self.own_bridge(&netlink).await?;
+        let ranges = netlink.host_ranges(bridge.as_ref().map(|link| link.index)).await?;
+        if let Some(range) = collision(status.subnet, &ranges) {
+            let error = NetworkError::Collision { subnet: status.subnet, user: range.user.clone() };
+            status.warnings.push(error.to_string());
+        }
+        let Some(bridge) = bridge else { return Ok(()) };
+        status.ports = netlink.ports(bridge.index).await?;
+        let files = self.files();
+        status.dnsmasq_pid = as_root_blocking(move || Server::find(&files)).await.map(|server| server.pid());
+        status.up = bridge.is_up && status.dnsmasq_pid.is_some();
+        if geteuid().is_root() {
+            let (nft, name) = (program::nft()?, bridge.name);
+            status.warnings.extend(as_root_blocking(move || nat::obstacles(&nft, &name)).await?);
+        }
+        Ok(())
+    }
+
+    /// Refuses a subnet that something on the host has come to use; or, while nobody has a lease and nobody named
+    /// the subnet, takes another.
+    async fn avoid_collision(&self, netlink: &Netlink) -> Result<(), NetworkError> {
+        let subnet = self.subnet();
+        let others = as_root(|| self.inner.run.claims_of_others(&self.inner.state_dir));
+        let mut ranges = netlink.host_ranges(None).await?;
+        ranges.extend(others.iter().map(super::Claim::range));
+        let Some(range) = collision(subnet, &ranges) else { return Ok(()) };
+        let error = NetworkError::Collision { subnet, user: range.user.clone() };
+        if self.inner.subnet_is_fixed {
+            return Err(error);
+        }
+        let other = choose_subnet(netlink, &others, None).await?;
+        let mut leases = self.leases();
+        if !leases.is_empty() {
+            return Err(error);
+        }
+        let settings = Settings { bridge: self.inner.bridge.clone(), subnet: other };
+        settings.write(&self.inner.state_dir)?;
+        *leases = LeaseTable::new(other, self.inner.bridge_mac);
+        tracing::info!(old = %subnet, new = %other, because = %range.user, "another subnet for virtual machines");
+        Ok(())
+    }
+
+    async fn build(
+        &self,
+        netlink: &Netlink,
+        found: Option<Link>,
+        programs: Programs,
+    ) -> Result<(), NetworkError> {
+        let bridge = match found {
+            Some(bridge) => bridge,
+            None => self.make_bridge(netlink).await?,
+        };
+        let subnet = self.subnet();
+        netlink.set_address(&bridge, gateway(subnet), subnet.prefix()).await?;
+        if !bridge.is_up {
+            netlink.set_up(&bridge).await?;
+        }
+        let network = self.clone();
+        as_root_blocking(move || network.serve(&programs)).await
+    }
+
+    async fn make_bridge(&self, netlink: &Netlink) -> Result<Link, NetworkError> {
+        let name = &self.inner.bridge;
+        netlink.add_bridge(name, self.inner.bridge_mac).await?;
+        let bridge = self.own_bridge(netlink).await?;
+        let bridge = bridge.ok_or_else(|| NetworkError::NoBridge { bridge: name.clone() })?;
+        let alias: String = format!("Catalyst {}", self.inner.state_dir.display()).chars().take(60).collect();
+        netlink.set_alias(&bridge, &alias).await?;
+        tap::disable_ipv6(name)?;
+        Ok(bridge)
+    }
+
+    /// Everything but the bridge: table, forwarding, dnsmasq. As root; waits.
+    fn serve(&self, programs: &Programs) -> Result<(), NetworkError> {
+        let bridge = &self.inner.bridge;
+        let subnet = self.subnet();
+        self.load_table(&programs.nft, subnet)?;
+        self.inner.run.make_network(bridge)?;
+        forwarding::enable(&self.inner.run.forwarding(), bridge)?;
+        let files = self.files();
+        let config = dnsmasq::config(&files, bridge, subnet);
+        let mut server = Server::find(&files);
+        if let Some(old) = server.take_if(|_| !dnsmasq::is_configured_as(&files, &config)) {
+            old.stop(bridge)?;
+        }
+        let server = match server {
+            Some(server) => server,
+            None => dnsmasq::start(&programs.dnsmasq, &files, &config)?,
+        };
+        let leases = self.leases();
+        if publish::publish_all(&files, gateway(subnet), &leases.all())? {
+            server.reload();
+        }
+        self.inner.serving.send_replace(Some(server.pidfd()));
+        Ok(())
+    }
+
+    /// Loads the nftables table, unless no table of this namespace has changed since it was loaded.
+    fn load_table(&self, nft: &Path, subnet: Subnet) -> Result<(), NetworkError> {
+        let mut loaded = self.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = nat::generation().ok();
+        if before.is_some() && *loaded == before {
+            return Ok(());
+        }
+        *loaded = None;
+        nat::apply(nft, &self.inner.bridge, subnet)?;
+        // One more than before: the change since then is ours and no other.
+        let after = nat::generation().ok();
+        *loaded = after.filter(|after| before.map(|before| before.wrapping_add(1)) == Some(*after));
+        Ok(())
+    }
+
+    async fn tear_down(&self, netlink: &Netlink) -> Result<(), NetworkError> {
+        let bridge = match self.own_bridge(netlink).await {
+            // Not ours, not touched; what else there is of ours goes.
+            Err(NetworkError::ForeignLink { .. }) => None,
+            other => other?,
+        };
+        if let Some(bridge) = &bridge {
+            let ports = netlink.ports(bridge.index).await?;
+            if !ports.is_empty() {
+                return Err(NetworkError::InUse { bridge: bridge.name.clone(), ports });
+            }
+        }
+        let nft = program::nft()?;
+        self.inner.serving.send_replace(None);
+        let network = self.clone();
+        as_root_blocking(move || {
+            if let Some(server) = Server::find(&network.files()) {
+                server.stop(&network.inner.bridge)?;
+            }
+            nat::remove(&nft, &network.inner.bridge)
+        })
+        .await?;
+        if let Some(bridge) = &bridge {
+            netlink.remove(bridge).await?;
+        }
+        let bridges: Vec<String> =
+            netlink.links().await?.into_iter().filter(|link| link.is_bridge).map(|link| link.name).collect();
+        as_root(|| {
+            forwarding::disable(&self.inner.run.forwarding(), &self.inner.bridge, &bridges)?;
+            self.inner.run.remove_network(&self.inner.bridge)
+        })
+    }
+}
+
+/// Takes the lock under which the networks of this machine change; `None` where we are not root and so change none.
+pub(super) async fn lock(run: &RunDir) -> Result<Option<File>, NetworkError> {
+    if !geteuid().is_root() {
+        return Ok(None);
+    }
+    let taking = run.clone();
+    let lock = as_root_blocking(move || taking.lock());
+    // Who waits in vain goes on waiting on a thread of its own, and lets go as soon as it has the lock.
+    match tokio::time::timeout(LOCK_PATIENCE, lock).await {
+        Ok(lock) => lock.map(Some),
+        Err(_) => Err(NetworkError::Busy { path: run.lock_path() }),
+    }
+}
+
+fn require_root(task: &str) -> Result<(), NetworkError> {
+    if geteuid().is_root() { Ok(()) } else { Err(NetworkError::NotRoot { task: task.to_owned() }) }
+}

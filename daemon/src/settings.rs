@@ -1,0 +1,93 @@
+//! How the daemon is started: flags and their defaults.
+
+use std::path::{Path, PathBuf};
+
+use catalyst_api::EngineName;
+use clap::{Parser, ValueEnum};
+
+use crate::access::owner::Owner;
+
+/// Where images lie where nothing else is said: shared by all state folders.
+pub const IMAGE_DIR: &str = "/var/lib/catalyst/images";
+
+/// Command line of `catalyst-daemon`.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "catalyst-daemon", version, about = "The daemon of Catalyst: VMs, network, REST")]
+pub struct Args {
+    /// Tolerated, as the original's was started with it.
+    #[arg(value_parser = ["start"], hide = true)]
+    pub start: Option<String>,
+    /// State folder; VMs lie in vms/ below it [default: $XDG_DATA_HOME/catalyst of the owner]
+    #[arg(long, value_name = "DIR", env = "CATALYST_STATE_DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where to listen; loopback only
+    #[arg(long, value_name = "ADDR:PORT", default_value = "localhost:8080")]
+    pub listen: String,
+    /// Whose VMs these are, by name or uid [default: SUDO_UID, else who starts it]
+    #[arg(long, value_name = "USER")]
+    pub owner: Option<String>,
+    /// Folder of the images, shared between state folders
+    #[arg(long, value_name = "DIR", env = "CATALYST_IMAGE_DIR", default_value = IMAGE_DIR)]
+    pub image_dir: PathBuf,
+    /// The engine VMs are started with
+    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
+    pub engine: EngineChoice,
+    /// Name of the bridge [default: the first free of catalyst0, catalyst1, …]
+    #[arg(long, value_name = "NAME")]
+    pub bridge: Option<String>,
+    /// Go into the background; returns when the daemon listens
+    #[arg(long)]
+    pub background: bool,
+    /// What is logged, as in RUST_LOG
+    #[arg(long, value_name = "FILTER", env = "CATALYST_LOG", default_value = "info")]
+    pub log: String,
+}
+
+/// The flag `--engine`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum EngineChoice {
+    /// Measure and choose.
+    Auto,
+    /// The monitor on /dev/kvm.
+    Kvm,
+    /// QEMU's software CPU.
+    Qemu,
+}
+
+impl EngineChoice {
+    /// The engine that was named, if one was.
+    pub const fn named(self) -> Option<EngineName> {
+        match self {
+            Self::Auto => None,
+            Self::Kvm => Some(EngineName::Kvm),
+            Self::Qemu => Some(EngineName::Qemu),
+        }
+    }
+}
+
+/// How this daemon runs, everything decided.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// State folder.
+    pub state_dir: PathBuf,
+    /// Folder of the images.
+    pub image_dir: PathBuf,
+    /// Where it listens, as it was asked for.
+    pub listen: String,
+}
+
+/// The state folder where none is named: the owner's data folder (XDG Base Directory Specification).
+/// `XDG_DATA_HOME` of the environment counts only if that is the owner's own.
+pub fn default_state_dir(owner: &Owner, own_environment: bool) -> PathBuf {
+    let named = std::env::var_os("XDG_DATA_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    match named.filter(|_| own_environment) {
+        Some(data) => data.join("catalyst"),
+        None => owner.home.join(".local/share/catalyst"),
+    }
+}
+
+/// A program of ours: beside this one, else found in PATH.
+pub fn sibling(name: &str) -> PathBuf {
+    let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join(name)));
+    beside.filter(|path| path.exists()).unwrap_or_else(|| Path::new(name).to_owned())
+}

@@ -1,0 +1,301 @@
+//! The VMs on disk: one folder each, named like the VM (design decision 3).
+//!
+//! A new folder is built aside (`.new-…`) and renamed in; a deleted one is renamed aside
+//! (`.gone-…`) and removed. What a crash leaves of either is swept at the next start.
+
+pub mod config;
+pub mod disk;
+pub mod files;
+pub mod id;
+pub mod identity;
+pub mod logs;
+pub mod vmx;
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use thiserror::Error;
+
+pub use config::{ConfigError, VmConfig};
+pub use id::{IdError, VmId};
+pub use vmx::Vmx;
+
+/// Folders that are being built start with this.
+const NEW: &str = ".new-";
+/// Folders that are being removed start with this.
+const GONE: &str = ".gone-";
+
+/// Why something in the store could not be done.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// A file or folder could not be read or written.
+    #[error("Cannot {what} {path}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// On what.
+        path: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMX is unusable.
+    #[error("The VM's file {path} is unusable; mend that line or restore the file")]
+    Vmx {
+        /// The file.
+        path: String,
+        /// What is wrong.
+        #[source]
+        source: ConfigError,
+    },
+    /// A VM of this id is there already.
+    #[error("A VM '{0}' exists already; choose another id or delete it: catalyst vm delete {0}")]
+    Exists(VmId),
+    /// The disk could not be made.
+    #[error(transparent)]
+    Disk(#[from] disk::DiskError),
+}
+
+fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
+    let path = path.display().to_string();
+    move |source| StoreError::Io { what, path, source }
+}
+
+/// The folder of one VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmDir {
+    id: VmId,
+    path: PathBuf,
+}
+
+impl VmDir {
+    /// The VM.
+    pub fn id(&self) -> &VmId {
+        &self.id
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `<id>.vmx`.
+    pub fn vmx(&self) -> PathBuf {
+        self.path.join(format!("{}.vmx", self.id))
+    }
+
+    /// The disk, a qcow2 overlay on the template's.
+    pub fn disk(&self) -> PathBuf {
+        self.path.join("disk.qcow2")
+    }
+
+    /// Machine-id and host keys.
+    pub fn identity(&self) -> PathBuf {
+        self.path.join("identity.json")
+    }
+
+    /// What the guest wrote to its serial console.
+    pub fn console_log(&self) -> PathBuf {
+        self.path.join("console.log")
+    }
+
+    /// What the VM process wrote.
+    pub fn engine_log(&self) -> PathBuf {
+        self.path.join("vm.log")
+    }
+
+    /// Why the VM is off, kept for the next daemon.
+    pub fn reason(&self) -> PathBuf {
+        self.path.join("reason")
+    }
+
+    /// Lock and pid of the VM process; sockets stand beside it.
+    pub fn run(&self) -> PathBuf {
+        self.path.join("run")
+    }
+
+    /// Reads the VMX and what it says.
+    pub fn read(&self) -> Result<(Vmx, VmConfig), StoreError> {
+        let path = self.vmx();
+        let bytes =
+            files::read_bounded(&path, vmx::MAX_SIZE).map_err(io_error("read the VM's file", &path))?;
+        let unusable = |source| StoreError::Vmx { path: path.display().to_string(), source };
+        let vmx = Vmx::parse(&bytes).map_err(|error| unusable(error.into()))?;
+        let config = VmConfig::from_vmx(&vmx, &self.id).map_err(unusable)?;
+        Ok((vmx, config))
+    }
+
+    /// Writes the VMX with `config` in it.
+    pub fn write(&self, mut vmx: Vmx, config: &VmConfig) -> Result<(), StoreError> {
+        config.write_to(&mut vmx);
+        let path = self.vmx();
+        files::write_atomically(&path, vmx.to_text().as_bytes(), 0o644)
+            .map_err(io_error("write the VM's file", &path))
+    }
+}
+
+/// All VMs of one state folder.
+#[derive(Clone, Debug)]
+pub struct Store {
+    vms: PathBuf,
+}
+
+impl Store {
+    /// Opens `<state_dir>/vms`, makes it if need be, and sweeps what a crash left.
+    pub fn open(state_dir: &Path) -> Result<Self, StoreError> {
+        let vms = state_dir.join("vms");
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&vms)
+            .map_err(io_error("make the folder", &vms))?;
+        let store = Self { vms };
+        for path in store.entries()? {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            if name.starts_with(NEW) || name.starts_with(GONE) {
+                fs::remove_dir_all(&path).map_err(io_error("remove the leftover", &path))?;
+            }
+        }
+        Ok(store)
+    }
+
+    /// The store of another daemon, to look into: nothing is made or swept.
+    pub fn open_existing(state_dir: &Path) -> Self {
+        Self { vms: state_dir.join("vms") }
+    }
+
+    /// The folder in which VMs lie.
+    pub fn path(&self) -> &Path {
+        &self.vms
+    }
+
+    /// The folder a VM has or would have.
+    pub fn dir(&self, id: &VmId) -> VmDir {
+        VmDir { id: id.clone(), path: self.vms.join(id.as_str()) }
+    }
+
+    /// All VMs there are. Folders without a VMX of their name are none.
+    pub fn scan(&self) -> Result<Vec<VmDir>, StoreError> {
+        let mut dirs: Vec<VmDir> = self
+            .entries()?
+            .into_iter()
+            .filter_map(|path| VmId::parse(path.file_name()?.to_str()?).ok())
+            .map(|id| self.dir(&id))
+            .filter(|dir| dir.vmx().symlink_metadata().is_ok())
+            .collect();
+        dirs.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(dirs)
+    }
+
+    /// Makes the folder of a VM: `fill` puts the disk into a folder aside, which then takes its place.
+    pub fn create(
+        &self,
+        id: &VmId,
+        config: &VmConfig,
+        fill: impl FnOnce(&VmDir) -> Result<(), disk::DiskError>,
+    ) -> Result<VmDir, StoreError> {
+        let dir = self.dir(id);
+        let aside = VmDir { id: id.clone(), path: self.aside(NEW) };
+        let build = || {
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&aside.path)
+                .map_err(io_error("make the folder", &aside.path))?;
+            fill(&aside)?;
+            let mut vmx = Vmx::default();
+            vmx.set(".encoding", "UTF-8");
+            vmx.set("config.version", "8");
+            vmx.set("guestos", "debian12-64");
+            vmx.set("ethernet0.present", "TRUE");
+            vmx.set("ethernet0.addresstype", "static");
+            config.write_to(&mut vmx);
+            let path = aside.vmx();
+            files::write_new(&path, vmx.to_text().as_bytes(), 0o644).map_err(io_error("write", &path))?;
+            if dir.path.symlink_metadata().is_ok() {
+                return Err(StoreError::Exists(id.clone()));
+            }
+            fs::rename(&aside.path, &dir.path).map_err(io_error("make the folder", &dir.path))?;
+            files::sync_folder(&self.vms).map_err(io_error("sync", &self.vms))
+        };
+        build().map(|()| dir.clone()).inspect_err(|_| {
+            let _ = fs::remove_dir_all(&aside.path);
+        })
+    }
+
+    /// Removes a VM's folder.
+    pub fn delete(&self, dir: &VmDir) -> Result<(), StoreError> {
+        let gone = self.aside(GONE);
+        fs::rename(&dir.path, &gone).map_err(io_error("remove the folder", &dir.path))?;
+        files::sync_folder(&self.vms).map_err(io_error("sync", &self.vms))?;
+        fs::remove_dir_all(&gone).map_err(io_error("remove the folder", &gone))
+    }
+
+    fn aside(&self, prefix: &str) -> PathBuf {
+        self.vms.join(format!("{prefix}{}", uuid::Uuid::new_v4().simple()))
+    }
+
+    fn entries(&self) -> Result<Vec<PathBuf>, StoreError> {
+        fs::read_dir(&self.vms)
+            .and_then(|entries| entries.map(|entry| Ok(entry?.path())).collect())
+            .map_err(io_error("read the folder", &self.vms))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> VmConfig {
+        VmConfig::from_vmx(&Vmx::default(), &VmId::parse("a").unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_vm_is_a_folder_that_comes_and_goes_whole() {
+        let state = tempfile::tempdir().unwrap();
+        let store = Store::open(state.path()).unwrap();
+        let id = VmId::parse("web1").unwrap();
+        let dir = store.create(&id, &config(), |_| Ok(())).unwrap();
+        assert_eq!(dir.vmx(), state.path().join("vms/web1/web1.vmx"));
+        assert_eq!(store.scan().unwrap(), [dir.clone()]);
+        assert!(matches!(store.create(&id, &config(), |_| Ok(())), Err(StoreError::Exists(_))));
+        store.delete(&dir).unwrap();
+        assert_eq!(fs::read_dir(store.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_create_that_fails_or_is_cut_short_leaves_nothing() {
+        let state = tempfile::tempdir().unwrap();
+        let store = Store::open(state.path()).unwrap();
+        let id = VmId::parse("web1").unwrap();
+        let failed = store.create(&id, &config(), |_| Err(disk::DiskError::Missing("x".into())));
+        assert!(failed.is_err());
+        fs::create_dir(store.path().join(".new-123")).unwrap();
+        fs::create_dir_all(store.path().join(".gone-123/deep")).unwrap();
+        let store = Store::open(state.path()).unwrap();
+        assert_eq!(fs::read_dir(store.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_moved_folder_is_found_and_a_foreign_one_is_not() {
+        let state = tempfile::tempdir().unwrap();
+        let store = Store::open(state.path()).unwrap();
+        fs::create_dir_all(store.path().join("moved")).unwrap();
+        fs::write(store.path().join("moved/moved.vmx"), "memsize = \"512\"\n").unwrap();
+        fs::create_dir_all(store.path().join("other")).unwrap();
+        let found = store.scan().unwrap();
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].read().unwrap().1.memory_mib, 512);
+    }
+
+    #[test]
+    fn a_damaged_vmx_is_named_with_its_path() {
+        let state = tempfile::tempdir().unwrap();
+        let store = Store::open(state.path()).unwrap();
+        let dir = store.create(&VmId::parse("web1").unwrap(), &config(), |_| Ok(())).unwrap();
+        fs::write(dir.vmx(), "memsize = \"lots\"\n").unwrap();
+        let error = dir.read().unwrap_err();
+        assert!(error.to_string().contains("web1.vmx"), "{error}");
+    }
+}
