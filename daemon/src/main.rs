@@ -81,7 +81,8 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
         return Err(StartError::NoKvm.into());
     }
     let filter = tracing_subscriber::EnvFilter::try_new(&args.log)?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
     // What the daemon writes is its owner's business alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let (uid, gid) = (owner.uid, owner.gid);

@@ -1,1 +1,19 @@
-//! The bundled image lumen: recipe, builder, store of images.
+//! The bundled image lumen: its recipe, the builder, and the store that keeps built images.
+//!
+//! The daemon reads images through [`ImageStore`]; the program `catalyst-image` builds them (and is the one
+//! that needs root). A version of an image never changes once it is in the store, since the disks of VMs are
+//! overlays on it.
+
+pub mod build;
+pub mod bzimage;
+pub mod cpio;
+pub mod digest;
+pub mod manifest;
+pub mod modules;
+pub mod recipe;
+pub mod sources;
+pub mod store;
+
+pub use build::{BuildError, BuildOptions, BuildOutcome, Progress, build};
+pub use manifest::{FileEntry, Manifest, Package};
+pub use store::{Image, ImageError, ImageInfo, ImageState, ImageStore, Removal, VerifyProgress};

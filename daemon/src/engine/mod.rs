@@ -34,6 +34,8 @@ pub struct StartSpec {
     pub initrd: OwnedFd,
     /// Kernel command line.
     pub command_line: String,
+    /// What is added to it where the CPU is emulated in software.
+    pub command_line_software_cpu: String,
     /// The template's raw disk, read-only.
     pub base: OwnedFd,
     /// The VM's own qcow2, for reading and writing.

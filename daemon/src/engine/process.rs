@@ -126,7 +126,9 @@ impl Process {
         let error = |what| EngineError::io(format!("{what} process {}", pid.as_raw_nonzero()));
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)
             .map_err(|errno| error("watch")(errno.into()))?;
-        let pidfd = AsyncFd::with_interest(pidfd, Interest::READABLE).map_err(error("watch"))?;
+        // SAFETY: the descriptor is owned by the AsyncFd and stays the same one until it is dropped.
+        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }
+            .map_err(|refused| error("watch")(refused.into()))?;
         Ok(Self { pid, pidfd, started: start_time(pid) })
     }
 

@@ -39,6 +39,7 @@ pub(super) async fn start(
         kernel: open(&image.vmlinux)?,
         initrd: open(&image.initrd)?,
         command_line: command_line(&image, &identity),
+        command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
         base: open(&image.disk)?,
         overlay: overlay.into(),
         tap: tap.fd,

@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod qmp;
+pub mod tsc;
 
 use std::fs::OpenOptions;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -93,7 +94,12 @@ fn launch(spec: StartSpec) -> Result<Process, EngineError> {
         name: spec.dir.id().as_str(),
         cpus: spec.cpus,
         memory_mib: spec.memory_mib,
-        command_line: &spec.command_line,
+        command_line: &format!(
+            "{} {} tsc_early_khz={}",
+            spec.command_line,
+            spec.command_line_software_cpu,
+            tsc::khz()
+        ),
         mac: spec.mac,
     };
     let launch = Launch {

@@ -1,0 +1,46 @@
+//! What tells a clone of a running guest from its original, beyond its names and addresses.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+
+use super::random::uuid;
+use crate::files::replace;
+use crate::session::Config;
+
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+const OWN_BOOT_ID: &str = "/run/catalyst/boot_id";
+
+/// Gives the guest another boot_id and another Docker engine id.
+pub fn apply(config: &Config) -> io::Result<()> {
+    if !config.files_only() {
+        boot_id()?;
+    }
+    let docker = config.root.join("var/lib/docker");
+    if docker.is_dir() {
+        replace(&docker.join("engine-id"), uuid()?.as_bytes(), 0o600, None)?;
+    }
+    // Up to Docker 20.10 this key is the engine's id; without it dockerd makes another at its start.
+    match fs::remove_file(config.root.join("etc/docker/key.json")) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// The kernel's boot_id lies in its memory, which is the original's: another is mounted over it.
+fn boot_id() -> io::Result<()> {
+    let own = Path::new(OWN_BOOT_ID);
+    if let Some(folder) = own.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    // In place, not replaced: a clone of a clone has this very file mounted.
+    fs::write(own, format!("{}\n", uuid()?))?;
+    let (file, shown) = (fs::metadata(own)?, fs::metadata(BOOT_ID)?);
+    if (file.dev(), file.ino()) != (shown.dev(), shown.ino()) {
+        mount(Some(own), BOOT_ID, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+    }
+    Ok(())
+}

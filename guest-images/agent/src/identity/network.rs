@@ -1,0 +1,132 @@
+//! The guest's one address and its default route.
+
+use std::io;
+use std::net::Ipv4Addr;
+
+use catalyst_agent_protocol::Identity;
+
+use super::netlink::{Message, Netlink, attribute, half, word};
+
+/// `struct ifinfomsg`: family, type, index, flags, mask of changed flags.
+const LINK: usize = 16;
+/// `struct ifaddrmsg`: family, prefix, flags, scope, index.
+const ADDRESS: usize = 8;
+const INET: u8 = 2;
+/// `ARPHRD_ETHER`.
+const ETHERNET: u16 = 1;
+
+#[derive(Clone, Copy, Debug)]
+struct Link {
+    index: u32,
+    mac: [u8; 6],
+    up: bool,
+}
+
+/// Gives the NIC with this MAC address the identity's address and the guest its default route. If
+/// no NIC has the MAC address, the first Ethernet one gets that too, as a clone's must. What is so
+/// already stays as it is, so that connections live on.
+pub fn apply(identity: &Identity, mac: [u8; 6]) -> io::Result<()> {
+    let mut netlink = Netlink::open()?;
+    let links = links(&mut netlink)?;
+    let link = links.iter().find(|link| link.mac == mac).or_else(|| links.first());
+    let mut link = *link.ok_or_else(|| io::Error::other("there is no Ethernet NIC"))?;
+    if link.mac != mac {
+        // Most drivers refuse another address while they are up.
+        set_link(&mut netlink, link.index, false, None)?;
+        set_link(&mut netlink, link.index, false, Some(mac))?;
+        link.up = false;
+    }
+    address(&mut netlink, link.index, identity.address, identity.prefix)?;
+    if !link.up {
+        set_link(&mut netlink, link.index, true, None)?;
+    }
+    // Index 1 is the loopback of every network namespace.
+    set_link(&mut netlink, 1, true, None)?;
+    default_route(&mut netlink, link.index, identity.gateway)
+        .map_err(|error| io::Error::other(format!("the route by {}: {error}", identity.gateway)))
+}
+
+fn links(netlink: &mut Netlink) -> io::Result<Vec<Link>> {
+    let parse = |body: Vec<u8>| {
+        let flags = word(&body, 8)?;
+        let mac = attribute(&body, LINK, libc::IFLA_ADDRESS)?.try_into().ok()?;
+        let link = Link { index: word(&body, 4)?, mac, up: flags & 1 != 0 };
+        (half(&body, 2)? == ETHERNET).then_some(link)
+    };
+    let mut links: Vec<Link> =
+        netlink.dump(libc::RTM_GETLINK, &[0; LINK])?.into_iter().filter_map(parse).collect();
+    links.sort_by_key(|link| link.index);
+    Ok(links)
+}
+
+fn set_link(netlink: &mut Netlink, index: u32, up: bool, mac: Option<[u8; 6]>) -> io::Result<()> {
+    let mut header = vec![0; 4];
+    header.extend(index.to_ne_bytes());
+    header.extend(u32::from(up).to_ne_bytes());
+    header.extend(1_u32.to_ne_bytes()); // Of the flags, IFF_UP alone.
+    let mut message = Message::new(libc::RTM_NEWLINK, 0, &header);
+    if let Some(mac) = mac {
+        message = message.attribute(libc::IFLA_ADDRESS, &mac);
+    }
+    netlink.change(message)
+}
+
+/// Makes an address the only one of a link.
+fn address(netlink: &mut Netlink, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<()> {
+    let mut there = false;
+    for body in netlink.dump(libc::RTM_GETADDR, &[INET, 0, 0, 0, 0, 0, 0, 0])? {
+        if body.first() != Some(&INET) || word(&body, 4) != Some(index) {
+            continue;
+        }
+        let local = attribute(&body, ADDRESS, libc::IFA_LOCAL);
+        if body[1] == prefix && local == Some(&address.octets()) {
+            there = true;
+        } else if let (Some(header), Some(local)) = (body.get(..ADDRESS), local) {
+            let message = Message::new(libc::RTM_DELADDR, 0, header).attribute(libc::IFA_LOCAL, local);
+            match netlink.change(message) {
+                // It went with another: a secondary address goes with its primary.
+                Err(error) if error.raw_os_error() == Some(libc::EADDRNOTAVAIL) => {}
+                other => other?,
+            }
+        }
+    }
+    if there && has_address(netlink, index, address, prefix)? {
+        return Ok(());
+    }
+    let mut header = vec![INET, prefix, 0, 0];
+    header.extend(index.to_ne_bytes());
+    let octets = address.octets();
+    let host_bits = u32::MAX.checked_shr(prefix.into()).unwrap_or(0);
+    let broadcast = u32::from(address) | host_bits;
+    let mut message = Message::new(libc::RTM_NEWADDR, libc::NLM_F_CREATE | libc::NLM_F_REPLACE, &header)
+        .attribute(libc::IFA_LOCAL, &octets)
+        .attribute(libc::IFA_ADDRESS, &octets);
+    // A network of two or one has no broadcast address (RFC 3021).
+    if prefix < 31 {
+        message = message.attribute(libc::IFA_BROADCAST, &broadcast.to_be_bytes());
+    }
+    netlink.change(message)
+}
+
+fn has_address(netlink: &mut Netlink, index: u32, address: Ipv4Addr, prefix: u8) -> io::Result<bool> {
+    let bodies = netlink.dump(libc::RTM_GETADDR, &[INET, 0, 0, 0, 0, 0, 0, 0])?;
+    Ok(bodies.iter().any(|body| {
+        body.get(1) == Some(&prefix)
+            && word(body, 4) == Some(index)
+            && attribute(body, ADDRESS, libc::IFA_LOCAL) == Some(&address.octets())
+    }))
+}
+
+fn default_route(netlink: &mut Netlink, index: u32, gateway: Ipv4Addr) -> io::Result<()> {
+    // struct rtmsg: family, lengths of destination and source, tos, table, protocol, scope, type.
+    let header =
+        [INET, 0, 0, 0, libc::RT_TABLE_MAIN, libc::RTPROT_STATIC, libc::RT_SCOPE_UNIVERSE, libc::RTN_UNICAST];
+    let message = Message::new(
+        libc::RTM_NEWROUTE,
+        libc::NLM_F_CREATE | libc::NLM_F_REPLACE,
+        &[&header[..], &[0; 4]].concat(),
+    )
+    .attribute(libc::RTA_GATEWAY, &gateway.octets())
+    .attribute(libc::RTA_OIF, &index.to_ne_bytes());
+    netlink.change(message)
+}

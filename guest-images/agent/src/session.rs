@@ -1,0 +1,277 @@
+//! The talk with one host after another: epochs, requests, open streams.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use catalyst_agent_protocol::{
+    Channel, Control, Frame, MAX_STREAMS, Problem, ProblemKind, Reply, Request, Status, StreamChannel,
+    VERSION,
+};
+
+use crate::outbox::Outbox;
+use crate::port::Event;
+use crate::stream::Stream;
+use crate::{exec, files, identity, notify, readiness, shutdown};
+
+/// What the command line settles.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the files of an identity go; with another root than `/` nothing but files is touched.
+    pub root: PathBuf,
+    /// Whether an identity sets up the network.
+    pub network: bool,
+}
+
+impl Config {
+    /// Whether this is a test's folder, not the guest's own system.
+    pub fn files_only(&self) -> bool {
+        self.root != std::path::Path::new("/")
+    }
+}
+
+/// All that the agent's threads share.
+#[derive(Debug)]
+pub struct Session {
+    /// The command line.
+    pub config: Config,
+    /// Frames to the host.
+    pub outbox: Arc<Outbox>,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The epoch last greeted; none while no host that is understood is there.
+    epoch: Option<u32>,
+    status: Status,
+    streams: HashMap<u32, Arc<Stream>>,
+}
+
+/// Shorthand for a request that was not done.
+pub fn failed(kind: ProblemKind, message: impl Into<String>) -> Reply {
+    // One line, whatever a path or a name in it holds.
+    let message = message.into().replace(['\n', '\r'], " ");
+    Reply::Failed(Problem { kind, message: message.chars().take(1000).collect() })
+}
+
+impl Session {
+    /// Nobody greeted, nothing open.
+    pub fn new(config: Config, outbox: Arc<Outbox>) -> Arc<Self> {
+        Arc::new(Self { config, outbox, state: Mutex::default() })
+    }
+
+    /// Takes what comes from the port.
+    pub fn handle(self: &Arc<Self>, event: Event) {
+        match event {
+            Event::HostGone => self.drop_epoch(),
+            Event::Frame(frame) if frame.channel == Channel::Control => self.control(&frame),
+            Event::Frame(frame) if frame.channel == Channel::Input => self.input(frame),
+            // Output comes from here and goes nowhere else.
+            Event::Frame(_) => {}
+        }
+    }
+
+    fn control(self: &Arc<Self>, frame: &Frame) {
+        if frame.stream != 0 {
+            return;
+        }
+        let greeted = self.lock().epoch == Some(frame.epoch);
+        match serde_json::from_slice(&frame.payload) {
+            Ok(Control::Hello { version, .. }) => self.hello(frame.epoch, version),
+            _ if !greeted => {}
+            Ok(Control::Request { id, request }) => self.request(frame.epoch, id, request),
+            Ok(Control::Credit { stream, channel, bytes }) => {
+                if let Some(stream) = self.stream(stream) {
+                    stream.grant(channel, bytes);
+                }
+            }
+            Ok(_) => {}
+            Err(error) => {
+                if let Some(id) = request_id(&frame.payload) {
+                    let problem = format!("request {id} cannot be read: {error}");
+                    self.reply(frame.epoch, id, failed(ProblemKind::Invalid, problem));
+                }
+            }
+        }
+    }
+
+    fn hello(&self, epoch: u32, version: u32) {
+        self.drop_epoch();
+        self.outbox.begin(epoch);
+        let agent = env!("CARGO_PKG_VERSION").to_owned();
+        self.outbox.control(epoch, &Control::Hello { version: VERSION, agent });
+        if version != VERSION {
+            eprintln!("catalyst-agent: the host speaks version {version}, this agent {VERSION}");
+            return;
+        }
+        // Under the lock, so that a change of the status is sent after this and not lost before.
+        let mut state = self.lock();
+        state.epoch = Some(epoch);
+        self.outbox.control(epoch, &Control::Status(state.status));
+    }
+
+    /// Ends all that belongs to the host that was there.
+    pub fn drop_epoch(&self) {
+        let mut state = self.lock();
+        state.epoch = None;
+        let streams = std::mem::take(&mut state.streams);
+        drop(state);
+        for stream in streams.values() {
+            stream.close();
+        }
+    }
+
+    fn request(self: &Arc<Self>, epoch: u32, id: u32, request: Request) {
+        if id == 0 {
+            return self.reply(epoch, id, failed(ProblemKind::Invalid, "a request's id must not be 0"));
+        }
+        let reply = match request {
+            Request::Identify(identity) => self.identify(&identity),
+            Request::Exec(spec) => return self.open(epoch, id, |stream| exec::start(self, stream, spec)),
+            Request::PutFile(spec) => return self.open(epoch, id, |stream| files::put(self, stream, spec)),
+            Request::GetFile { path } => {
+                return self.open(epoch, id, |stream| files::get(self, stream, &path));
+            }
+            Request::Resize { stream, terminal } => {
+                self.with(stream, |stream| exec::resize(stream, &terminal))
+            }
+            Request::Signal { stream, signal } => self.with(stream, |stream| exec::signal(stream, signal)),
+            Request::Close { stream } => self.with(stream, |stream| {
+                stream.close();
+                Reply::Done
+            }),
+            Request::Shutdown { kind } => {
+                self.reply(epoch, id, Reply::Done);
+                return shutdown::shut_down(self, kind);
+            }
+            Request::SetClock { unix_ns } => match identity::clock::set(&self.config, unix_ns) {
+                Ok(()) => Reply::Done,
+                Err(error) => failed(ProblemKind::Failed, error.to_string()),
+            },
+            Request::Ping => Reply::Done,
+            Request::Unknown => {
+                failed(ProblemKind::Unsupported, format!("this agent does not know request {id}"))
+            }
+        };
+        self.reply(epoch, id, reply);
+    }
+
+    fn identify(self: &Arc<Self>, identity: &catalyst_agent_protocol::Identity) -> Reply {
+        match identity::apply(&self.config, identity) {
+            Ok(()) => {
+                notify::ready();
+                if self.set_status(|status| status.identity = true) && !self.config.files_only() {
+                    readiness::watch(self);
+                }
+                Reply::Done
+            }
+            Err(problem) => Reply::Failed(problem),
+        }
+    }
+
+    /// Opens a stream; `start` answers the request, now or later, unless it returns the answer.
+    fn open(self: &Arc<Self>, epoch: u32, id: u32, start: impl FnOnce(&Arc<Stream>) -> Result<(), Reply>) {
+        let opened =
+            self.insert(epoch, id).and_then(|stream| start(&stream).inspect_err(|_| self.finish(&stream)));
+        if let Err(reply) = opened {
+            self.reply(epoch, id, reply);
+        }
+    }
+
+    fn insert(&self, epoch: u32, id: u32) -> Result<Arc<Stream>, Reply> {
+        let mut state = self.lock();
+        if state.streams.contains_key(&id) {
+            return Err(failed(ProblemKind::Invalid, format!("stream {id} is open already")));
+        }
+        if state.streams.len() >= MAX_STREAMS {
+            let message = format!("{MAX_STREAMS} streams are open: close one first");
+            return Err(failed(ProblemKind::Busy, message));
+        }
+        let stream = Stream::new(epoch, id)
+            .map_err(|error| failed(ProblemKind::Failed, format!("stream {id} cannot be opened: {error}")))?;
+        let stream = Arc::new(stream);
+        state.streams.insert(id, Arc::clone(&stream));
+        Ok(stream)
+    }
+
+    fn input(&self, frame: Frame) {
+        let known = self.lock().epoch == Some(frame.epoch);
+        let Some(stream) = self.stream(frame.stream).filter(|_| known) else { return };
+        if !stream.feed(frame.payload) {
+            eprintln!("catalyst-agent: stream {} is closed: its input exceeded its credit", stream.id);
+            stream.close();
+        }
+    }
+
+    /// Forgets a stream that has ended; its number is free again.
+    pub fn finish(&self, stream: &Arc<Stream>) {
+        stream.close();
+        let mut state = self.lock();
+        if state.streams.get(&stream.id).is_some_and(|open| Arc::ptr_eq(open, stream)) {
+            state.streams.remove(&stream.id);
+        }
+    }
+
+    /// Answers a request.
+    pub fn reply(&self, epoch: u32, id: u32, reply: Reply) {
+        self.outbox.control(epoch, &Control::Reply { id, reply });
+    }
+
+    /// Grants a stream's sender of input as many bytes as were consumed.
+    pub fn credit_input(&self, stream: &Stream, consumed: usize) {
+        stream.input_consumed(consumed);
+        let bytes = u32::try_from(consumed).unwrap_or(u32::MAX);
+        let credit = Control::Credit { stream: stream.id, channel: StreamChannel::Input, bytes };
+        self.outbox.control(stream.epoch, &credit);
+    }
+
+    /// Changes the status and tells the host; false if it was so already.
+    pub fn set_status(&self, change: impl FnOnce(&mut Status)) -> bool {
+        let mut state = self.lock();
+        let before = state.status;
+        change(&mut state.status);
+        if state.status == before {
+            return false;
+        }
+        if let Some(epoch) = state.epoch {
+            self.outbox.control(epoch, &Control::Status(state.status));
+        }
+        true
+    }
+
+    fn stream(&self, id: u32) -> Option<Arc<Stream>> {
+        self.lock().streams.get(&id).cloned()
+    }
+
+    fn with(&self, id: u32, act: impl FnOnce(&Stream) -> Reply) -> Reply {
+        match self.stream(id) {
+            Some(stream) => act(&stream),
+            None => failed(ProblemKind::NotFound, format!("no stream {id} is open")),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The id of a request that cannot be read otherwise.
+fn request_id(payload: &[u8]) -> Option<u32> {
+    let value: serde_json::Value = serde_json::from_slice(payload).ok()?;
+    (value.get("type")? == "request").then_some(())?;
+    u32::try_from(value.get("id")?.as_u64()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_request_has_an_id_to_answer() {
+        assert_eq!(request_id(br#"{"type":"request","id":7,"request":{"do":"exec"}}"#), Some(7));
+        assert_eq!(request_id(br#"{"type":"reply","id":7}"#), None);
+        assert_eq!(request_id(br#"{"type":"request","id":-1}"#), None);
+        assert_eq!(request_id(b"[1"), None);
+    }
+}

@@ -1,0 +1,172 @@
+//! The recipe of lumen: the files below `lumen/`, carried inside the program so that it needs nothing beside it.
+
+use sha2::{Digest, Sha256};
+
+use crate::digest::hex;
+use crate::sources::Sources;
+
+/// Changed whenever the builder makes something else out of the same recipe.
+pub const BUILDER_FORMAT: u32 = 1;
+/// Name of the image.
+pub const NAME: &str = "lumen";
+/// Hexadecimal digits of the recipe's key that make a version.
+const VERSION_DIGITS: usize = 12;
+
+/// Packages that are installed, one a line.
+pub const PACKAGES: &str = include_str!("../lumen/packages.txt");
+/// Modules that the initrd loads.
+pub const MODULES_INITRD: &str = include_str!("../lumen/modules-initrd.txt");
+/// Modules that the image keeps.
+pub const MODULES_ROOT: &str = include_str!("../lumen/modules-root.txt");
+/// First program of the initrd.
+pub const INITRD_INIT: &str = include_str!("../lumen/initrd/init");
+/// Hook of mmdebstrap before packages are downloaded.
+pub const PACKAGES_BEFORE: &str = include_str!("../lumen/packages-before.sh");
+/// Hook of mmdebstrap after packages are installed.
+pub const PACKAGES_AFTER: &str = include_str!("../lumen/packages-after.sh");
+/// Script that turns a fresh Debian into lumen.
+pub const CONFIGURE: &str = include_str!("../lumen/configure.sh");
+/// Script that leaves a container image and Docker's AppArmor profile.
+pub const CONTAINERS: &str = include_str!("../lumen/containers.sh");
+/// Arguments of the kernel, one a line.
+const COMMAND_LINE: &str = include_str!("../lumen/cmdline.txt");
+/// Arguments of the kernel where the CPU is emulated in software, one a line.
+const COMMAND_LINE_SOFTWARE_CPU: &str = include_str!("../lumen/cmdline-software-cpu.txt");
+
+/// A file that the image gets as it is.
+#[derive(Debug)]
+pub struct RecipeFile {
+    /// Path below the image's root.
+    pub path: &'static str,
+    /// Content.
+    pub content: &'static str,
+}
+
+macro_rules! files {
+    ($($path:literal),* $(,)?) => {
+        &[$(RecipeFile { path: $path, content: include_str!(concat!("../lumen/files/", $path)) }),*]
+    };
+}
+
+/// The files that the image gets as they are.
+pub const FILES: &[RecipeFile] = files![
+    "etc/apt/apt.conf.d/90catalyst",
+    "etc/containerd/config.toml",
+    "etc/docker/daemon.json",
+    "etc/hosts",
+    "etc/modules-load.d/catalyst.conf",
+    "etc/ssh/sshd_config.d/catalyst.conf",
+    "etc/sudoers.d/catalyst",
+    "etc/sysctl.d/50-catalyst.conf",
+    "etc/systemd/journald.conf.d/catalyst.conf",
+    "etc/systemd/system.conf.d/catalyst.conf",
+    "etc/systemd/system/apparmor.service",
+    "etc/systemd/system/catalyst-agent.service",
+    "etc/systemd/system/containerd.service",
+    "etc/systemd/system/docker.service",
+    "etc/systemd/system/ssh.service",
+    "etc/systemd/system/systemd-udev-trigger.service",
+    "etc/systemd/system/systemd-udevd.service",
+];
+
+/// The kernel's command line that the recipe asks for.
+pub fn command_line() -> String {
+    joined(COMMAND_LINE)
+}
+
+/// What to add to it where the CPU is emulated in software.
+pub fn command_line_software_cpu() -> String {
+    joined(COMMAND_LINE_SOFTWARE_CPU)
+}
+
+fn joined(list: &str) -> String {
+    crate::modules::lines(list).collect::<Vec<_>>().join(" ")
+}
+
+/// SHA-256 over all that an image is made from but the packages themselves: recipe, agent, sources.
+pub fn key(agent: &[u8], sources: &Sources) -> String {
+    let mut hash = Sha256::new();
+    let mut part = |name: &str, content: &[u8]| {
+        // Lengths keep one part from passing for another.
+        for bytes in [name.as_bytes(), content] {
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        }
+    };
+    part("format", &BUILDER_FORMAT.to_le_bytes());
+    for (name, content) in [
+        ("packages", PACKAGES),
+        ("packages-before", PACKAGES_BEFORE),
+        ("packages-after", PACKAGES_AFTER),
+        ("modules-initrd", MODULES_INITRD),
+        ("modules-root", MODULES_ROOT),
+        ("init", INITRD_INIT),
+        ("configure", CONFIGURE),
+        ("containers", CONTAINERS),
+        ("cmdline", COMMAND_LINE),
+        ("cmdline-software-cpu", COMMAND_LINE_SOFTWARE_CPU),
+    ] {
+        part(name, content.as_bytes());
+    }
+    for file in FILES {
+        part(file.path, file.content.as_bytes());
+    }
+    part("agent", agent);
+    part("suite", sources.suite.as_bytes());
+    for source in &sources.entries {
+        part("source", source.line(false).as_bytes());
+    }
+    hex(&hash.finalize())
+}
+
+/// The version that a recipe's key stands for.
+pub fn version(key: &str) -> &str {
+    &key[..VERSION_DIGITS.min(key.len())]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sources(suite: &str) -> Sources {
+        Sources { suite: suite.to_owned(), entries: Vec::new() }
+    }
+
+    #[test]
+    fn agent_and_suite_change_the_key() {
+        let key_of = |agent: &[u8], suite| key(agent, &sources(suite));
+        let first = key_of(b"agent", "bookworm");
+        assert_eq!(first, key_of(b"agent", "bookworm"));
+        assert_ne!(first, key_of(b"agent2", "bookworm"));
+        assert_ne!(first, key_of(b"agent", "trixie"));
+        assert_eq!(version(&first).len(), VERSION_DIGITS);
+    }
+
+    #[test]
+    fn every_file_of_the_recipe_is_carried() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("lumen/files");
+        let mut folders = vec![root.clone()];
+        let mut found = Vec::new();
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).unwrap() {
+                let path = entry.unwrap().path();
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    found.push(path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned());
+                }
+            }
+        }
+        found.sort();
+        let carried: Vec<_> = FILES.iter().map(|file| file.path).collect();
+        assert_eq!(carried, found);
+    }
+
+    #[test]
+    fn the_command_line_names_the_root_disk_and_the_console_once() {
+        let line = command_line();
+        assert_eq!(line.matches("root=/dev/vda").count(), 1);
+        assert_eq!(line.matches("console=ttyS0").count(), 1);
+        assert!(!line.contains('#') && !line.contains('\n'));
+    }
+}

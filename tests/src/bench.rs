@@ -1,0 +1,2 @@
+//! Measures the promises of docs/SPECIFICATION.md.
+fn main() {}

@@ -1,0 +1,393 @@
+//! A world of its own for a test: network namespace, state folder, daemon.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+static COUNT: AtomicU32 = AtomicU32::new(0);
+
+/// How long anything may take before a test gives up on it: a limit against hanging, not a promise.
+pub const HANG: Duration = Duration::from_secs(300);
+
+/// See the module. Everything is undone when it is dropped, also after a panic.
+#[derive(Debug)]
+pub struct World {
+    netns: String,
+    folder: TempDir,
+    daemon: Option<Child>,
+    /// Which daemon of several `catalyst` speaks to, as `HOST:PORT`; by default localhost:8080.
+    pub host: Option<String>,
+    user: Option<u32>,
+}
+
+/// What a command did.
+#[derive(Debug)]
+pub struct Ran {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// What it wrote on stdout.
+    pub stdout: String,
+    /// What it wrote on stderr.
+    pub stderr: String,
+}
+
+/// What the daemon answered.
+#[derive(Debug)]
+pub struct Answer {
+    /// HTTP status; 0 if there was no answer.
+    pub status: u16,
+    /// The body.
+    pub body: String,
+}
+
+impl Ran {
+    /// Its exit code, 128 and more for a signal.
+    pub fn code(&self) -> i32 {
+        use std::os::unix::process::ExitStatusExt;
+        self.status.code().unwrap_or_else(|| 128 + self.status.signal().unwrap_or(0))
+    }
+
+    /// Stdout without its last line break, of a command that must have succeeded.
+    #[track_caller]
+    pub fn ok(&self) -> &str {
+        assert!(self.status.success(), "exit {}: {}{}", self.code(), self.stdout, self.stderr);
+        self.stdout.trim_end_matches('\n')
+    }
+
+    /// The one line of an error, of a command that must have failed with `code`: no panic, no Rust in it.
+    #[track_caller]
+    pub fn error(&self, code: i32) -> &str {
+        assert_eq!(self.code(), code, "{}{}", self.stdout, self.stderr);
+        let lines: Vec<&str> =
+            self.stderr.lines().filter(|line| !line.starts_with("Info:") && !line.is_empty()).collect();
+        let text = lines.first().copied().unwrap_or_default();
+        assert!(text.starts_with("Error:") || text.starts_with("error:"), "no error line: {}", self.stderr);
+        for rust in ["panicked", "unwrap", "Err(", "Some(", "RUST_BACKTRACE", "Os {"] {
+            assert!(!self.stderr.contains(rust), "Rust in it: {}", self.stderr);
+        }
+        text
+    }
+}
+
+impl Answer {
+    /// The body as JSON.
+    #[track_caller]
+    pub fn json(&self) -> serde_json::Value {
+        serde_json::from_str(&self.body).unwrap_or_else(|e| panic!("no JSON ({e}): {}", self.body))
+    }
+}
+
+/// The folder of the programs under test.
+pub fn programs() -> PathBuf {
+    if let Some(folder) = std::env::var_os("CATALYST_BIN") {
+        return folder.into();
+    }
+    // target/<profile>/deps/e2e-… or target/<profile>/bench
+    let own = std::env::current_exe().expect("the test has a path");
+    let folder = own.ancestors().find(|path| path.join("catalyst-daemon").exists());
+    folder.expect("catalyst-daemon is built beside the test: make build").to_owned()
+}
+
+/// The folder of the images.
+pub fn image_dir() -> PathBuf {
+    std::env::var_os("CATALYST_IMAGE_DIR").map_or_else(|| "/var/lib/catalyst/images".into(), Into::into)
+}
+
+impl World {
+    /// A namespace with loopback, and an empty state folder. No daemon yet.
+    pub fn empty() -> Self {
+        if !nix::unistd::geteuid().is_root() {
+            super::skip("network namespaces need root");
+        }
+        let number = COUNT.fetch_add(1, Ordering::SeqCst);
+        let netns = format!("cat-{}-{number}", std::process::id());
+        run(Command::new("ip").args(["netns", "add", &netns]));
+        let folder = tempfile::Builder::new().prefix("catalyst-test-").tempdir().expect("a temporary folder");
+        run(Command::new("chmod").arg("755").arg(folder.path()));
+        let world = Self { netns, folder, daemon: None, host: None, user: None };
+        run(world.command("ip").args(["link", "set", "lo", "up"]));
+        world
+    }
+
+    /// The same with a daemon.
+    pub fn new() -> Self {
+        let mut world = Self::empty();
+        world.start_daemon();
+        world
+    }
+
+    /// The same for an unprivileged owner: `catalyst` runs as `uid`, whose home is in the world.
+    pub fn owned_by(uid: u32) -> Self {
+        let mut world = Self::empty();
+        world.user = Some(uid);
+        let home = world.path("home");
+        fs::create_dir(&home).expect("a home");
+        std::os::unix::fs::chown(&home, Some(uid), Some(uid)).expect("a home of the user's");
+        let state = world.state_dir();
+        fs::create_dir(&state).expect("a state folder");
+        std::os::unix::fs::chown(&state, Some(uid), Some(uid)).expect("a state folder of the user's");
+        world.start_daemon_with(&["--owner", &uid.to_string()]);
+        world
+    }
+
+    /// A path in the world's folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    /// The state folder.
+    pub fn state_dir(&self) -> PathBuf {
+        self.path("state")
+    }
+
+    /// The folder of a VM.
+    pub fn vm_dir(&self, id: &str) -> PathBuf {
+        self.state_dir().join("vms").join(id)
+    }
+
+    /// The network namespace.
+    pub fn netns(&self) -> &str {
+        &self.netns
+    }
+
+    /// A command in the namespace, as root.
+    pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", &self.netns]).arg(program);
+        // Nothing of the machine's own settings leaks in.
+        for name in ["CATALYST_HOST", "CATALYST_STATE_DIR", "XDG_DATA_HOME", "SUDO_UID"] {
+            command.env_remove(name);
+        }
+        command.env("HOME", self.folder.path());
+        command
+    }
+
+    /// Starts the daemon and waits until it listens.
+    pub fn start_daemon(&mut self) {
+        let owner = self.user.map(|uid| uid.to_string());
+        match owner {
+            Some(owner) => self.start_daemon_with(&["--owner", &owner]),
+            None => self.start_daemon_with(&[]),
+        }
+    }
+
+    /// Starts the daemon with more arguments and waits until it listens.
+    pub fn start_daemon_with(&mut self, args: &[&str]) {
+        let child = self.spawn_daemon(args);
+        self.daemon = Some(child);
+        self.wait_for_daemon();
+    }
+
+    /// Starts a daemon without waiting for it; its log is `daemon.log` in the world's folder.
+    pub fn spawn_daemon(&self, args: &[&str]) -> Child {
+        let log = fs::OpenOptions::new().append(true).create(true).open(self.path("daemon.log")).expect("a log");
+        let mut command = self.command(programs().join("catalyst-daemon"));
+        command.arg("--state-dir").arg(self.state_dir()).arg("--image-dir").arg(image_dir());
+        command.args(["--log", "info"]).args(args).stdin(Stdio::null());
+        command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("the daemon starts")
+    }
+
+    fn wait_for_daemon(&self) {
+        let started = Instant::now();
+        while self.curl("GET", "/v1/version", None).status != 200 {
+            assert!(started.elapsed() < Duration::from_secs(30), "no daemon: {}", self.daemon_log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// The daemon's log.
+    pub fn daemon_log(&self) -> String {
+        fs::read_to_string(self.path("daemon.log")).unwrap_or_default()
+    }
+
+    /// The daemon's process id, which `ip netns exec` has become.
+    pub fn daemon_pid(&self) -> u32 {
+        self.daemon.as_ref().expect("a daemon runs").id()
+    }
+
+    /// Kills the daemon with `kill -9`.
+    pub fn kill_daemon(&mut self) {
+        if let Some(mut daemon) = self.daemon.take() {
+            daemon.kill().expect("the daemon can be killed");
+            daemon.wait().expect("the daemon ends");
+        }
+    }
+
+    /// Stops the daemon with SIGTERM and gives its exit status.
+    pub fn stop_daemon(&mut self) -> ExitStatus {
+        let mut daemon = self.daemon.take().expect("a daemon runs");
+        let pid = i32::try_from(daemon.id()).expect("a pid");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).expect("a signal");
+        daemon.wait().expect("the daemon ends")
+    }
+
+    /// `catalyst ARGS` as a command, not yet run.
+    pub fn catalyst_command(&self, args: &[&str]) -> Command {
+        let program = programs().join("catalyst");
+        let mut command = match self.user {
+            Some(uid) => {
+                let mut command = self.command("setpriv");
+                let (uid, home) = (uid.to_string(), self.path("home"));
+                command.args(["--reuid", &uid, "--regid", &uid, "--clear-groups", "--"]).arg(program);
+                command.env("HOME", home);
+                command
+            }
+            None => self.command(program),
+        };
+        if let Some(host) = &self.host {
+            command.env("CATALYST_HOST", host);
+        }
+        command.args(args);
+        command
+    }
+
+    /// Runs `catalyst ARGS`.
+    pub fn catalyst(&self, args: &[&str]) -> Ran {
+        ran(self.catalyst_command(args))
+    }
+
+    /// Runs `catalyst ARGS` with `input` on its stdin.
+    pub fn catalyst_with_input(&self, args: &[&str], input: &[u8]) -> Ran {
+        let mut command = self.catalyst_command(args);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("catalyst starts");
+        let mut stdin = child.stdin.take().expect("a pipe");
+        let input = input.to_vec();
+        let writer = std::thread::spawn(move || {
+            // A command that does not read all of it closes the pipe.
+            let _ = stdin.write_all(&input);
+        });
+        let output = child.wait_with_output().expect("catalyst ends");
+        writer.join().expect("the writer ends");
+        output.into()
+    }
+
+    /// A request by curl.
+    pub fn curl(&self, method: &str, path: &str, body: Option<&str>) -> Answer {
+        self.curl_with(&["-X", method], path, body.map(str::as_bytes))
+    }
+
+    /// A request by curl with more options; a body goes through its stdin.
+    pub fn curl_with(&self, options: &[&str], path: &str, body: Option<&[u8]>) -> Answer {
+        let host = self.host.as_deref().unwrap_or("localhost:8080");
+        let mut command = self.command("curl");
+        command.args(["-s", "--path-as-is", "--max-time", "100", "-w", "\n%{http_code}"]).args(options);
+        if body.is_some() {
+            command.args(["--data-binary", "@-"]);
+        }
+        command.arg(format!("http://{host}{path}"));
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("curl starts");
+        if let (Some(mut stdin), Some(body)) = (child.stdin.take(), body) {
+            // The daemon may answer before it has read all.
+            let _ = stdin.write_all(body);
+        }
+        let output = child.wait_with_output().expect("curl ends");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (body, status) = text.rsplit_once('\n').unwrap_or(("", "0"));
+        Answer { status: status.parse().unwrap_or(0), body: body.to_owned() }
+    }
+
+    /// The pid of a VM's process, from `vm show`.
+    pub fn vm_pid(&self, id: &str) -> Option<u32> {
+        let vm = self.curl("GET", &format!("/v1/vms/{id}"), None).json();
+        vm["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok())
+    }
+
+    /// Waits for a state of a VM.
+    #[track_caller]
+    pub fn wait_for_state(&self, id: &str, state: &str, limit: Duration) {
+        let started = Instant::now();
+        loop {
+            let vm = self.curl("GET", &format!("/v1/vms/{id}"), None);
+            if vm.status == 200 && vm.json()["state"] == state {
+                return;
+            }
+            assert!(started.elapsed() < limit, "'{id}' is not {state} after {limit:?}: {}", vm.body);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("--- the daemon's log ---\n{}--- end ---", self.daemon_log());
+        }
+        self.kill_daemon();
+        kill_vm_processes(&self.state_dir());
+        for entry in fs::read_dir(self.folder.path()).into_iter().flatten().flatten() {
+            kill_vm_processes(&entry.path());
+        }
+        // What still runs in the namespace (dnsmasq) was started by the daemon of this world.
+        let pids = Command::new("ip").args(["netns", "pids", &self.netns]).output();
+        let pids = pids.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        for pid in pids.lines().filter_map(|line| line.trim().parse().ok()) {
+            kill(pid);
+        }
+        let _ = Command::new("ip").args(["netns", "del", &self.netns]).status();
+    }
+}
+
+/// Ends the VM processes of a state folder, by the pids in their lock files.
+fn kill_vm_processes(state_dir: &Path) {
+    let vms = fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten();
+    for vm in vms {
+        let pid = fs::read_to_string(vm.path().join("run/lock")).ok().and_then(|text| text.trim().parse().ok());
+        // The number is this VM's only while its command line names it.
+        if let Some(pid) = pid
+            && fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("microvm"))
+        {
+            kill(pid);
+        }
+    }
+}
+
+fn kill(pid: i32) {
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+}
+
+/// Runs a command that must succeed.
+#[track_caller]
+pub fn run(command: &mut Command) {
+    let output = command.output().expect("the command starts");
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Runs a command, bounded by [`HANG`].
+pub fn ran(mut command: Command) -> Ran {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = command.spawn().expect("the command starts");
+    let pid = i32::try_from(child.id()).expect("a pid");
+    let (done, watch) = std::sync::mpsc::channel::<()>();
+    let guard = std::thread::spawn(move || {
+        if watch.recv_timeout(HANG).is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout) {
+            kill(pid);
+        }
+    });
+    let output = child.wait_with_output().expect("the command ends");
+    drop(done);
+    guard.join().expect("the guard ends");
+    output.into()
+}
+
+impl From<Output> for Ran {
+    fn from(output: Output) -> Self {
+        Self {
+            status: output.status,
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
