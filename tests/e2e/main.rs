@@ -1,2 +1,20 @@
-//! End-to-end.
-fn main() {}
+//! End-to-end tests: the real CLI, REST by curl, real VMs, each group in a world of its own.
+//!
+//!     make e2e                                     # all
+//!     cargo test -p catalyst-tests --test e2e -- life   # the groups whose name has the word
+
+// A check says what went wrong by panicking.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod life;
+mod many;
+mod owner;
+
+use catalyst_tests::harness::{self, Group};
+
+// The longest come first: groups run side by side.
+const GROUPS: &[Group] = &[("many", many::many), ("life", life::life), ("owner", owner::owner)];
+
+fn main() {
+    harness::run(GROUPS, 2);
+}

@@ -3,7 +3,8 @@
 use catalyst_tests::world::{programs, ran};
 use catalyst_tests::{Checks, World};
 
-const UID: u32 = 61_234;
+/// A user that every Debian has (`backup`), and that no service of this machine runs as.
+const UID: u32 = 34;
 
 pub fn owner(checks: &mut Checks) {
     let world = World::owned_by(UID);
