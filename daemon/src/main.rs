@@ -127,6 +127,8 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let mut network = NetworkConfig::new(&state_dir);
     network.bridge = args.bridge;
     let network = Network::load(network).await?;
+    let serving = network.clone();
+    tokio::spawn(async move { serving.keep_serving().await });
     let engine: Arc<dyn Engine> = Arc::new(QemuEngine);
     let access_keys = AccessKeys::open(&state_dir, &owner.home)?;
     let store = Store::open(&state_dir)?;

@@ -185,7 +185,8 @@ impl World {
 
     /// Starts a daemon without waiting for it; its log is `daemon.log` in the world's folder.
     pub fn spawn_daemon(&self, args: &[&str]) -> Child {
-        let log = fs::OpenOptions::new().append(true).create(true).open(self.path("daemon.log")).expect("a log");
+        let log =
+            fs::OpenOptions::new().append(true).create(true).open(self.path("daemon.log")).expect("a log");
         let mut command = self.command(programs().join("catalyst-daemon"));
         command.arg("--state-dir").arg(self.state_dir()).arg("--image-dir").arg(image_dir());
         command.args(["--log", "info"]).args(args).stdin(Stdio::null());
@@ -222,7 +223,8 @@ impl World {
     pub fn stop_daemon(&mut self) -> ExitStatus {
         let mut daemon = self.daemon.take().expect("a daemon runs");
         let pid = i32::try_from(daemon.id()).expect("a pid");
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM).expect("a signal");
+        nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)
+            .expect("a signal");
         daemon.wait().expect("the daemon ends")
     }
 
@@ -332,7 +334,8 @@ impl Drop for World {
         }
         // What still runs in the namespace (dnsmasq) was started by the daemon of this world.
         let pids = Command::new("ip").args(["netns", "pids", &self.netns]).output();
-        let pids = pids.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        let pids =
+            pids.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
         for pid in pids.lines().filter_map(|line| line.trim().parse().ok()) {
             kill(pid);
         }
@@ -344,7 +347,8 @@ impl Drop for World {
 fn kill_vm_processes(state_dir: &Path) {
     let vms = fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten();
     for vm in vms {
-        let pid = fs::read_to_string(vm.path().join("run/lock")).ok().and_then(|text| text.trim().parse().ok());
+        let pid =
+            fs::read_to_string(vm.path().join("run/lock")).ok().and_then(|text| text.trim().parse().ok());
         // The number is this VM's only while its command line names it.
         if let Some(pid) = pid
             && fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("microvm"))

@@ -185,7 +185,6 @@ impl Failure for CreateError {
         match self {
             Self::Id(_) | Self::Config(_) | Self::ParentDisk => ErrorCode::InvalidRequest,
             Self::Unknown(_) => ErrorCode::VmNotFound,
-            Self::Hostname { .. } => ErrorCode::VmExists,
             Self::Template { source, .. } => image_code(source),
             Self::ParentState { .. } => ErrorCode::WrongState,
             Self::Network(_) => ErrorCode::HostUnfit,

@@ -29,14 +29,6 @@ pub enum CreateError {
     /// The parent is not there.
     #[error(transparent)]
     Unknown(#[from] UnknownVm),
-    /// Two VMs would have the same name in the network.
-    #[error("The VM '{id}' would have the host name of the VM '{other}'; choose another id")]
-    Hostname {
-        /// The new VM.
-        id: VmId,
-        /// The one that has it.
-        other: VmId,
-    },
     /// The template cannot be used.
     #[error("The template '{name}' cannot be used")]
     Template {

@@ -228,6 +228,11 @@ impl Machine {
                 };
                 self.attach(process);
                 self.shared.enter(state, None);
+                // The name server that an earlier daemon started is watched by this one from now on.
+                if let Err(error) = self.context.network.up().await {
+                    let reason = crate::http::error::chain(&error).join(": ");
+                    tracing::error!(reason, "the VM network cannot be used");
+                }
             }
             Ok(None) => {
                 if let Ok(reason) = files::read_bounded(&dir.reason(), 4096) {

@@ -123,6 +123,9 @@ impl Machines {
         let (vmx, config) = dir.read().ok().unzip();
         let wanted = config.as_ref().and_then(|config| Some((Mac(config.mac?), config.address?)));
         let lease = self.0.network.lease_for(id.as_str(), wanted)?;
+        if let Some(why) = &lease.changed {
+            tracing::warn!(vm = %id, why, "the VM has another address now");
+        }
         if let (Some(vmx), Some(config)) = (vmx, config)
             && wanted != Some((lease.mac, lease.address))
         {
@@ -264,9 +267,6 @@ impl Machines {
         let mut entries = self.0.entries_mut();
         if entries.contains_key(id) {
             return Err(StoreError::Exists(id.clone()).into());
-        }
-        if let Some(other) = entries.keys().find(|other| other.hostname() == id.hostname()) {
-            return Err(CreateError::Hostname { id: id.clone(), other: other.clone() });
         }
         entries.insert(id.clone(), Entry::Reserved);
         Ok(Reservation { context: Arc::clone(&self.0), id: id.clone() })

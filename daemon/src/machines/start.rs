@@ -70,8 +70,9 @@ pub(super) fn guest_identity(context: &Context, shared: &Shared) -> Result<agent
     let identity = Identity::load_or_generate(&shared.dir().identity())?;
     let lease = shared.lease();
     Ok(agent::Identity {
-        hostname: shared.dir().id().hostname(),
-        domain: "catalyst".to_owned(),
+        // DNS has names with '_', hosts (RFC 952) have not.
+        hostname: lease.name.replace('_', "-"),
+        domain: lease.domain.clone(),
         mac: lease.mac.to_string(),
         address: lease.address,
         prefix: lease.prefix,

@@ -9,12 +9,10 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom};
 use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -154,9 +152,9 @@ impl Server {
         (ours && !process.ended_within(Duration::ZERO)).then_some(Self { process })
     }
 
-    /// A descriptor that becomes readable when it ends.
-    pub fn pidfd(&self) -> Arc<OwnedFd> {
-        self.process.pidfd()
+    /// The process.
+    pub fn into_process(self) -> Process {
+        self.process
     }
 
     /// Its process id.
@@ -182,7 +180,15 @@ impl Server {
 }
 
 /// Starts dnsmasq with that configuration and waits until it serves. As root.
-pub(crate) fn start(program: &Path, files: &Files, config: &str) -> Result<Server, NetworkError> {
+///
+/// `lock` is what keeps other daemons from changing the network. dnsmasq's first process has it too until it ends:
+/// if this daemon is killed meanwhile, the next one comes in when there is a dnsmasq to find.
+pub(crate) fn start(
+    program: &Path,
+    files: &Files,
+    config: &str,
+    lock: Option<File>,
+) -> Result<Server, NetworkError> {
     for folder in [files.names(), files.hosts()] {
         make_folder(&folder).map_err(NetworkError::file("make", folder))?;
     }
@@ -191,7 +197,8 @@ pub(crate) fn start(program: &Path, files: &Files, config: &str) -> Result<Serve
     let mut command = command(program);
     command
         .arg(config_argument(files))
-        .stdin(Stdio::null())
+        // As standard input, since dnsmasq closes every other descriptor that it inherits.
+        .stdin(lock.map_or_else(Stdio::null, Stdio::from))
         .stdout(Stdio::null())
         .stderr(log.try_clone().map_err(NetworkError::file("open", files.log()))?);
     // SAFETY: between fork and exec only setrlimit and signal are called, both async-signal-safe (signal-safety(7)).

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::PoisonError;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use nix::unistd::geteuid;
@@ -24,12 +24,36 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 impl Network {
     /// Brings the network up, or makes whole what is there: may be called at every power-on.
     ///
-    /// What fails leaves nothing behind that was not there before.
+    /// What fails leaves nothing behind that was not there before. Once begun it goes on, also when the future is
+    /// dropped.
     pub async fn up(&self) -> Result<(), NetworkError> {
+        let network = self.clone();
+        to_its_end(async move { network.bring_up().await }).await
+    }
+
+    /// Takes away everything that [`Network::up`] made, also what a daemon that crashed left. What there is not is
+    /// no error. The leases and the choice of bridge and subnet stay. Once begun it goes on, also when the future is
+    /// dropped.
+    ///
+    /// # Errors
+    /// [`NetworkError::InUse`] with the interfaces of the virtual machines that are on; nothing is changed then.
+    pub async fn down(&self) -> Result<(), NetworkError> {
+        let network = self.clone();
+        to_its_end(async move {
+            require_root("take the network down")?;
+            let _changing = network.inner.changing.lock().await;
+            let lock = lock(&network.inner.run).await?;
+            let copy = copy_of(lock.as_ref());
+            network.tear_down(&Netlink::open()?, copy).await
+        })
+        .await
+    }
+
+    async fn bring_up(&self) -> Result<(), NetworkError> {
         require_root("set up the network")?;
         let programs = Programs::find()?;
         let _changing = self.inner.changing.lock().await;
-        let _lock = lock(&self.inner.run).await?;
+        let lock = lock(&self.inner.run).await?;
         let netlink = Netlink::open()?;
         let found = self.own_bridge(&netlink).await?;
         let is_new = found.is_none();
@@ -37,26 +61,14 @@ impl Network {
             self.avoid_collision(&netlink).await?;
         }
         self.claim()?;
-        let done = self.build(&netlink, found, programs).await;
+        let done = self.build(&netlink, found, programs, copy_of(lock.as_ref())).await;
         if is_new
             && done.is_err()
-            && let Err(error) = self.tear_down(&netlink).await
+            && let Err(error) = self.tear_down(&netlink, copy_of(lock.as_ref())).await
         {
             tracing::warn!(%error, "a network that did not come up could not be taken away");
         }
         done
-    }
-
-    /// Takes away everything that [`Network::up`] made, also what a daemon that crashed left. What there is not is
-    /// no error. The leases and the choice of bridge and subnet stay.
-    ///
-    /// # Errors
-    /// [`NetworkError::InUse`] with the interfaces of the virtual machines that are on; nothing is changed then.
-    pub async fn down(&self) -> Result<(), NetworkError> {
-        require_root("take the network down")?;
-        let _changing = self.inner.changing.lock().await;
-        let _lock = lock(&self.inner.run).await?;
-        self.tear_down(&Netlink::open()?).await
     }
 
     /// What there is of the network at the moment.
@@ -132,18 +144,20 @@ impl Network {
         netlink: &Netlink,
         found: Option<Link>,
         programs: Programs,
+        lock: Option<File>,
     ) -> Result<(), NetworkError> {
         let bridge = match found {
             Some(bridge) => bridge,
             None => self.make_bridge(netlink).await?,
         };
         let subnet = self.subnet();
+        tap::disable_ipv6(&bridge.name)?;
         netlink.set_address(&bridge, gateway(subnet), subnet.prefix()).await?;
         if !bridge.is_up {
             netlink.set_up(&bridge).await?;
         }
         let network = self.clone();
-        as_root_blocking(move || network.serve(&programs)).await
+        as_root_blocking(move || network.serve(&programs, lock)).await
     }
 
     async fn make_bridge(&self, netlink: &Netlink) -> Result<Link, NetworkError> {
@@ -153,15 +167,14 @@ impl Network {
         let bridge = bridge.ok_or_else(|| NetworkError::NoBridge { bridge: name.clone() })?;
         let alias: String = format!("Catalyst {}", self.inner.state_dir.display()).chars().take(60).collect();
         netlink.set_alias(&bridge, &alias).await?;
-        tap::disable_ipv6(name)?;
         Ok(bridge)
     }
 
     /// Everything but the bridge: table, forwarding, dnsmasq. As root; waits.
-    fn serve(&self, programs: &Programs) -> Result<(), NetworkError> {
+    fn serve(&self, programs: &Programs, lock: Option<File>) -> Result<(), NetworkError> {
         let bridge = &self.inner.bridge;
         let subnet = self.subnet();
-        self.load_table(&programs.nft, subnet)?;
+        self.load_table(&programs.nft, subnet, lock.as_ref())?;
         self.inner.run.make_network(bridge)?;
         forwarding::enable(&self.inner.run.forwarding(), bridge)?;
         let files = self.files();
@@ -172,32 +185,37 @@ impl Network {
         }
         let server = match server {
             Some(server) => server,
-            None => dnsmasq::start(&programs.dnsmasq, &files, &config)?,
+            None => dnsmasq::start(&programs.dnsmasq, &files, &config, lock)?,
         };
+        let known = self.inner.serving.borrow().clone();
+        if known.is_some_and(|known| known.pid == server.pid() && !known.ended_within(Duration::ZERO)) {
+            // Since then every tap and every release has told it what changed.
+            return Ok(());
+        }
         let leases = self.leases();
         if publish::publish_all(&files, gateway(subnet), &leases.all())? {
             server.reload();
         }
-        self.inner.serving.send_replace(Some(server.pidfd()));
+        self.inner.serving.send_replace(Some(Arc::new(server.into_process())));
         Ok(())
     }
 
     /// Loads the nftables table, unless no table of this namespace has changed since it was loaded.
-    fn load_table(&self, nft: &Path, subnet: Subnet) -> Result<(), NetworkError> {
+    fn load_table(&self, nft: &Path, subnet: Subnet, lock: Option<&File>) -> Result<(), NetworkError> {
         let mut loaded = self.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         let before = nat::generation().ok();
         if before.is_some() && *loaded == before {
             return Ok(());
         }
         *loaded = None;
-        nat::apply(nft, &self.inner.bridge, subnet)?;
+        nat::apply(nft, &self.inner.bridge, subnet, lock)?;
         // One more than before: the change since then is ours and no other.
         let after = nat::generation().ok();
         *loaded = after.filter(|after| before.map(|before| before.wrapping_add(1)) == Some(*after));
         Ok(())
     }
 
-    async fn tear_down(&self, netlink: &Netlink) -> Result<(), NetworkError> {
+    async fn tear_down(&self, netlink: &Netlink, lock: Option<File>) -> Result<(), NetworkError> {
         let bridge = match self.own_bridge(netlink).await {
             // Not ours, not touched; what else there is of ours goes.
             Err(NetworkError::ForeignLink { .. }) => None,
@@ -216,7 +234,7 @@ impl Network {
             if let Some(server) = Server::find(&network.files()) {
                 server.stop(&network.inner.bridge)?;
             }
-            nat::remove(&nft, &network.inner.bridge)
+            nat::remove(&nft, &network.inner.bridge, lock.as_ref())
         })
         .await?;
         if let Some(bridge) = &bridge {
@@ -242,6 +260,23 @@ pub(super) async fn lock(run: &RunDir) -> Result<Option<File>, NetworkError> {
     match tokio::time::timeout(LOCK_PATIENCE, lock).await {
         Ok(lock) => lock.map(Some),
         Err(_) => Err(NetworkError::Busy { path: run.lock_path() }),
+    }
+}
+
+/// A copy of the lock's descriptor, for the programs that work under it.
+fn copy_of(lock: Option<&File>) -> Option<File> {
+    lock.and_then(|lock| lock.try_clone().ok())
+}
+
+/// Runs the work on a task of its own, which goes on when nobody waits any more. A panic goes on in the caller.
+async fn to_its_end<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(work).await {
+        Ok(value) => value,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is going away, and every task with it: nothing is left to tell.
+            Err(_) => std::future::pending().await,
+        },
     }
 }
 

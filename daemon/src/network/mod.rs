@@ -30,7 +30,6 @@ mod tap;
 
 use std::fs;
 use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -45,6 +44,7 @@ pub use self::tap::Tap;
 use self::dnsmasq::{Files, Server};
 use self::lease::LeaseTable;
 use self::netlink::{Link, Netlink};
+use self::process::Process;
 use self::state::{Claim, RunDir, Settings, is_bridge_name};
 use self::subnet::{HostRange, choose, unfit};
 use crate::privilege::as_root;
@@ -118,8 +118,8 @@ struct Inner {
     leases: Mutex<LeaseTable>,
     /// The generation of the namespace's nftables rules that our table was loaded in, if nothing came between.
     loaded: Mutex<Option<u32>>,
-    /// The dnsmasq that serves, by its pidfd, from `up` to `down`.
-    serving: tokio::sync::watch::Sender<Option<Arc<OwnedFd>>>,
+    /// The dnsmasq that serves and knows the leases, from `up` to `down`.
+    serving: tokio::sync::watch::Sender<Option<Arc<Process>>>,
     /// Held while the network changes.
     changing: tokio::sync::Mutex<()>,
 }

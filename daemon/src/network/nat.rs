@@ -13,6 +13,7 @@
 //! where nothing from the bridge arrives. A base chain of ours can accept only for itself: a `drop` in somebody
 //! else's chain stays one. [`obstacles`] finds those.
 
+use std::fs::File;
 use std::io;
 use std::path::Path;
 
@@ -21,20 +22,25 @@ use serde::Deserialize;
 
 use super::address::Subnet;
 use super::error::NetworkError;
-use super::program::run;
+use super::program::run_nft;
 
 /// Sets the table up, replacing what it held, in one transaction. Waits.
-pub(crate) fn apply(nft: &Path, bridge: &str, subnet: Subnet) -> Result<(), NetworkError> {
+pub(crate) fn apply(
+    nft: &Path,
+    bridge: &str,
+    subnet: Subnet,
+    lock: Option<&File>,
+) -> Result<(), NetworkError> {
     let task = format!("load the table {}", table(bridge));
-    run(nft, "nft", &["-f", "-"], &ruleset(bridge, subnet), &task).map(drop)
+    run_nft(nft, &["-f", "-"], &ruleset(bridge, subnet), &task, lock).map(drop)
 }
 
 /// Removes the table; none is no error. Waits.
-pub(crate) fn remove(nft: &Path, bridge: &str) -> Result<(), NetworkError> {
+pub(crate) fn remove(nft: &Path, bridge: &str, lock: Option<&File>) -> Result<(), NetworkError> {
     let table = table(bridge);
     // Added first: nft 1.0.6 has no `destroy`, and deleting what is not there is an error.
     let input = format!("add table inet {table}\ndelete table inet {table}\n");
-    run(nft, "nft", &["-f", "-"], &input, &format!("remove the table {table}")).map(drop)
+    run_nft(nft, &["-f", "-"], &input, &format!("remove the table {table}"), lock).map(drop)
 }
 
 /// The generation of this namespace's nftables rules: a number that each change of any table counts up. Lets a table
@@ -107,7 +113,7 @@ table inet {table} {{
 /// Chains of others that may keep guests from the network although all of ours is right, each in words with what
 /// to do. Docker and the usual firewalls drop forwarded packets that they do not know. Waits.
 pub(crate) fn obstacles(nft: &Path, bridge: &str) -> Result<Vec<String>, NetworkError> {
-    let json = run(nft, "nft", &["-j", "list", "chains"], "", "list its chains")?;
+    let json = run_nft(nft, &["-j", "list", "chains"], "", "list its chains", None)?;
     Ok(parse_obstacles(&json, bridge))
 }
 

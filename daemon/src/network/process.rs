@@ -2,7 +2,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -13,7 +12,7 @@ use nix::sys::signal::Signal;
 #[derive(Debug)]
 pub(crate) struct Process {
     pub pid: i32,
-    pidfd: Arc<OwnedFd>,
+    pidfd: OwnedFd,
 }
 
 impl Process {
@@ -27,12 +26,12 @@ impl Process {
                 _ => return Err(io::Error::last_os_error()),
             }
         };
-        Ok(Self { pid, pidfd: Arc::new(pidfd) })
+        Ok(Self { pid, pidfd })
     }
 
-    /// The descriptor, which becomes readable when the process ends.
-    pub fn pidfd(&self) -> Arc<OwnedFd> {
-        Arc::clone(&self.pidfd)
+    /// A copy of the descriptor, which becomes readable when the process ends.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.try_clone()
     }
 
     /// Waits for its end for at most that long (up to a minute); whether it has ended.

@@ -1,8 +1,10 @@
 //! The two programs beside us, `nft` and `dnsmasq`: where they are, and how one is run to its end.
 
+use std::fs::File;
 use std::io::{self, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -55,16 +57,29 @@ pub(crate) fn command(path: &Path) -> Command {
     command
 }
 
-/// Runs the program to its end with `input`; its output, or its complaint as an error. Waits.
-pub(crate) fn run(
+/// Runs nft to its end with `input`; its output, or its complaint as an error. Waits.
+///
+/// nft has a copy of `lock` until it ends, so that one whose daemon is killed does not change a table that the next
+/// daemon thinks it has in hand.
+pub(crate) fn run_nft(
     path: &Path,
-    program: &'static str,
     arguments: &[&str],
     input: &str,
     task: &str,
+    lock: Option<&File>,
 ) -> Result<String, NetworkError> {
     let mut command = command(path);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    if let Some(lock) = lock.and_then(|lock| lock.try_clone().ok()) {
+        // SAFETY: between fork and exec only dup is called, which is async-signal-safe (signal-safety(7)). The copy
+        // that it makes is not closed by exec, and in the child alone.
+        unsafe {
+            command.pre_exec(move || match libc::dup(lock.as_raw_fd()) {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            });
+        }
+    }
     let output = finish_with(&mut command, path, input)?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
@@ -73,7 +88,7 @@ pub(crate) fn run(
         Some(signal) => format!("it was ended by signal {signal}"),
         None => last_lines(&String::from_utf8_lossy(&output.stderr), 3),
     };
-    Err(NetworkError::Program { program, task: task.to_owned(), output: said })
+    Err(NetworkError::Program { program: "nft", task: task.to_owned(), output: said })
 }
 
 /// Runs a command to its end, which it must find within [`PATIENCE`], else it is killed. Waits.

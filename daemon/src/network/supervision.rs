@@ -1,13 +1,14 @@
 //! Starting dnsmasq again when it ends unasked: running guests have no other name server.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::Network;
+use super::process::Process;
 
 /// Time between the end of a dnsmasq, or a failed start, and the next start: one that ends at once shall not keep a
 /// processor busy.
@@ -21,13 +22,13 @@ impl Network {
     pub async fn keep_serving(&self) {
         let mut serving = self.inner.serving.subscribe();
         loop {
-            let Ok(pidfd) = serving.wait_for(Option::is_some).await.map(|pidfd| pidfd.clone()) else {
+            let Ok(process) = serving.wait_for(Option::is_some).await.map(|process| process.clone()) else {
                 // The sender lives as long as self.
                 return std::future::pending().await;
             };
-            let Some(pidfd) = pidfd else { continue };
+            let Some(process) = process else { continue };
             tokio::select! {
-                ended = ended(&pidfd) => if let Err(error) = ended {
+                ended = ended(&process) => if let Err(error) = ended {
                     tracing::warn!(%error, "cannot watch dnsmasq: it will be looked after at the next power-on");
                     let _ = serving.changed().await;
                     continue;
@@ -37,8 +38,7 @@ impl Network {
             tracing::warn!(bridge = self.bridge(), "dnsmasq ended; starting it again");
             tokio::time::sleep(PAUSE).await;
             // A power-on may have been faster, and a down may have come since.
-            while self.inner.serving.borrow().as_ref().is_some_and(|now| std::sync::Arc::ptr_eq(now, &pidfd))
-            {
+            while self.inner.serving.borrow().as_ref().is_some_and(|now| Arc::ptr_eq(now, &process)) {
                 let Err(error) = self.up().await else { break };
                 tracing::warn!(%error, "guests have neither names nor new addresses");
                 tokio::time::sleep(PAUSE_AFTER_FAILURE).await;
@@ -47,8 +47,8 @@ impl Network {
     }
 }
 
-async fn ended(pidfd: &OwnedFd) -> io::Result<()> {
-    let pidfd = pidfd.try_clone()?;
+async fn ended(process: &Process) -> io::Result<()> {
+    let pidfd = process.pidfd()?;
     // SAFETY: an OwnedFd is open, and the same descriptor, until the AsyncFd drops it.
     let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE)? };
     pidfd.readable().await.map(|_| ())

@@ -1,4 +1,4 @@
-//! VM ids: what may be one, and the host name that follows from it.
+//! VM ids: what may be one.
 
 use std::fmt;
 
@@ -30,7 +30,7 @@ pub enum IdError {
     Reserved(String),
 }
 
-/// A checked VM id: safe as a folder name, an URL segment and (see [`VmId::hostname`]) a host name.
+/// A checked VM id: safe as a folder name, an URL segment and, nearly, a host name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct VmId(String);
 
@@ -59,11 +59,6 @@ impl VmId {
     pub fn as_str(&self) -> &str {
         &self.0
     }
-
-    /// The guest's host name and its label in the domain `catalyst`: lower case, `_` and `.` become `-`.
-    pub fn hostname(&self) -> String {
-        self.0.chars().map(|c| if matches!(c, '_' | '.') { '-' } else { c.to_ascii_lowercase() }).collect()
-    }
 }
 
 impl fmt::Display for VmId {
@@ -77,9 +72,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn usual_ids_pass_and_give_host_names() {
-        for (id, host) in [("web1", "web1"), ("Web_1.test", "web-1-test"), ("vagrant-4ab1", "vagrant-4ab1")] {
-            assert_eq!(VmId::parse(id).unwrap().hostname(), host);
+    fn usual_ids_pass() {
+        for id in ["web1", "Web_1.test", "vagrant-4ab1", "a"] {
+            assert_eq!(VmId::parse(id).unwrap().as_str(), id);
         }
         assert!(VmId::parse(&"a".repeat(63)).is_ok());
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use catalyst_daemon::network::{Mac, Network, NetworkError};
 
-use crate::namespace::{Hidden, Host, Namespace, cannot_run, resolve, vanished};
+use crate::namespace::{Hidden, Host, Namespace, cannot_run, comes_to, resolve, vanished};
 
 #[test]
 fn dhcp_gives_the_fixed_lease_and_names_come_and_go_with_the_machines() {
@@ -42,7 +42,7 @@ fn dhcp_gives_the_fixed_lease_and_names_come_and_go_with_the_machines() {
         one.run(&format!("busybox ping -c 1 -W 2 {} && busybox ping -c 1 -W 2 {gateway}", web2.address));
 
         network.release("web1");
-        assert_eq!(resolve(&two, gateway, "web1.catalyst"), None);
+        comes_to(&two, gateway, "web1.catalyst", None).await;
         // The next machine gets the same address, by DHCP too, although the lease of the old one still runs.
         let next = network.lease_for("next", None).unwrap();
         assert_eq!(next.address, web1.address);
@@ -50,7 +50,7 @@ fn dhcp_gives_the_fixed_lease_and_names_come_and_go_with_the_machines() {
         host.namespace.run("ip link delete port1");
         let three = host.guest(&network, "port3", &next);
         assert!(host.dhcp(&three, "").unwrap().contains(&next.address.to_string()));
-        assert_eq!(resolve(&two, gateway, "next.catalyst"), Some(next.address.to_string()));
+        comes_to(&two, gateway, "next.catalyst", Some(&next.address.to_string())).await;
         drop(tap);
     });
 }
@@ -217,8 +217,8 @@ fn many_at_once_get_distinct_leases_and_cables() {
         let guest = host.guest(&network, "port1", &leases[0]);
         host.dhcp(&guest, "").unwrap();
         for lease in &leases {
-            let found = resolve(&guest, lease.dns, &format!("{}.catalyst", lease.name));
-            assert_eq!(found, Some(lease.address.to_string()));
+            let name = format!("{}.catalyst", lease.name);
+            comes_to(&guest, lease.dns, &name, Some(&lease.address.to_string())).await;
         }
     });
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::UdpSocket;
 use std::os::unix::fs::MetadataExt;
+use std::time::Instant;
 
 use catalyst_daemon::network::{Network, NetworkConfig, NetworkError};
 
@@ -27,7 +28,9 @@ fn up_and_down_leave_no_trace_however_often() {
         let network = Network::load(host.config("state")).await.unwrap();
         let before = host.traces();
         for _ in 0..2 {
+            let began = Instant::now();
             network.up().await.unwrap();
+            println!("up: {:?}", began.elapsed());
             let first = network.status().await;
             network.up().await.unwrap();
             let second = network.status().await;
@@ -35,7 +38,9 @@ fn up_and_down_leave_no_trace_however_often() {
             assert_eq!(first, second, "the second up changes nothing");
             assert_eq!(ip_forward(&host), "1");
             assert_ne!(host.traces(), before);
+            let began = Instant::now();
             network.down().await.unwrap();
+            println!("down: {:?}", began.elapsed());
             network.down().await.unwrap();
             assert_eq!(host.traces(), before);
             assert!(!network.status().await.up);

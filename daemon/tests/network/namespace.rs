@@ -218,6 +218,20 @@ pub fn resolve(guest: &Namespace, server: impl std::fmt::Display, name: &str) ->
     lines.nth(1)?.strip_prefix("Address:").map(|address| address.trim().to_owned())
 }
 
+/// Waits until the guest finds `expected` for a name, or nothing any more. dnsmasq hears of changes by a signal: a
+/// question that lies before it when the signal comes is still answered from what it knew.
+pub async fn comes_to(guest: &Namespace, server: impl std::fmt::Display, name: &str, expected: Option<&str>) {
+    let began = std::time::Instant::now();
+    loop {
+        let found = resolve(guest, &server, name);
+        if found.as_deref() == expected {
+            return;
+        }
+        assert!(began.elapsed().as_secs() < 3, "{name} is {found:?} and not {expected:?}");
+        tokio::task::yield_now().await;
+    }
+}
+
 /// The files and folders below `folder`, but for the lock and the claims, which stay.
 fn tree(folder: &Path) -> String {
     let mut text = String::new();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use catalyst_daemon::network::{Network, NetworkConfig};
 
-use crate::namespace::{Host, cannot_run, resolve};
+use crate::namespace::{Host, cannot_run, comes_to};
 
 /// Folder of the network that [`daemon_that_is_killed`] is to bring up.
 const FOLDER: &str = "CATALYST_TEST_NETWORK_FOLDER";
@@ -28,19 +28,21 @@ fn daemon_that_is_killed() {
     });
 }
 
+/// The command line of that process.
+fn daemon_command() -> String {
+    let test = std::env::current_exe().unwrap();
+    format!("exec {} --ignored --exact restart::daemon_that_is_killed --nocapture", test.display())
+}
+
 #[test]
 fn a_killed_daemons_network_is_taken_over() {
     if cannot_run() {
         return;
     }
     let host = Host::new();
-    let test = std::env::current_exe().unwrap();
     let mut daemon = host
         .namespace
-        .command(&format!(
-            "exec {} --ignored --exact restart::daemon_that_is_killed --nocapture",
-            test.display()
-        ))
+        .command(&daemon_command())
         .env(FOLDER, host.folder())
         .stdout(Stdio::piped())
         .spawn()
@@ -70,13 +72,39 @@ fn a_killed_daemons_network_is_taken_over() {
         let after = network.status().await;
         assert_eq!(after.dnsmasq_pid, before.dnsmasq_pid, "the same dnsmasq");
         for lease in [&web1, &web2] {
-            let found = resolve(&guest, lease.dns, &format!("{}.catalyst", lease.name));
-            assert_eq!(found, Some(lease.address.to_string()));
+            let name = format!("{}.catalyst", lease.name);
+            comes_to(&guest, lease.dns, &name, Some(&lease.address.to_string())).await;
         }
         host.namespace.run("ip link delete port1");
         network.down().await.unwrap();
         assert!(host.namespace.processes().is_empty());
     });
+}
+
+#[test]
+fn a_daemon_killed_while_it_brings_the_network_up_leaves_nothing_that_the_next_does_not_find() {
+    if cannot_run() {
+        return;
+    }
+    let host = Host::new();
+    let before = host.traces();
+    let daemon = daemon_command();
+    for milliseconds in (4..60).step_by(4) {
+        let mut daemon = host.namespace.command(&daemon).env(FOLDER, host.folder()).spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(milliseconds));
+        daemon.kill().unwrap();
+        daemon.wait().unwrap();
+        host.block_on(|| async {
+            let network = Network::load(host.config("state")).await.unwrap();
+            // Both ways on: taken away as it is, or made whole first.
+            if milliseconds % 8 == 0 {
+                network.up().await.unwrap();
+                assert!(network.status().await.up, "killed after {milliseconds} ms");
+            }
+            network.down().await.unwrap();
+            assert_eq!(host.traces(), before, "killed after {milliseconds} ms");
+        });
+    }
 }
 
 #[test]
@@ -132,7 +160,7 @@ fn a_log_that_is_full_stops_neither_names_nor_the_finding_of_dnsmasq() {
         let tap = network.open_tap(&lease).await.unwrap();
         let guest = host.guest(&network, "port1", &lease);
         assert!(host.dhcp(&guest, "").is_some());
-        assert_eq!(resolve(&guest, lease.dns, "web1.catalyst"), Some(lease.address.to_string()));
+        comes_to(&guest, lease.dns, "web1.catalyst", Some(&lease.address.to_string())).await;
         assert_eq!(log.metadata().unwrap().len(), 8 << 20, "nothing was added");
         network.up().await.unwrap();
         assert_eq!(network.status().await.dnsmasq_pid, before.dnsmasq_pid);

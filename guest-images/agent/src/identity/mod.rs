@@ -118,7 +118,17 @@ fn names(config: &Config, identity: &Identity) -> Step<()> {
     let resolv = format!("nameserver {}\n{search}", identity.dns);
     write("resolv.conf", resolv, 0o644).map_err(doing("writing /etc/resolv.conf"))?;
     let machine_id = format!("{}\n", identity.machine_id.to_ascii_lowercase());
-    write("machine-id", machine_id.clone(), 0o444).map_err(doing("writing /etc/machine-id"))?;
+    match write("machine-id", machine_id.clone(), 0o444) {
+        // On a first boot systemd mounts a passing one over it (machine-id(5), "First Boot
+        // Semantics"); without the mount it will not commit that one either.
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            nix::mount::umount2(&etc.join("machine-id"), nix::mount::MntFlags::MNT_DETACH)
+                .map_err(io::Error::from)
+                .and_then(|()| write("machine-id", machine_id.clone(), 0o444))
+        }
+        other => other,
+    }
+    .map_err(doing("writing /etc/machine-id"))?;
     let dbus = config.root.join("var/lib/dbus/machine-id");
     // Elsewhere it is a link to the other, or D-Bus is not there.
     if fs::symlink_metadata(&dbus).is_ok_and(|meta| meta.is_file()) {
