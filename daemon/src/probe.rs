@@ -7,6 +7,7 @@ use std::time::Duration;
 use catalyst_vmm::probe::ProbeReport;
 use tokio::process::Command;
 
+use crate::http::error::plain;
 use crate::settings::sibling;
 
 /// The probe bounds itself to 200 ms; this is for one that hangs nevertheless.
@@ -23,7 +24,7 @@ pub async fn run() -> Result<ProbeReport, String> {
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(|error| format!("cannot run {shown}: {error}"))?;
+        .map_err(|error| format!("cannot run {shown}: {}", plain(&error.to_string())))?;
     let output = tokio::time::timeout(LIMIT, child.wait_with_output())
         .await
         .map_err(|_| format!("{shown} did not end within {} s", LIMIT.as_secs()))?

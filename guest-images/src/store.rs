@@ -53,7 +53,7 @@ pub enum ImageError {
     },
     /// Its files are not those that were built.
     #[error(
-        "image '{name}' version {version} is damaged ({reason}): rebuild it with 'catalyst image build --force'"
+        "image '{name}' version {version} is damaged ({reason}): build it again with 'catalyst image build'"
     )]
     Damaged {
         /// The image.

@@ -23,22 +23,32 @@ fn created(checks: &mut Checks, world: &World) {
         assert_eq!(ran.ok(), "");
         let vmx = world.vm_dir(VM).join("web1.vmx");
         let end = format!("to '{}'\n", vmx.display());
-        assert!(ran.stderr.starts_with("Info: Cloned VM from '") && ran.stderr.ends_with(&end), "{}", ran.stderr);
+        assert!(
+            ran.stderr.starts_with("Info: Cloned VM from '") && ran.stderr.ends_with(&end),
+            "{}",
+            ran.stderr
+        );
         assert!(vmx.exists());
     });
-    checks.check("a VM that is off has no address, no login and no commands, and says how to start it", || {
-        for command in [&["guest", "getip", VM][..], &["ssh", VM], &["guest", "exec", VM, "--", "true"]] {
-            let error = world.catalyst(command).error(1).to_owned();
-            assert!(error.contains(&format!("vmpower on {VM}")), "{error}");
-        }
-    });
+    checks.check(
+        "a VM that is off has no address, no login and no commands, and says how to start it",
+        || {
+            for command in [&["guest", "getip", VM][..], &["ssh", VM], &["guest", "exec", VM, "--", "true"]] {
+                let error = world.catalyst(command).error(1).to_owned();
+                assert!(error.contains(&format!("vmpower on {VM}")), "{error}");
+            }
+        },
+    );
 }
 
 fn booted(checks: &mut Checks, world: &World) {
     checks.check("power on, wait for SSH and Docker", || {
         let ran = world.catalyst(&["vmpower", "on", VM]);
         ran.ok();
-        let line = format!("Info: Completed power op 'on' for VM at '{}'\n", world.vm_dir(VM).join("web1.vmx").display());
+        let line = format!(
+            "Info: Completed power op 'on' for VM at '{}'\n",
+            world.vm_dir(VM).join("web1.vmx").display()
+        );
         assert_eq!(ran.stderr, line);
         let early = world.catalyst(&["guest", "getip", VM]);
         assert!(!early.status.success() && early.stdout.is_empty(), "an address before the guest holds it");
@@ -68,12 +78,18 @@ fn inside(checks: &mut Checks, world: &World) {
         let address = world.catalyst(&["guest", "getip", VM]).ok().to_owned();
         let ssh = world.curl("GET", "/v1/vms/web1/ssh", None).json();
         let known = world.path("known_hosts");
-        let lines: Vec<&str> = ssh["known_hosts"].as_array().unwrap().iter().map(|l| l.as_str().unwrap()).collect();
+        let lines: Vec<&str> =
+            ssh["known_hosts"].as_array().unwrap().iter().map(|l| l.as_str().unwrap()).collect();
         std::fs::write(&known, lines.join("\n") + "\n").unwrap();
         let mut command = world.command("ssh");
         command.args(["-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=yes"]);
         command.arg("-o").arg(format!("UserKnownHostsFile={}", known.display()));
-        command.args(["-i", ssh["key_file"].as_str().unwrap(), &format!("catalyst@{address}"), "id -un; sudo id -u"]);
+        command.args([
+            "-i",
+            ssh["key_file"].as_str().unwrap(),
+            &format!("catalyst@{address}"),
+            "id -un; sudo id -u",
+        ]);
         assert_eq!(catalyst_tests::world::ran(command).ok(), "catalyst\n0");
     });
     checks.check("a container runs from the preloaded image, with no registry", || {
@@ -81,7 +97,15 @@ fn inside(checks: &mut Checks, world: &World) {
         assert_eq!(ran.ok(), "hello from a container");
     });
     checks.check("the guest has its name, its machine-id and the daemon's clock", || {
-        let text = world.catalyst(&["guest", "exec", VM, "--", "sh", "-c", "hostname; cat /etc/machine-id; date +%s"]);
+        let text = world.catalyst(&[
+            "guest",
+            "exec",
+            VM,
+            "--",
+            "sh",
+            "-c",
+            "hostname; cat /etc/machine-id; date +%s",
+        ]);
         let lines: Vec<&str> = text.ok().lines().collect();
         assert_eq!(lines[0], VM);
         let identity = std::fs::read_to_string(world.vm_dir(VM).join("identity.json")).unwrap();
@@ -103,13 +127,15 @@ fn inside(checks: &mut Checks, world: &World) {
         assert!(catalyst_tests::world::ran(lookup).ok().contains(&address));
     });
     checks.check("apt-get update without a network ends within 5 s", || {
-        let script = "s=$(date +%s%N); apt-get update >/dev/null 2>&1; e=$(date +%s%N); echo $(((e-s)/1000000))";
+        let script =
+            "s=$(date +%s%N); apt-get update >/dev/null 2>&1; e=$(date +%s%N); echo $(((e-s)/1000000))";
         let ran = world.catalyst(&["guest", "exec", VM, "--", "sh", "-c", script]);
         let ms: u64 = ran.ok().parse().unwrap();
         assert!(ms <= 5000, "{ms} ms");
     });
     checks.check("the disk is larger than the base and dockerd is where docker-machine looks", || {
-        let script = "df -BG --output=size / | tail -1; test -x /usr/bin/dockerd && readlink -f /usr/bin/dockerd";
+        let script =
+            "df -BG --output=size / | tail -1; test -x /usr/bin/dockerd && readlink -f /usr/bin/dockerd";
         let ran = world.catalyst(&["guest", "exec", VM, "--", "sh", "-c", script]);
         let lines: Vec<&str> = ran.ok().lines().map(str::trim).collect();
         let size: u64 = lines[0].trim_end_matches('G').parse().unwrap();
@@ -150,7 +176,8 @@ fn exec(checks: &mut Checks, world: &World) {
     checks.check("a command whose client is gone is ended in the guest", || {
         let mut command = world.catalyst_command(&["guest", "exec", VM, "--", "sleep", "4242"]);
         let mut child = command.stdin(std::process::Stdio::null()).spawn().unwrap();
-        let running = || world.catalyst(&["guest", "exec", VM, "--", "pgrep", "-xf", "sleep 4242"]).code() == 0;
+        let running =
+            || world.catalyst(&["guest", "exec", VM, "--", "pgrep", "-xf", "sleep 4242"]).code() == 0;
         eventually("the command runs", running);
         child.kill().unwrap();
         child.wait().unwrap();
@@ -178,7 +205,9 @@ fn by_rest(checks: &mut Checks, world: &World) {
         assert!(!log.ok().is_empty());
         let script = "echo marker-of-the-console > /dev/ttyS0";
         world.catalyst(&["guest", "exec", VM, "--", "sh", "-c", script]).ok();
-        eventually("the marker is in the log", || world.catalyst(&["logs", VM]).stdout.contains("marker-of-the-console"));
+        eventually("the marker is in the log", || {
+            world.catalyst(&["logs", VM]).stdout.contains("marker-of-the-console")
+        });
     });
 }
 
@@ -219,7 +248,18 @@ fn power(checks: &mut Checks, world: &mut World) {
         assert!(world.vm_pid(VM).is_none());
         world.catalyst(&["vmpower", "on", VM, "--wait", "--timeout", "280"]).ok();
         assert_eq!(world.catalyst(&["guest", "exec", VM, "--", "cat", "/root/kept"]).ok(), "kept");
-        let boot = |world: &World| world.catalyst(&["guest", "exec", VM, "--timeout", "280", "--", "cat", "/proc/sys/kernel/random/boot_id"]);
+        let boot = |world: &World| {
+            world.catalyst(&[
+                "guest",
+                "exec",
+                VM,
+                "--timeout",
+                "280",
+                "--",
+                "cat",
+                "/proc/sys/kernel/random/boot_id",
+            ])
+        };
         let first = boot(world).ok().to_owned();
         world.catalyst(&["ssh", VM, "--", "sudo systemctl reboot"]);
         eventually("the guest has another boot_id", || boot(world).stdout.trim_end() != first);
@@ -231,7 +271,11 @@ fn power(checks: &mut Checks, world: &mut World) {
 fn ended(checks: &mut Checks, world: &World) {
     checks.check("a VM process that is killed leaves a VM that is off, and why, within a second", || {
         let pid = world.vm_pid(VM).unwrap();
-        nix::sys::signal::kill(nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap()), nix::sys::signal::Signal::SIGKILL).unwrap();
+        nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap()),
+            nix::sys::signal::Signal::SIGKILL,
+        )
+        .unwrap();
         world.wait_for_state(VM, "powered off", Duration::from_secs(1));
         assert!(world.catalyst(&["vm", "show", VM]).ok().contains("signal 9"));
     });
