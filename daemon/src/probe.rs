@@ -10,8 +10,8 @@ use tokio::process::Command;
 use crate::http::error::plain;
 use crate::settings::sibling;
 
-/// The probe bounds itself to 200 ms; this is for one that hangs nevertheless.
-const LIMIT: Duration = Duration::from_secs(3);
+/// The probe bounds itself, guest code to 200 ms a try; this is for one that hangs nevertheless.
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs `catalyst-vmm probe --json`; the error is one line.
 pub async fn run() -> Result<ProbeReport, String> {

@@ -19,7 +19,7 @@ use super::streams::{Arrival, Stream, StreamEnd};
 use super::{AgentError, AgentStatus, HelloInfo, tame};
 
 /// How long the agent may take for what it is asked. Generous: a software CPU with many VMs is slow.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+const ANSWER_LIMIT: Duration = Duration::from_mins(1);
 /// Frames that may wait to be written.
 const OUTBOX: usize = 32;
 

@@ -366,9 +366,8 @@ impl Machine {
             if !force {
                 return Err(ChangeError::State { id, state });
             }
-            match self.kill("it is being deleted").await {
-                Err(PowerError::Engine { source, .. }) => return Err(source.into()),
-                _ => {}
+            if let Err(PowerError::Engine { source, .. }) = self.kill("it is being deleted").await {
+                return Err(source.into());
             }
         }
         let (store, dir) = (self.context.store.clone(), self.shared.dir().clone());
