@@ -200,6 +200,27 @@ fn by_rest(checks: &mut Checks, world: &World) {
         let slow = world.curl("POST", "/v1/vms/web1/exec", Some(r#"{"argv":["sleep","60"],"timeout_s":1}"#));
         assert!(slow.status == 504 || slow.json()["exit_code"] == 143, "{}", slow.body);
     });
+    checks.check(
+        "a file goes into the guest and comes back, and takes its place only when it is whole",
+        || {
+            let data = "line\n".repeat(100_000);
+            let path = "/v1/vms/web1/files?path=/root/sent";
+            let put = world.curl_with(&["-X", "PUT"], &format!("{path}&mode=0600"), Some(data.as_bytes()));
+            assert_eq!(put.status, 204, "{}", put.body);
+            assert_eq!(
+                world.catalyst(&["guest", "exec", VM, "--", "stat", "-c", "%a %s", "/root/sent"]).ok(),
+                "600 500000"
+            );
+            let got = world.curl("GET", path, None);
+            assert!(got.status == 200 && got.body == data);
+            assert_eq!(world.curl("GET", "/v1/vms/web1/files?path=/no/such", None).status, 404);
+            assert_eq!(world.curl("GET", "/v1/vms/web1/files?path=relative", None).status, 400);
+            assert_eq!(
+                world.curl("GET", "/v1/vms/web1/files?path=/proc", None).json()["code"],
+                "invalid_request"
+            );
+        },
+    );
     checks.check("the console's log holds what the guest wrote", || {
         let log = world.catalyst(&["logs", VM]);
         assert!(!log.ok().is_empty());
