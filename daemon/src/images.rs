@@ -148,8 +148,11 @@ impl Images {
     /// Begins to build an image.
     pub fn build(&self, name: &str) -> Result<api::Task, Refusal> {
         if name != BUNDLED {
-            let message =
-                format!("There is no recipe for an image '{name}'; this version builds '{BUNDLED}'");
+            let name = name.chars().take(80).collect::<String>();
+            let message = format!(
+                "There is no recipe for an image '{}'; this version builds '{BUNDLED}'",
+                name.escape_debug()
+            );
             return Err(Refusal::new(api::ErrorCode::ImageNotFound, message));
         }
         let task = self.begin(&format!("image build {name}"))?;
@@ -164,6 +167,8 @@ impl Images {
 
     /// Begins to compare the files of an image with their digests.
     pub fn verify(&self, name: &str) -> Result<api::Task, Refusal> {
+        // Before the name goes into the title of a task.
+        self.store.check_name(name)?;
         let task = self.begin(&format!("image verify {name}"))?;
         let id = task.id();
         let (store, name) = (self.store.clone(), name.to_owned());

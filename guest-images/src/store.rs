@@ -188,6 +188,11 @@ impl ImageStore {
         &self.root
     }
 
+    /// Whether `name` may name an image.
+    pub fn check_name(&self, name: &str) -> Result<(), ImageError> {
+        check_name(name)
+    }
+
     /// The folder of the image `name`.
     pub fn image_dir(&self, name: &str) -> PathBuf {
         self.root.join(name)
@@ -365,7 +370,11 @@ fn check_name(name: &str) -> Result<(), ImageError> {
     let good = name.len() <= MAX_NAME
         && name.bytes().next().is_some_and(plain)
         && name.bytes().all(|byte| plain(byte) || byte == b'-' || byte == b'.');
-    if good { Ok(()) } else { Err(ImageError::BadName(name.chars().take(MAX_NAME).collect())) }
+    if good {
+        Ok(())
+    } else {
+        Err(ImageError::BadName(name.chars().take(MAX_NAME).collect::<String>().escape_debug().to_string()))
+    }
 }
 
 /// What is wrong with the version in `dir`, as far as a mark, sizes and times show.

@@ -1,11 +1,19 @@
 //! End-to-end tests: the real CLI, REST by curl, real VMs, each group in a world of its own.
 //!
-//!     make e2e                                     # all
+//!     make e2e                                          # all
 //!     cargo test -p catalyst-tests --test e2e -- life   # the groups whose name has the word
 
 // A check says what went wrong by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod access;
+mod bad_input;
+mod common;
+mod crash;
+mod daemons;
+mod hosts;
+mod images;
+mod legacy;
 mod life;
 mod many;
 mod owner;
@@ -13,7 +21,19 @@ mod owner;
 use catalyst_tests::harness::{self, Group};
 
 // The longest come first: groups run side by side.
-const GROUPS: &[Group] = &[("many", many::many), ("life", life::life), ("owner", owner::owner)];
+const GROUPS: &[Group] = &[
+    ("many", many::many),
+    ("life", life::life),
+    ("owner", owner::owner),
+    ("crash", crash::crash),
+    ("access", access::access),
+    ("bad_input", bad_input::bad_input),
+    ("hosts", hosts::hosts),
+    ("legacy", legacy::legacy),
+    ("disk_full", crash::disk_full),
+    ("daemons", daemons::daemons),
+    ("images", images::images),
+];
 
 fn main() {
     harness::run(GROUPS, 2);

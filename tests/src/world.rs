@@ -1,5 +1,6 @@
 //! A world of its own for a test: network namespace, state folder, daemon.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -22,6 +23,10 @@ pub struct World {
     daemon: Option<Child>,
     /// Which daemon of several `catalyst` speaks to, as `HOST:PORT`; by default localhost:8080.
     pub host: Option<String>,
+    /// The folder of the images that daemons of this world use.
+    pub images: PathBuf,
+    /// Words before the daemon's command line, such as `env NAME=VALUE`; what they start must become the daemon.
+    pub wrapper: Vec<OsString>,
     user: Option<u32>,
 }
 
@@ -109,7 +114,15 @@ impl World {
         run(Command::new("ip").args(["netns", "add", &netns]));
         let folder = tempfile::Builder::new().prefix("catalyst-test-").tempdir().expect("a temporary folder");
         run(Command::new("chmod").arg("755").arg(folder.path()));
-        let world = Self { netns, folder, daemon: None, host: None, user: None };
+        let world = Self {
+            netns,
+            folder,
+            daemon: None,
+            host: None,
+            images: image_dir(),
+            wrapper: Vec::new(),
+            user: None,
+        };
         run(world.command("ip").args(["link", "set", "lo", "up"]));
         world
     }
@@ -124,6 +137,14 @@ impl World {
     /// The same for an unprivileged owner: `catalyst` runs as `uid`, whose home is in the world.
     pub fn owned_by(uid: u32) -> Self {
         let mut world = Self::empty();
+        world.give_to(uid);
+        world.start_daemon();
+        world
+    }
+
+    /// Makes `uid` the owner of a world that has no daemon yet.
+    pub fn give_to(&mut self, uid: u32) {
+        let world = self;
         world.user = Some(uid);
         let home = world.path("home");
         fs::create_dir(&home).expect("a home");
@@ -131,8 +152,6 @@ impl World {
         let state = world.state_dir();
         fs::create_dir(&state).expect("a state folder");
         std::os::unix::fs::chown(&state, Some(uid), Some(uid)).expect("a state folder of the user's");
-        world.start_daemon_with(&["--owner", &uid.to_string()]);
-        world
     }
 
     /// A path in the world's folder.
@@ -187,10 +206,19 @@ impl World {
     pub fn spawn_daemon(&self, args: &[&str]) -> Child {
         let log =
             fs::OpenOptions::new().append(true).create(true).open(self.path("daemon.log")).expect("a log");
-        let mut command = self.command(programs().join("catalyst-daemon"));
-        command.arg("--state-dir").arg(self.state_dir()).arg("--image-dir").arg(image_dir());
+        let mut command = self.daemon_command();
+        command.arg("--state-dir").arg(self.state_dir()).arg("--image-dir").arg(&self.images);
         command.args(["--log", "info"]).args(args).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("the daemon starts")
+    }
+
+    /// `catalyst-daemon` without arguments, in the world's wrapper.
+    pub fn daemon_command(&self) -> Command {
+        let program = programs().join("catalyst-daemon").into_os_string();
+        let mut words = self.wrapper.iter().cloned().chain([program]);
+        let mut command = self.command(words.next().unwrap_or_default());
+        command.args(words);
+        command
     }
 
     fn wait_for_daemon(&self) {

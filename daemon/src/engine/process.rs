@@ -69,6 +69,10 @@ impl Process {
         let errors = launch.log.try_clone().map_err(EngineError::io("copy a log descriptor"))?;
         let mut command = Command::new(&launch.program);
         command.args(&launch.args).env_clear().current_dir("/");
+        // Without it the program would be looked for in the C library's folders, not where doctor looks.
+        if let Some(path) = std::env::var_os("PATH") {
+            command.env("PATH", path);
+        }
         command.stdin(Stdio::null()).stdout(launch.log).stderr(errors);
         let (lock_fd, user) = (lock.as_raw_fd(), launch.user);
         // SAFETY: prepare_child only makes system calls and allocates nothing, as what runs

@@ -166,7 +166,8 @@ impl Machines {
     }
 
     fn find(&self, id: &str) -> Result<(Arc<Shared>, mpsc::Sender<Asked>), UnknownVm> {
-        let unknown = || UnknownVm(id.chars().take(80).collect());
+        // It comes from a client and goes into one line for people.
+        let unknown = || UnknownVm(id.chars().take(80).collect::<String>().escape_debug().to_string());
         let id = VmId::parse(id).map_err(|_| unknown())?;
         match self.0.entries().get(&id) {
             Some(Entry::Vm { shared, commands }) => Ok((Arc::clone(shared), commands.clone())),

@@ -37,7 +37,8 @@ async fn show(State(app): State<App>, Path(name): Path<String>) -> Result<Json<V
     let mut images = app.images.list(&app.machines).await?;
     images.retain(|image| image.name == name);
     if images.is_empty() {
-        let message = format!("There is no image '{name}'; see: catalyst image list");
+        let name = name.chars().take(80).collect::<String>();
+        let message = format!("There is no image '{}'; see: catalyst image list", name.escape_debug());
         return Err(Refusal::new(ErrorCode::ImageNotFound, message));
     }
     Ok(Json(images))

@@ -1,0 +1,232 @@
+//! The AppCatalyst contract as its clients use it, as far as it needs no booted guest
+//! (AppCatalyst reference sections 1.1 to 1.5).
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use catalyst_tests::{Checks, World};
+use serde_json::json;
+
+use crate::common::{arguments, emulators, healthy, legacy_error, lives, running, vm};
+
+/// The group.
+pub fn legacy(checks: &mut Checks) {
+    let world = running();
+    vms(checks, &world);
+    powers(checks, &world);
+    rewritten(checks, &world);
+    later(checks, &world);
+    deleted(checks, &world);
+    checks.check("the daemon is well", || healthy(&world));
+}
+
+fn post(world: &World, body: &serde_json::Value) -> serde_json::Value {
+    let answer = world.curl("POST", "/api/vms", Some(&body.to_string()));
+    assert_eq!(answer.status, 200, "{answer:?}");
+    answer.json()
+}
+
+fn vms(checks: &mut Checks, world: &World) {
+    checks.check("no VMs are an empty array", || {
+        let answer = world.curl("GET", "/api/vms", None);
+        assert_eq!((answer.status, answer.body.as_str()), (200, "[]"));
+    });
+    checks.check("create answers all five keys, and the VMX is there at once", || {
+        let made = post(world, &json!({"id": "web1", "name": "Web", "tag": "photon"}));
+        assert_eq!(
+            made,
+            json!({"id": "web1", "parentId": "", "name": "Web", "tag": "photon", "sourceReference": ""})
+        );
+        let vmx = fs::read_to_string(world.vm_dir("web1").join("web1.vmx")).unwrap();
+        for key in ["memsize = \"1024\"", "numvcpus = \"1\"", "displayname = \"Web\""] {
+            assert!(vmx.contains(key), "{vmx}");
+        }
+        // Only an id, without a content type as the Go driver sends it, and blanks for what is not given.
+        let body = json!({"id": "web2", "parentId": "", "name": "", "tag": "", "sourceReference": ""});
+        let body = body.to_string();
+        let answer =
+            world.curl_with(&["-X", "POST", "-H", "Content-Type:"], "/api/vms", Some(body.as_bytes()));
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(answer.json()["name"], "web2");
+    });
+    checks.check("a clone by parentId in either spelling", || {
+        assert_eq!(post(world, &json!({"id": "web3", "parentId": "web1"}))["parentId"], "web1");
+        post(world, &json!({"id": "web4", "parentid": "web1"}));
+        assert_eq!(vm(world, "web4")["memory_mib"], vm(world, "web1")["memory_mib"]);
+        assert_ne!(vm(world, "web3")["mac"], vm(world, "web1")["mac"]);
+        assert_ne!(vm(world, "web3")["address"], vm(world, "web4")["address"]);
+    });
+    checks.check("get and list, with tags too", || {
+        let answer = world.curl("GET", "/api/vms/web1", None);
+        assert_eq!(answer.json(), json!({"id": "web1", "name": "Web", "tag": "photon"}));
+        let ids = world.curl("GET", "/api/vms", None).json();
+        assert_eq!(ids, json!(["web1", "web2", "web3", "web4"]));
+        assert_eq!(world.curl("GET", "/api/vms?tags=x,photon", None).json(), json!(["web1"]));
+        assert_eq!(world.curl("GET", "/api/vms?tags=none", None).json(), json!([]));
+        assert_eq!(world.curl("GET", "/api/vms?tags=", None).json(), ids);
+    });
+    checks.check("both names of the loopback serve it", || {
+        for host in ["127.0.0.1", "[::1]"] {
+            let mut command = world.command("curl");
+            command.args(["-s", "-f", &format!("http://{host}:8080/api/vms")]);
+            let output = command.output().unwrap();
+            assert!(output.status.success() && output.stdout.starts_with(b"[\"web1\""), "{host}");
+        }
+    });
+}
+
+fn state(world: &World, id: &str) -> String {
+    let answer = world.curl("GET", &format!("/api/vms/power/{id}"), None).json();
+    assert_eq!(answer["code"], 200);
+    answer["message"].as_str().unwrap().to_owned()
+}
+
+fn powers(checks: &mut Checks, world: &World) {
+    checks.check("power words are taken in every form that clients send", || {
+        let forms: [(&[&str], &str); 6] = [
+            (&["-H", "Content-Type: application/json"], "on"),
+            (&["-H", "Content-Type:"], "on"),
+            (&["-H", "Content-Type: application/x-www-form-urlencoded"], "on"),
+            (&["-H", "Content-Type: application/json"], "\"on\""),
+            (&["-H", "Content-Type: text/plain"], "on\n"),
+            (&["-H", "Content-Type: nonsense"], " \"on\" \r\n"),
+        ];
+        for (options, word) in forms {
+            let options: Vec<&str> = ["-X", "PATCH"].iter().chain(options).copied().collect();
+            let answer = world.curl_with(&options, "/api/vms/power/web1", Some(word.as_bytes()));
+            assert_eq!(answer.status, 200, "{word:?}: {answer:?}");
+            assert_eq!(answer.json()["code"], 200);
+            assert!(["powering on", "powered on"].contains(&state(world, "web1").as_str()));
+            let off = word.replace("on", "off");
+            let answer = world.curl_with(&options, "/api/vms/power/web1", Some(off.as_bytes()));
+            assert_eq!(answer.status, 200, "{off:?}: {answer:?}");
+            assert_eq!(state(world, "web1"), "powered off");
+        }
+    });
+    checks.check("on twice and off twice are fine", || {
+        let patch = |word| world.curl("PATCH", "/api/vms/power/web1", Some(word)).status;
+        assert_eq!([patch("on"), patch("on")], [200, 200]);
+        assert_eq!(emulators(world).len(), 1);
+        assert_eq!([patch("off"), patch("off"), patch("shutdown")], [200, 200, 200]);
+        assert!(emulators(world).is_empty());
+    });
+    checks.check("pause and unpause, and states that clients know", || {
+        let patch = |word| world.curl("PATCH", "/api/vms/power/web1", Some(word)).status;
+        assert_eq!([patch("on"), patch("pause")], [200, 200]);
+        assert_eq!(state(world, "web1"), "paused");
+        assert_eq!([patch("pause"), patch("unpause"), patch("unpause")], [200, 200, 200]);
+        assert_eq!(state(world, "web1"), "powered on");
+        assert_eq!([patch("pause"), patch("on")], [200, 200]);
+        assert_eq!(state(world, "web1"), "powered on");
+        assert_eq!([patch("pause"), patch("off")], [200, 200]);
+        assert_eq!(state(world, "web1"), "powered off");
+    });
+    checks.check("the address is an error until the guest has it, told in less than 5 s", || {
+        let ask = || {
+            let started = Instant::now();
+            let text = legacy_error(&world.curl("GET", "/api/vms/web1/ipaddress", None), &[408, 500]);
+            assert!(started.elapsed() < Duration::from_secs(5), "{:?}", started.elapsed());
+            text
+        };
+        ask();
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("on")).status, 200);
+        assert!(ask().contains("web1"));
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("off")).status, 200);
+    });
+    checks.check("a clone of a VM that runs is refused with the remedy", || {
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("on")).status, 200);
+        let answer = world.curl("POST", "/api/vms", Some("{\"id\":\"web9\",\"parentId\":\"web1\"}"));
+        let text = legacy_error(&answer, &[409]);
+        assert!(text.contains("web1") && text.contains("powered on"), "{text}");
+        assert_eq!(world.curl("GET", "/api/vms/web9", None).status, 404);
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("off")).status, 200);
+    });
+}
+
+/// As Vagrant's plugin and the docker-machine driver rewrite a VMX.
+fn rewritten(checks: &mut Checks, world: &World) {
+    checks.check("a VMX rewritten by a client that loses lines counts at the next power-on", || {
+        let path = world.vm_dir("web2").join("web2.vmx");
+        let text = fs::read_to_string(&path).unwrap() + "# a remark\nnonsense\nFooBar = \"Baz\"\n";
+        let pairs = text.lines().filter_map(|line| line.split_once(" = "));
+        let mut lines: Vec<String> = pairs
+            .map(|(key, value)| (key.to_lowercase(), value))
+            .filter(|(key, _)| !["memsize", "numvcpus"].contains(&key.as_str()))
+            .map(|(key, value)| format!("{key} = {value}"))
+            .chain(["memsize = \"256\"".into(), "numvcpus = \"3\"".into(), "svga.vgaonly = \"TRUE\"".into()])
+            .collect();
+        lines.sort();
+        fs::write(&path, lines.join("\n")).unwrap();
+        let (mac, address) = (vm(world, "web2")["mac"].clone(), vm(world, "web2")["address"].clone());
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web2", Some("on")).status, 200);
+        let words = arguments(world.vm_pid("web2").expect("it runs"));
+        let follows = |flag: &str| words[words.iter().position(|word| word == flag).unwrap() + 1].clone();
+        assert_eq!((follows("-smp").as_str(), follows("-m").as_str()), ("3", "256M"));
+        let now = vm(world, "web2");
+        assert_eq!((&now["cpus"], &now["memory_mib"]), (&json!(3), &json!(256)));
+        assert_eq!((&now["mac"], &now["address"]), (&mac, &address));
+        assert!(words.iter().any(|word| word.contains(mac.as_str().unwrap())));
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web2", Some("off")).status, 200);
+        // Its other lines are still there after a change of ours.
+        world.catalyst(&["vm", "set", "web2", "--cpus", "2"]).ok();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains("foobar = \"Baz\"") && text.contains("numvcpus = \"2\""), "{text}");
+    });
+}
+
+fn later(checks: &mut Checks, world: &World) {
+    checks.check("what comes later says so: folders, sourceReference, suspend", || {
+        for (method, path, body) in [
+            ("GET", "/api/vms/web1/folders", None),
+            ("PATCH", "/api/vms/web1/folders", Some("true")),
+            ("POST", "/api/vms/web1/folders", Some(r#"{"guestPath":"a","hostPath":"/","flags":4}"#)),
+            ("GET", "/api/vms/web1/folders/a", None),
+            ("PATCH", "/api/vms/web1/folders/a", Some(r#"{"guestPath":"a","hostPath":"/","flags":4}"#)),
+            ("DELETE", "/api/vms/web1/folders/0", None),
+            (
+                "POST",
+                "/api/vms",
+                Some(r#"{"id":"v","name":"v","sourceReference":"/x/y.vmx","tag":"vagrant"}"#),
+            ),
+        ] {
+            let text = legacy_error(&world.curl(method, path, body), &[500]);
+            assert!(text.contains("not yet"), "{method} {path}: {text}");
+        }
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("on")).status, 200);
+        let text = legacy_error(&world.curl("PATCH", "/api/vms/power/web1", Some("suspend")), &[500]);
+        assert!(text.contains("not supported yet"), "{text}");
+        assert_eq!(state(world, "web1"), "powered on");
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("off")).status, 200);
+    });
+}
+
+fn deleted(checks: &mut Checks, world: &World) {
+    checks.check("delete answers 204 and nothing, with and without a body, and takes all files", || {
+        let answer = world.curl("DELETE", "/api/vms/web3", None);
+        assert_eq!((answer.status, answer.body.as_str()), (204, ""));
+        let answer = world.curl("DELETE", "/api/vms/web4", Some("{\"id\":\"web4\"}"));
+        assert_eq!((answer.status, answer.body.as_str()), (204, ""));
+        legacy_error(&world.curl("DELETE", "/api/vms/web4", None), &[404]);
+        assert!(!world.vm_dir("web3").exists() && !world.vm_dir("web4").exists());
+    });
+    checks.check("delete of a VM that runs ends its process", || {
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("on")).status, 200);
+        let pid = world.vm_pid("web1").expect("it runs");
+        assert_eq!(world.curl("DELETE", "/api/vms/web1", None).status, 204);
+        assert!(!lives(pid));
+        assert!(!world.vm_dir("web1").exists());
+        assert_eq!(world.curl("GET", "/api/vms/power/web1", None).status, 404);
+        // Its id and name are free again.
+        post(world, &json!({"id": "web1"}));
+    });
+    checks.check("delete of a paused and of a blocked VM", || {
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("on")).status, 200);
+        assert_eq!(world.curl("PATCH", "/api/vms/power/web1", Some("pause")).status, 200);
+        assert_eq!(world.curl("DELETE", "/api/vms/web1", None).status, 204);
+        fs::write(world.vm_dir("web2").join("web2.vmx"), "memsize = \"lots\"\n").unwrap();
+        assert_eq!(vm(world, "web2")["state"], "blocked");
+        assert_eq!(world.curl("DELETE", "/api/vms/web2", None).status, 204);
+        assert_eq!(world.curl("GET", "/api/vms", None).body, "[]");
+        assert!(emulators(world).is_empty());
+    });
+}
