@@ -4,6 +4,7 @@ use std::io::{self, Read};
 use std::net::ToSocketAddrs;
 use std::time::Duration;
 
+use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{
     Address, ApiError, CreateVm, Doctor, ErrorCode, ImageInfo, NetworkInfo, PowerOp, PowerRequest, SshInfo,
     Task, UpdateVm, Version, Vm,
@@ -79,6 +80,14 @@ pub enum ClientError {
         host: Host,
         /// Method and path.
         request: String,
+    },
+    /// The daemon serves somebody else: told before it looks at what is asked, in the words of `/api`.
+    #[error("the daemon at {host} refuses this user: {reason}")]
+    Refused {
+        /// Where.
+        host: Host,
+        /// What it says.
+        reason: String,
     },
     /// The daemon said no.
     #[error(transparent)]
@@ -158,8 +167,8 @@ impl Client {
         let server = header.map(ToOwned::to_owned);
         let success = response.status().is_success();
         let text = response.body_mut().with_config().limit(1 << 16).read_to_string().unwrap_or_default();
-        if !success && let Ok(error) = serde_json::from_str::<ApiError>(&text) {
-            return Err(error.into());
+        if !success && let Some(error) = self.told(text.as_bytes()) {
+            return Err(error);
         }
         match serde_json::from_str::<Version>(&text) {
             Ok(version) if success && version.product == "catalyst" => Ok(version),
@@ -325,10 +334,16 @@ impl Client {
             return Ok(response);
         }
         let data = self.read_whole(&mut response, ANSWER)?;
-        Err(match serde_json::from_slice::<ApiError>(&data) {
-            Ok(error) => error.into(),
-            Err(_) => self.garbled(method, target),
-        })
+        Err(self.told(&data).unwrap_or_else(|| self.garbled(method, target)))
+    }
+
+    /// The error in the body of a reply, if it is one of the daemon's.
+    fn told(&self, body: &[u8]) -> Option<ClientError> {
+        if let Ok(error) = serde_json::from_slice::<ApiError>(body) {
+            return Some(error.into());
+        }
+        let refusal = serde_json::from_slice::<CodeMessage>(body).ok().filter(|answer| answer.code == 403)?;
+        Some(ClientError::Refused { host: self.host.clone(), reason: refusal.message })
     }
 
     fn send(

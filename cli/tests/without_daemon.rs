@@ -189,6 +189,18 @@ fn another_program_on_the_port_is_called_by_its_name() {
 }
 
 #[test]
+fn the_daemon_of_another_user_says_whose_it_is() {
+    let host = stranger(
+        b"HTTP/1.1 403 Forbidden\r\nContent-Length: 58\r\n\r\n\
+          {\"code\":403,\"message\":\"this daemon serves uid 1 and root\"}",
+    );
+    let output = run(&["--host", &host, "vm", "list"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_one_error_line(&output);
+    assert!(stderr(&output).contains("refuses this user: this daemon serves uid 1 and root"), "{output:?}");
+}
+
+#[test]
 fn an_endless_answer_ends() {
     const HEAD: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n";
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();

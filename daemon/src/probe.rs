@@ -7,10 +7,11 @@ use std::time::Duration;
 use catalyst_vmm::probe::ProbeReport;
 use tokio::process::Command;
 
+use crate::http::error::plain;
 use crate::settings::sibling;
 
-/// The probe bounds itself to 200 ms; this is for one that hangs nevertheless.
-const LIMIT: Duration = Duration::from_secs(3);
+/// The probe bounds itself, guest code to 200 ms a try; this is for one that hangs nevertheless.
+const LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs `catalyst-vmm probe --json`; the error is one line.
 pub async fn run() -> Result<ProbeReport, String> {
@@ -23,7 +24,7 @@ pub async fn run() -> Result<ProbeReport, String> {
         .stderr(Stdio::piped())
         .kill_on_drop(true)
         .spawn()
-        .map_err(|error| format!("cannot run {shown}: {error}"))?;
+        .map_err(|error| format!("cannot run {shown}: {}", plain(&error.to_string())))?;
     let output = tokio::time::timeout(LIMIT, child.wait_with_output())
         .await
         .map_err(|_| format!("{shown} did not end within {} s", LIMIT.as_secs()))?

@@ -86,8 +86,10 @@ pub fn default_state_dir(owner: &Owner, own_environment: bool) -> PathBuf {
     }
 }
 
-/// A program of ours: beside this one, else found in PATH.
+/// A program of ours: beside this one, as built; in `../lib/catalyst`, as installed; else found in PATH.
 pub fn sibling(name: &str) -> PathBuf {
-    let beside = std::env::current_exe().ok().and_then(|path| Some(path.parent()?.join(name)));
-    beside.filter(|path| path.exists()).unwrap_or_else(|| Path::new(name).to_owned())
+    let own = std::env::current_exe().unwrap_or_default();
+    let folder = own.parent().unwrap_or(Path::new("/"));
+    let places = [folder.join(name), folder.join("../lib/catalyst").join(name)];
+    places.into_iter().find(|path| path.exists()).unwrap_or_else(|| Path::new(name).to_owned())
 }

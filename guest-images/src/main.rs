@@ -35,7 +35,7 @@ enum Verb {
     Build {
         #[command(flatten)]
         store: StoreArgs,
-        /// Program that runs in the guest [default: catalyst-agent beside this program]
+        /// Program that runs in the guest [default: catalyst-agent-static beside this program]
         #[arg(long, value_name = "PATH")]
         agent: Option<PathBuf>,
         /// Build again although the store has this version
@@ -118,7 +118,7 @@ fn run(verb: Verb) -> Result<ExitCode, Box<dyn Error>> {
 fn build_image(store: &StoreArgs, agent: Option<PathBuf>, force: bool) -> Result<(), Box<dyn Error>> {
     let agent = match agent {
         Some(agent) => agent,
-        None => std::env::current_exe()?.with_file_name("catalyst-agent"),
+        None => std::env::current_exe()?.with_file_name("catalyst-agent-static"),
     };
     let command = std::env::args().collect();
     let options = BuildOptions { store: store.store.clone(), agent, force, command };

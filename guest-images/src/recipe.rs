@@ -111,12 +111,21 @@ pub fn key(agent: &[u8], sources: &Sources) -> String {
     for file in FILES {
         part(file.path, file.content.as_bytes());
     }
-    part("agent", agent);
+    part("agent", agent_key(agent));
     part("suite", sources.suite.as_bytes());
     for source in &sources.entries {
         part("source", source.line(false).as_bytes());
     }
     hex(&hash.finalize())
+}
+
+/// What stands for an agent's program: the mark of what it was made from, which is the same wherever it was built; the
+/// program itself where it has none.
+fn agent_key(agent: &[u8]) -> &[u8] {
+    const MARK: &[u8] = b"catalyst-agent-sources:";
+    const DIGITS: usize = 16;
+    let at = agent.windows(MARK.len()).position(|window| window == MARK).map(|at| at + MARK.len());
+    at.and_then(|at| agent.get(at..at + DIGITS)).unwrap_or(agent)
 }
 
 /// The version that a recipe's key stands for.
@@ -139,6 +148,9 @@ mod tests {
         assert_eq!(first, key_of(b"agent", "bookworm"));
         assert_ne!(first, key_of(b"agent2", "bookworm"));
         assert_ne!(first, key_of(b"agent", "trixie"));
+        let marked = key_of(b"here catalyst-agent-sources:0123456789abcdef and more", "bookworm");
+        assert_eq!(marked, key_of(b"elsewhere catalyst-agent-sources:0123456789abcdef", "bookworm"));
+        assert_ne!(marked, key_of(b"here catalyst-agent-sources:fedcba9876543210 and more", "bookworm"));
         assert_eq!(version(&first).len(), VERSION_DIGITS);
     }
 

@@ -53,7 +53,7 @@ pub enum ImageError {
     },
     /// Its files are not those that were built.
     #[error(
-        "image '{name}' version {version} is damaged ({reason}): rebuild it with 'catalyst image build --force'"
+        "image '{name}' version {version} is damaged ({reason}): build it again with 'catalyst image build'"
     )]
     Damaged {
         /// The image.
@@ -370,7 +370,11 @@ fn check_name(name: &str) -> Result<(), ImageError> {
     let good = name.len() <= MAX_NAME
         && name.bytes().next().is_some_and(plain)
         && name.bytes().all(|byte| plain(byte) || byte == b'-' || byte == b'.');
-    if good { Ok(()) } else { Err(ImageError::BadName(name.chars().take(MAX_NAME).collect::<String>().escape_debug().to_string())) }
+    if good {
+        Ok(())
+    } else {
+        Err(ImageError::BadName(name.chars().take(MAX_NAME).collect::<String>().escape_debug().to_string()))
+    }
 }
 
 /// What is wrong with the version in `dir`, as far as a mark, sizes and times show.

@@ -148,7 +148,10 @@ fn processes(checks: &mut Checks, world: &World) {
             let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
             move |key: &str| {
                 let line = text.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'));
-                line.unwrap_or_else(|| panic!("no {key}: {text}")).split_whitespace().map(str::to_owned).collect()
+                line.unwrap_or_else(|| panic!("no {key}: {text}"))
+                    .split_whitespace()
+                    .map(str::to_owned)
+                    .collect()
             }
         };
         let mut users = Vec::new();
@@ -245,7 +248,9 @@ fn under_debians_kernel() {
         .filter(|entry| entry.file_name().to_string_lossy().starts_with("access-"))
         .filter(|entry| entry.path().extension().is_none())
         .max_by_key(|entry| entry.metadata().and_then(|found| found.modified()).ok());
-    let Some(newest) = newest else { skip("the daemon's tests are not built: cargo test -p catalyst-daemon --no-run") };
+    let Some(newest) = newest else {
+        skip("the daemon's tests are not built: cargo test -p catalyst-daemon --no-run")
+    };
     let lab = Path::new(env!("CARGO_MANIFEST_DIR")).join("lab/run");
     if !lab.exists() {
         skip(format!("{} is not there", lab.display()));

@@ -79,7 +79,9 @@ fn ids(checks: &mut Checks, world: &World) {
     });
     checks.check("an id that cannot be one is refused before anything is made", || {
         let long = "a".repeat(300);
-        for id in ["", "..", ".", "/", "a/b", "../../etc", &long, "power", "a b", "-x", "é", "a\u{7}b", "a\nb"] {
+        for id in
+            ["", "..", ".", "/", "a/b", "../../etc", &long, "power", "a b", "-x", "é", "a\u{7}b", "a\nb"]
+        {
             let ran = world.catalyst(&["vm", "create", "--", id]);
             let text = ran.error(if id == "power" { 1 } else { 2 });
             assert!(text.len() < 600, "{text}");
@@ -249,7 +251,9 @@ fn paths(checks: &mut Checks, world: &World) {
     });
     checks.check("bytes that are no HTTP end the connection and nothing else", || {
         use std::io::Write as _;
-        for bytes in [&b"\x16\x03\x01\x02\x00\x01\x00\x01"[..], b"GET / HTTP/9.9\r\n\r\n", b"\0\0\0\0\r\n\r\n"] {
+        for bytes in
+            [&b"\x16\x03\x01\x02\x00\x01\x00\x01"[..], b"GET / HTTP/9.9\r\n\r\n", b"\0\0\0\0\r\n\r\n"]
+        {
             let mut command = world.command("curl");
             command.args(["-s", "--max-time", "10", "telnet://localhost:8080"]);
             command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());

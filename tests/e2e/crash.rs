@@ -194,7 +194,9 @@ fn vm_killed(checks: &mut Checks, world: &World) {
         for delay in [0, 20, 60] {
             std::thread::scope(|scope| {
                 let asked = scope.spawn(|| try_power(world, "web1", "on"));
-                wait_until("its process is there", HANG, || !emulators(world).is_empty() || asked.is_finished());
+                wait_until("its process is there", HANG, || {
+                    !emulators(world).is_empty() || asked.is_finished()
+                });
                 std::thread::sleep(Duration::from_millis(delay));
                 for (pid, _) in emulators(world) {
                     signal(pid, Signal::SIGKILL);
@@ -211,7 +213,9 @@ fn vm_killed(checks: &mut Checks, world: &World) {
         let pid = || world.curl("GET", "/v1/network", None).json()["dnsmasq_pid"].as_u64();
         let first = pid().expect("it runs");
         signal(u32::try_from(first).unwrap(), Signal::SIGKILL);
-        wait_until("another runs", HANG, || pid().is_some_and(|now| now != first && lives(u32::try_from(now).unwrap())));
+        wait_until("another runs", HANG, || {
+            pid().is_some_and(|now| now != first && lives(u32::try_from(now).unwrap()))
+        });
         power(world, "web1", "off");
     });
 }
@@ -356,7 +360,9 @@ fn folders(checks: &mut Checks, world: &mut World) {
         let name = format!("guest={}", "moved");
         assert!(arguments(world.vm_pid("moved").unwrap()).iter().any(|word| word.starts_with(&name)));
         world.catalyst(&["vm", "delete", "-f", "moved"]).ok();
-        assert!(world.state_dir().join("vms/foreign").exists() && world.state_dir().join("vms/stray").exists());
+        assert!(
+            world.state_dir().join("vms/foreign").exists() && world.state_dir().join("vms/stray").exists()
+        );
     });
     checks.check("state that is not what it was: garbage is told or left aside, never fatal", || {
         let socket = world.state_dir().join("catalyst.sock");
@@ -381,7 +387,8 @@ fn thousand() {
     for number in 0..1000 {
         let folder = vms.join(format!("vm{number:04}"));
         fs::create_dir_all(&folder).unwrap();
-        fs::write(folder.join(format!("vm{number:04}.vmx")), "memsize = \"256\"\nnumvcpus = \"1\"\n").unwrap();
+        fs::write(folder.join(format!("vm{number:04}.vmx")), "memsize = \"256\"\nnumvcpus = \"1\"\n")
+            .unwrap();
     }
     world.start_daemon();
     let started = Instant::now();
@@ -411,7 +418,10 @@ pub fn disk_full(checks: &mut Checks) {
         assert!(text.contains(&state.display().to_string()) && text.contains("space"), "{text}");
         v1_error(&world.curl("POST", "/v1/vms", Some("{\"id\":\"web2\"}")), "disk_full");
         legacy_error(&world.curl("POST", "/api/vms", Some("{\"id\":\"web2\"}")), &[500]);
-        legacy_error(&world.curl("POST", "/api/vms", Some("{\"id\":\"web2\",\"parentId\":\"web1\"}")), &[500]);
+        legacy_error(
+            &world.curl("POST", "/api/vms", Some("{\"id\":\"web2\",\"parentId\":\"web1\"}")),
+            &[500],
+        );
         assert_eq!(asides(&world), [""; 0]);
         let text = world.catalyst(&["vm", "set", "web1", "--cpus", "2"]).error(1).to_owned();
         assert!(text.contains("web1.vmx"), "{text}");

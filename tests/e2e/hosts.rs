@@ -49,7 +49,9 @@ pub fn hosts(checks: &mut Checks) {
     checks.check("a taken port is named with who holds it", taken_port);
     checks.check("only loopback is listened on", || {
         let world = quiet();
-        for listen in ["0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080", "8080", "", "nonsense", "localhost:99999"] {
+        for listen in
+            ["0.0.0.0:8080", "[::]:8080", "192.0.2.1:8080", "8080", "", "nonsense", "localhost:99999"]
+        {
             let mut command = world.daemon_command();
             command.args(["--listen", listen, "--state-dir"]).arg(world.state_dir());
             let refused = ran(command);
@@ -94,7 +96,8 @@ pub fn hosts(checks: &mut Checks) {
 }
 
 fn doctor_status(world: &World, name: &str) -> String {
-    let report: serde_json::Value = serde_json::from_str(&world.catalyst(&["doctor", "--json"]).stdout).unwrap();
+    let report: serde_json::Value =
+        serde_json::from_str(&world.catalyst(&["doctor", "--json"]).stdout).unwrap();
     let checks = report["checks"].as_array().unwrap();
     let found = checks.iter().find(|check| check["name"] == name).unwrap();
     assert!(found["status"] != "missing" || found["remedy"].is_string(), "{found}");
@@ -186,7 +189,9 @@ fn taken_port() {
 /// A web server that is no daemon of ours is named, and no daemon is started beside it.
 fn another_program(world: &World) {
     let mut server = world.command("python3");
-    server.args(["-m", "http.server", "--bind", "127.0.0.1", "8080"]).current_dir(world.state_dir().parent().unwrap());
+    server
+        .args(["-m", "http.server", "--bind", "127.0.0.1", "8080"])
+        .current_dir(world.state_dir().parent().unwrap());
     let mut server = server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     wait_until("the server listens", Duration::from_secs(30), || world.curl("GET", "/", None).status == 200);
     let refused = world.catalyst(&["vm", "list"]);

@@ -44,7 +44,8 @@ fn vms(checks: &mut Checks, world: &World) {
         // Only an id, without a content type as the Go driver sends it, and blanks for what is not given.
         let body = json!({"id": "web2", "parentId": "", "name": "", "tag": "", "sourceReference": ""});
         let body = body.to_string();
-        let answer = world.curl_with(&["-X", "POST", "-H", "Content-Type:"], "/api/vms", Some(body.as_bytes()));
+        let answer =
+            world.curl_with(&["-X", "POST", "-H", "Content-Type:"], "/api/vms", Some(body.as_bytes()));
         assert_eq!(answer.status, 200, "{answer:?}");
         assert_eq!(answer.json()["name"], "web2");
     });
@@ -182,7 +183,11 @@ fn later(checks: &mut Checks, world: &World) {
             ("GET", "/api/vms/web1/folders/a", None),
             ("PATCH", "/api/vms/web1/folders/a", Some(r#"{"guestPath":"a","hostPath":"/","flags":4}"#)),
             ("DELETE", "/api/vms/web1/folders/0", None),
-            ("POST", "/api/vms", Some(r#"{"id":"v","name":"v","sourceReference":"/x/y.vmx","tag":"vagrant"}"#)),
+            (
+                "POST",
+                "/api/vms",
+                Some(r#"{"id":"v","name":"v","sourceReference":"/x/y.vmx","tag":"vagrant"}"#),
+            ),
         ] {
             let text = legacy_error(&world.curl(method, path, body), &[500]);
             assert!(text.contains("not yet"), "{method} {path}: {text}");

@@ -1,6 +1,9 @@
-//! End-to-end tests: through the real `catalyst`, real REST, real daemons and real VM processes.
+//! End-to-end tests: the real CLI, REST by curl, real VMs, each group in a world of its own.
+//!
+//!     make e2e                                          # all
+//!     cargo test -p catalyst-tests --test e2e -- life   # the groups whose name has the word
 
-// A test says what went wrong by panicking.
+// A check says what went wrong by panicking.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 mod access;
@@ -11,20 +14,27 @@ mod daemons;
 mod hosts;
 mod images;
 mod legacy;
+mod life;
+mod many;
+mod owner;
 
 use catalyst_tests::harness::{self, Group};
 
+// The longest come first: groups run side by side.
 const GROUPS: &[Group] = &[
+    ("many", many::many),
+    ("life", life::life),
+    ("owner", owner::owner),
+    ("crash", crash::crash),
+    ("access", access::access),
     ("bad_input", bad_input::bad_input),
     ("hosts", hosts::hosts),
     ("legacy", legacy::legacy),
-    ("crash", crash::crash),
     ("disk_full", crash::disk_full),
     ("daemons", daemons::daemons),
-    ("access", access::access),
     ("images", images::images),
 ];
 
 fn main() {
-    harness::run(GROUPS, 2)
+    harness::run(GROUPS, 2);
 }

@@ -39,17 +39,16 @@ impl Checks {
                 self.passed += 1;
                 println!("test {full} ... ok ({seconds:.1} s)");
             }
-            Err(cause) => match cause.downcast::<Skipped>() {
-                Ok(skipped) => {
+            Err(cause) => {
+                if let Ok(skipped) = cause.downcast::<Skipped>() {
                     self.skipped += 1;
                     println!("test {full} ... SKIPPED: {}", skipped.0);
-                }
-                Err(_) => {
+                } else {
                     self.failed += 1;
                     self.failed_before = true;
                     println!("test {full} ... FAILED ({seconds:.1} s)");
                 }
-            },
+            }
         }
     }
 
@@ -96,15 +95,12 @@ fn run_group(group: &'static str, body: fn(&mut Checks), words: &[String]) -> Ch
         Checks { group, filter: words.to_vec(), failed_before: false, passed: 0, failed: 0, skipped: 0 };
     // What a group does between its checks can fail as well.
     if let Err(cause) = catch_unwind(AssertUnwindSafe(|| body(&mut checks))) {
-        match cause.downcast::<Skipped>() {
-            Ok(skipped) => {
-                checks.skipped += 1;
-                println!("test {group} ... SKIPPED: {}", skipped.0);
-            }
-            Err(_) => {
-                checks.failed += 1;
-                println!("test {group} ... FAILED: it ended early");
-            }
+        if let Ok(skipped) = cause.downcast::<Skipped>() {
+            checks.skipped += 1;
+            println!("test {group} ... SKIPPED: {}", skipped.0);
+        } else {
+            checks.failed += 1;
+            println!("test {group} ... FAILED: it ended early");
         }
     }
     checks

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
 /// How long anything may take before a test gives up on it: a limit against hanging, not a promise.
-pub const HANG: Duration = Duration::from_secs(300);
+pub const HANG: Duration = Duration::from_mins(5);
 
 /// See the module. Everything is undone when it is dropped, also after a panic.
 #[derive(Debug)]

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -16,7 +17,6 @@ use crate::Outcome;
 use crate::args::Ssh;
 use crate::error::PlainIo;
 use crate::host::Host;
-use crate::names::encode;
 use crate::progress::Board;
 use crate::wait::Wait;
 
@@ -47,7 +47,7 @@ pub enum SshError {
     #[error("the daemon named '{0}' as the address of the VM, which is none")]
     Address(String),
     /// No ssh.
-    #[error("cannot run ssh; install it with: sudo apt install openssh-client")]
+    #[error("cannot run ssh, which is installed by: sudo apt install openssh-client")]
     Run(#[source] PlainIo),
 }
 
@@ -95,13 +95,10 @@ fn checked(info: &SshInfo) -> Result<(), SshError> {
 
 /// ssh's words: who, where, and that the daemon's host keys are the only ones to trust.
 fn arguments(info: &SshInfo, known_hosts: &Path, asked: &Ssh) -> Vec<OsString> {
-    let mut words: Vec<OsString> = vec!["-i".into(), info.key_file.clone().into()];
-    words.extend(["-p".into(), info.port.to_string().into()]);
-    let mut trust = OsString::from("UserKnownHostsFile=\"");
-    trust.push(known_hosts);
-    trust.push("\"");
+    let mut words: Vec<OsString> = vec!["-p".into(), info.port.to_string().into()];
     for option in [
-        trust,
+        file_option("IdentityFile", Path::new(&info.key_file)),
+        file_option("UserKnownHostsFile", known_hosts),
         "GlobalKnownHostsFile=/dev/null".into(),
         "StrictHostKeyChecking=yes".into(),
         // The keys stand there under the bare address, whatever the port.
@@ -125,11 +122,27 @@ fn arguments(info: &SshInfo, known_hosts: &Path, asked: &Ssh) -> Vec<OsString> {
     words
 }
 
+/// `NAME="FILE"` as ssh_config(5) reads it back: quoted, and with its tokens' sign doubled.
+fn file_option(name: &str, file: &Path) -> OsString {
+    let mut option = format!("{name}=\"").into_bytes();
+    for &byte in file.as_os_str().as_bytes() {
+        match byte {
+            b'%' => option.push(b'%'),
+            b'"' | b'\\' => option.push(b'\\'),
+            _ => {}
+        }
+        option.push(byte);
+    }
+    option.push(b'"');
+    OsString::from_vec(option)
+}
+
 /// Writes the VM's host keys where ssh finds them: one file for each daemon and VM, since this
 /// program has become ssh when it could be removed.
 fn write_known_hosts(id: &str, host: &Host, info: &SshInfo) -> Result<PathBuf, SshError> {
     let folder = runtime_folder();
-    let file = folder.join(format!("known-hosts-{}-{id}", encode(&host.to_string())));
+    let daemon = host.to_string().replace(|c: char| !(c.is_ascii_alphanumeric() || "-.".contains(c)), "_");
+    let file = folder.join(format!("known-hosts-{daemon}-{id}"));
     let mut text: String =
         info.known_hosts.iter().map(|line| line.replace(['\n', '\r'], " ") + "\n").collect();
     text.truncate(64 << 10);
@@ -194,6 +207,23 @@ mod tests {
         let words = arguments(&info(), Path::new("/run/my files/known"), &asked);
         assert_eq!(words[words.len() - 5..], ["catalyst@10.87.0.2", "-t", "--", "ls", "-l"]);
         assert!(words.contains(&"UserKnownHostsFile=\"/run/my files/known\"".into()));
+    }
+
+    #[test]
+    fn ssh_reads_odd_file_names_back() {
+        let file = "/tmp/a b/100%/q\"\\x";
+        let asked = Ssh { id: "web1".to_owned(), options: vec!["-G".into()], command: Vec::new() };
+        let mut words = arguments(&SshInfo { key_file: file.to_owned(), ..info() }, Path::new(file), &asked);
+        words.splice(0..0, ["-F".into(), "/dev/null".into()]);
+        let output = match Command::new("ssh").args(words).output() {
+            Ok(output) => output,
+            Err(error) => return println!("SKIPPED: no ssh to ask ({error})"),
+        };
+        let settings = String::from_utf8(output.stdout.clone()).unwrap();
+        assert!(settings.contains("userknownhostsfile /tmp/a b/100%/q\"\\x\n"), "{settings}{output:?}");
+        // ssh -G of some versions shows this one before tokens are replaced.
+        assert!(settings.contains("identityfile /tmp/a b/100%"), "{settings}");
+        assert!(settings.contains("hostkeyalias 10.87.0.2\n"), "{settings}");
     }
 
     #[test]

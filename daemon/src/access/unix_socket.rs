@@ -164,11 +164,13 @@ fn own(folder: &OwnedFd, name: &OsStr, owner: &Owner) -> nix::Result<(u64, u64)>
     let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let file = openat(folder, name, flags, Mode::empty())?;
     let stat = fstat(&file)?;
-    // The folder's owner could have put another file in its place; that one is not given away.
-    if !is_socket(&stat) || stat.st_nlink != 1 || stat.st_uid != geteuid().as_raw() {
+    // A daemon whose threads act as the owner has made it the owner's already. Else the folder's owner could have put
+    // another file in its place; that one is not given away.
+    let owned = stat.st_uid == owner.uid;
+    if !is_socket(&stat) || stat.st_nlink != 1 || !(owned || stat.st_uid == geteuid().as_raw()) {
         return Err(Errno::ESTALE);
     }
-    if stat.st_uid != owner.uid || stat.st_gid != owner.gid {
+    if !owned {
         let (uid, gid) = (Uid::from_raw(owner.uid), Gid::from_raw(owner.gid));
         fchownat(file.as_fd(), "", Some(uid), Some(gid), AtFlags::AT_EMPTY_PATH)?;
     }

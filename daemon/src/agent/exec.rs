@@ -41,6 +41,7 @@ pub struct ExecStdin {
     link: AgentLink,
     stream: u32,
     credit: Arc<Semaphore>,
+    open: bool,
 }
 
 /// Its terminal and signals.
@@ -70,7 +71,7 @@ impl AgentLink {
         };
         let stream = end.id;
         Ok(ExecSession {
-            stdin: ExecStdin { link: self.clone(), stream, credit: end.input },
+            stdin: ExecStdin { link: self.clone(), stream, credit: end.input, open: true },
             control: ExecControl { link: self.clone(), stream },
             events: ExecEvents {
                 link: self.clone(),
@@ -96,9 +97,24 @@ impl ExecStdin {
         send_with_credit(&self.link, self.stream, &self.credit, &bytes).await
     }
 
-    /// Ends the input.
-    pub async fn close(self) -> Result<(), AgentError> {
+    /// Bytes that can be sent at once.
+    #[cfg(test)]
+    pub(super) fn available_credit(&self) -> usize {
+        self.credit.available_permits()
+    }
+
+    /// Ends the input. Dropping it does so too, without saying whether it worked.
+    pub async fn close(mut self) -> Result<(), AgentError> {
+        self.open = false;
         self.link.send_data(self.stream, &[]).await
+    }
+}
+
+impl Drop for ExecStdin {
+    fn drop(&mut self) {
+        if self.open {
+            self.link.end_input(self.stream);
+        }
     }
 }
 
@@ -136,11 +152,11 @@ impl ExecEvents {
         loop {
             return Some(match self.arrivals.recv().await? {
                 Arrival::Output(bytes) => {
-                    self.consume(StreamChannel::Output, bytes.len()).await;
+                    self.consume(StreamChannel::Output, bytes.len());
                     ExecEvent::Stdout(bytes)
                 }
                 Arrival::Errors(bytes) => {
-                    self.consume(StreamChannel::Errors, bytes.len()).await;
+                    self.consume(StreamChannel::Errors, bytes.len());
                     ExecEvent::Stderr(bytes)
                 }
                 Arrival::OutputEnd => continue,
@@ -150,7 +166,8 @@ impl ExecEvents {
         }
     }
 
-    async fn consume(&mut self, channel: StreamChannel, length: usize) {
+    // Waits for nothing: an event that was taken from the queue must reach whoever asked for it.
+    fn consume(&mut self, channel: StreamChannel, length: usize) {
         let consumed = match channel {
             StreamChannel::Errors => &mut self.errors_consumed,
             _ => &mut self.output_consumed,
@@ -158,7 +175,7 @@ impl ExecEvents {
         *consumed += u32::try_from(length).unwrap_or(u32::MAX);
         if *consumed >= GRANT_AT {
             let bytes = std::mem::take(consumed);
-            self.link.grant(self.stream, channel, bytes).await;
+            self.link.grant(self.stream, channel, bytes);
         }
     }
 }

@@ -88,7 +88,7 @@ impl FileStream {
                 self.consumed += u32::try_from(bytes.len()).unwrap_or(u32::MAX);
                 if self.consumed >= GRANT_AT {
                     let consumed = std::mem::take(&mut self.consumed);
-                    self.link.grant(self.stream, StreamChannel::Output, consumed).await;
+                    self.link.grant(self.stream, StreamChannel::Output, consumed);
                 }
                 Ok(Some(bytes))
             }

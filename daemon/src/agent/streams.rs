@@ -23,6 +23,7 @@ pub(super) struct Stream {
     input: Arc<Semaphore>,
     output_credit: u32,
     errors_credit: u32,
+    output_ended: bool,
 }
 
 /// What the user of a stream holds.
@@ -42,6 +43,7 @@ impl Stream {
             input: Arc::clone(&input),
             output_credit: INITIAL_CREDIT,
             errors_credit: INITIAL_CREDIT,
+            output_ended: false,
         };
         (stream, StreamEnd { id, arrivals, input })
     }
@@ -56,7 +58,12 @@ impl Stream {
         let length = u32::try_from(bytes.len()).unwrap_or(u32::MAX);
         *credit = credit.checked_sub(length).ok_or("it sent more than it may")?;
         let arrival = match (channel, bytes.is_empty()) {
-            (StreamChannel::Output, true) => Arrival::OutputEnd,
+            // An end costs no credit, so that it may come but once.
+            (StreamChannel::Output, _) if self.output_ended => return Err("it sent more after the end"),
+            (StreamChannel::Output, true) => {
+                self.output_ended = true;
+                Arrival::OutputEnd
+            }
             (StreamChannel::Output, false) => Arrival::Output(bytes.into()),
             // The end of the command says enough of the end of its errors.
             (_, true) => return Ok(()),

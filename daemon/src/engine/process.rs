@@ -225,7 +225,7 @@ fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32) -> io::Result<()> 
     Ok(())
 }
 
-fn check<T: PartialOrd + Default>(result: T) -> io::Result<()> {
+fn check<T: PartialOrd + Default + Copy>(result: T) -> io::Result<()> {
     if result < T::default() { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

@@ -20,13 +20,22 @@ pub fn chain(error: &dyn Error) -> Vec<String> {
     let mut messages: Vec<String> = Vec::new();
     let mut next = Some(error);
     while let Some(error) = next {
-        let message = error.to_string();
+        let message = plain(&error.to_string());
         if messages.last().is_none_or(|last| !last.ends_with(&message)) {
             messages.push(message);
         }
         next = error.source();
     }
     messages
+}
+
+/// The words of the system's error without its number, which tells a user nothing.
+pub fn plain(message: &str) -> String {
+    let number = |text: &str| text.bytes().all(|byte| byte.is_ascii_digit());
+    match message.rsplit_once(" (os error ") {
+        Some((words, end)) if end.strip_suffix(')').is_some_and(number) => words.to_owned(),
+        _ => message.to_owned(),
+    }
 }
 
 /// An error of the daemon that knows which word clients get for it.
@@ -251,6 +260,13 @@ mod tests {
         let outer = CreateError::Store(error);
         assert_eq!(chain(&outer), ["Cannot write /x", "no storage space"]);
         assert_eq!(outer.code(), ErrorCode::DiskFull);
+    }
+
+    #[test]
+    fn the_systems_numbers_are_left_out() {
+        let error = io::Error::from_raw_os_error(libc::ENOENT);
+        assert_eq!(chain(&error), ["No such file or directory"]);
+        assert_eq!(plain("odd (os error x)"), "odd (os error x)");
     }
 
     #[test]

@@ -18,6 +18,7 @@ use catalyst_api::{EventKind, PowerOp, UpdateVm, VmState};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
+use tracing::Instrument;
 
 use super::error::{ChangeError, PowerError};
 use super::shared::Shared;
@@ -56,6 +57,9 @@ pub(super) enum Command {
     },
 }
 
+/// A command, and the request that it belongs to in the log.
+pub(super) type Asked = (Command, tracing::Span);
+
 pub(super) struct Machine {
     context: Arc<Context>,
     shared: Arc<Shared>,
@@ -81,7 +85,7 @@ struct Shutdown {
 }
 
 enum Happening {
-    Command(Option<Command>),
+    Command(Option<Asked>),
     Exited(Exit),
     TooSlow,
     LogCheck,
@@ -92,14 +96,14 @@ impl Machine {
     pub(super) fn spawn(
         context: Arc<Context>,
         shared: Arc<Shared>,
-        commands: mpsc::Receiver<Command>,
+        commands: mpsc::Receiver<Asked>,
         adopt: bool,
     ) {
         let machine = Self { context, shared, process: None, shutdown: None };
         tokio::spawn(machine.run(commands, adopt));
     }
 
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>, adopt: bool) {
+    async fn run(mut self, mut commands: mpsc::Receiver<Asked>, adopt: bool) {
         if adopt {
             self.adopt().await;
         }
@@ -114,8 +118,8 @@ impl Machine {
             };
             match happening {
                 Happening::Command(None) => return,
-                Happening::Command(Some(Command::Delete { force, reply })) => {
-                    let result = self.delete(force).await;
+                Happening::Command(Some((Command::Delete { force, reply }, span))) => {
+                    let result = self.delete(force).instrument(span).await;
                     let deleted = result.is_ok();
                     if deleted {
                         self.context.forget(self.shared.dir().id());
@@ -126,7 +130,7 @@ impl Machine {
                         return;
                     }
                 }
-                Happening::Command(Some(command)) => self.obey(command).await,
+                Happening::Command(Some((command, span))) => self.obey(command).instrument(span).await,
                 Happening::Exited(exit) => self.ended(&exit.to_string()),
                 Happening::TooSlow => self.shutdown_failed(),
                 Happening::LogCheck => self.bound_logs(),
@@ -177,10 +181,23 @@ impl Machine {
             (PowerOp::Unpause | PowerOp::On, VmState::Paused) => {
                 self.with_process(op, |process| process.resume()).await?;
                 self.shared.enter(VmState::PoweredOn, None);
+                self.set_guest_clock();
                 Ok(())
             }
             (PowerOp::Suspend, VmState::PoweredOn | VmState::Paused) => Err(PowerError::NotYet(op)),
             _ => Err(PowerError::State { id, state, op }),
+        }
+    }
+
+    /// The guest's clock stood still with its CPUs; nobody waits for it to be right again.
+    fn set_guest_clock(&self) {
+        if let Some(agent) = self.shared.agent() {
+            let id = self.shared.dir().id().clone();
+            tokio::spawn(async move {
+                if let Err(error) = agent.set_clock().await {
+                    tracing::warn!(vm = %id, %error, "the guest's clock was not set");
+                }
+            });
         }
     }
 
@@ -366,9 +383,8 @@ impl Machine {
             if !force {
                 return Err(ChangeError::State { id, state });
             }
-            match self.kill("it is being deleted").await {
-                Err(PowerError::Engine { source, .. }) => return Err(source.into()),
-                _ => {}
+            if let Err(PowerError::Engine { source, .. }) = self.kill("it is being deleted").await {
+                return Err(source.into());
             }
         }
         let (store, dir) = (self.context.store.clone(), self.shared.dir().clone());

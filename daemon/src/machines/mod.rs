@@ -17,6 +17,7 @@ use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use catalyst_api::{CreateVm, EventKind, PowerOp, UpdateVm, Vm, VmState};
 use catalyst_images::ImageStore;
 use tokio::sync::{mpsc, oneshot};
+use tracing::Instrument;
 
 use crate::access::owner::Owner;
 use crate::access_keys::AccessKeys;
@@ -26,7 +27,7 @@ use crate::network::{Lease, Mac, Network, NetworkError};
 use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
 use crate::store::{Store, StoreError, VmConfig, VmDir, VmId, disk};
 use error::{ChangeError, CreateError, PowerError, UnknownVm};
-use machine::{Command, Machine};
+use machine::{Asked, Command, Machine};
 use shared::Shared;
 
 /// Commands a VM can have waiting.
@@ -61,7 +62,7 @@ impl std::fmt::Debug for Context {
 #[derive(Clone, Debug)]
 enum Entry {
     Reserved,
-    Vm { shared: Arc<Shared>, commands: mpsc::Sender<Command> },
+    Vm { shared: Arc<Shared>, commands: mpsc::Sender<Asked> },
 }
 
 /// All VMs.
@@ -164,7 +165,7 @@ impl Machines {
         Ok(shared.view())
     }
 
-    fn find(&self, id: &str) -> Result<(Arc<Shared>, mpsc::Sender<Command>), UnknownVm> {
+    fn find(&self, id: &str) -> Result<(Arc<Shared>, mpsc::Sender<Asked>), UnknownVm> {
         // It comes from a client and goes into one line for people.
         let unknown = || UnknownVm(id.chars().take(80).collect::<String>().escape_debug().to_string());
         let id = VmId::parse(id).map_err(|_| unknown())?;
@@ -178,7 +179,7 @@ impl Machines {
     /// whole or not at all, also when whoever asked is gone meanwhile.
     pub async fn create(&self, request: CreateVm) -> Result<Arc<Shared>, CreateError> {
         let machines = self.clone();
-        let made = tokio::spawn(async move { machines.create_whole(request).await });
+        let made = tokio::spawn(async move { machines.create_whole(request).await }.in_current_span());
         made.await.unwrap_or(Err(CreateError::Stopping))
     }
 
@@ -277,7 +278,7 @@ impl Machines {
     pub async fn power(&self, id: &str, op: PowerOp) -> Result<Arc<Shared>, PowerError> {
         let (shared, commands) = self.find(id)?;
         let (reply, answer) = oneshot::channel();
-        commands.send(Command::Power { op, reply }).await.map_err(|_| PowerError::Stopping)?;
+        commands.send(asked(Command::Power { op, reply })).await.map_err(|_| PowerError::Stopping)?;
         answer.await.map_err(|_| PowerError::Stopping)??;
         Ok(shared)
     }
@@ -286,7 +287,7 @@ impl Machines {
     pub async fn update(&self, id: &str, update: UpdateVm) -> Result<Arc<Shared>, ChangeError> {
         let (shared, commands) = self.find(id)?;
         let (reply, answer) = oneshot::channel();
-        commands.send(Command::Update { update, reply }).await.map_err(|_| ChangeError::Stopping)?;
+        commands.send(asked(Command::Update { update, reply })).await.map_err(|_| ChangeError::Stopping)?;
         answer.await.map_err(|_| ChangeError::Stopping)??;
         Ok(shared)
     }
@@ -295,7 +296,7 @@ impl Machines {
     pub async fn delete(&self, id: &str, force: bool) -> Result<(), ChangeError> {
         let (_, commands) = self.find(id)?;
         let (reply, answer) = oneshot::channel();
-        commands.send(Command::Delete { force, reply }).await.map_err(|_| ChangeError::Stopping)?;
+        commands.send(asked(Command::Delete { force, reply })).await.map_err(|_| ChangeError::Stopping)?;
         answer.await.map_err(|_| ChangeError::Stopping)?
     }
 
@@ -314,6 +315,11 @@ impl Machines {
         let images = self.list(&[]).into_iter().filter_map(|vm| vm.image());
         images.filter(|(template, _)| template == name).map(|(_, version)| version).collect()
     }
+}
+
+/// The command as part of the request that is being handled.
+fn asked(command: Command) -> Asked {
+    (command, tracing::Span::current())
 }
 
 /// Frees a reserved id that has not become a VM.
@@ -336,12 +342,12 @@ const PARENT_BUSY: &str = "its VM does not lie still";
 /// Has the parent's task copy its disk, so that nothing powers it on meanwhile.
 fn copy_disk(
     handle: &tokio::runtime::Handle,
-    commands: &mpsc::Sender<Command>,
+    commands: &mpsc::Sender<Asked>,
     to: &VmDir,
 ) -> Result<(), disk::DiskError> {
     let busy = || disk::DiskError::Unusable { path: to.disk().display().to_string(), why: PARENT_BUSY };
     let (reply, answer) = oneshot::channel();
-    commands.blocking_send(Command::CopyDisk { to: to.clone(), reply }).map_err(|_| busy())?;
+    commands.blocking_send(asked(Command::CopyDisk { to: to.clone(), reply })).map_err(|_| busy())?;
     match handle.block_on(answer) {
         Ok(Ok(result)) => result,
         Ok(Err(state)) => {

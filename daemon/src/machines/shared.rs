@@ -138,7 +138,8 @@ impl Shared {
             Err(error) => {
                 let reason = crate::http::error::chain(&error).join(": ");
                 let told = self.facts().reason.as_deref() == Some(&reason);
-                if !state.has_process() && !(state == VmState::Blocked && told) {
+                let known = state == VmState::Blocked && told;
+                if !state.has_process() && !known {
                     self.enter(VmState::Blocked, Some(reason));
                 }
             }

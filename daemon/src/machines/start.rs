@@ -79,11 +79,7 @@ pub(super) fn guest_identity(context: &Context, shared: &Shared) -> Result<agent
         gateway: lease.gateway,
         dns: lease.dns,
         machine_id: identity.machine_id,
-        host_keys: identity
-            .host_keys
-            .into_iter()
-            .map(|key| agent::HostKey { kind: key.kind, private: key.private, public: key.public })
-            .collect(),
+        host_keys: identity.host_keys,
         authorized_keys: context.access_keys.authorized(),
         unix_ns: 0,
         seed: String::new(),

@@ -5,6 +5,7 @@
 use std::io;
 use std::path::Path;
 
+use catalyst_agent_protocol::HostKey;
 use rand::RngCore;
 use serde::{Deserialize, Serialize};
 use ssh_key::{Algorithm, EcdsaCurve, LineEnding, PrivateKey};
@@ -41,24 +42,6 @@ pub enum IdentityError {
     /// A key could not be made.
     #[error("Cannot make an SSH host key")]
     Key(#[source] ssh_key::Error),
-}
-
-/// One SSH host key.
-#[derive(Clone, Serialize, Deserialize)]
-pub struct HostKey {
-    /// `ed25519` or `ecdsa`, as in `/etc/ssh/ssh_host_<kind>_key`.
-    pub kind: String,
-    /// OpenSSH private key file.
-    pub private: String,
-    /// OpenSSH public key line.
-    pub public: String,
-}
-
-// The private half never reaches a log.
-impl std::fmt::Debug for HostKey {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HostKey").field("public", &self.public).finish_non_exhaustive()
-    }
 }
 
 /// The identity of one VM, fixed for its life.

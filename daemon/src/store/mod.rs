@@ -258,7 +258,7 @@ mod tests {
         let id = VmId::parse("web1").unwrap();
         let dir = store.create(&id, &config(), |_| Ok(())).unwrap();
         assert_eq!(dir.vmx(), state.path().join("vms/web1/web1.vmx"));
-        assert_eq!(store.scan().unwrap(), [dir.clone()]);
+        assert_eq!(store.scan().unwrap(), std::slice::from_ref(&dir));
         assert!(matches!(store.create(&id, &config(), |_| Ok(())), Err(StoreError::Exists(_))));
         store.delete(&dir).unwrap();
         assert_eq!(fs::read_dir(store.path()).unwrap().count(), 0);

@@ -99,11 +99,9 @@ impl Vmx {
         let mut text = String::new();
         for line in &self.lines {
             match line {
-                Line::Pair { key, value } => text.push_str(&format!("{key} = \"{}\"\n", escape(value))),
-                Line::Other(other) => {
-                    text.push_str(other);
-                    text.push('\n');
-                }
+                // Writing to a String cannot fail.
+                Line::Pair { key, value } => drop(writeln!(text, "{key} = \"{}\"", escape(value))),
+                Line::Other(other) => drop(writeln!(text, "{other}")),
             }
         }
         text
@@ -139,15 +137,12 @@ fn unescape(value: &str) -> String {
     while let Some(at) = rest.find('|') {
         text.push_str(&rest[..at]);
         let code = rest.get(at + 1..at + 3).and_then(|hex| u8::from_str_radix(hex, 16).ok());
-        match code.filter(u8::is_ascii) {
-            Some(byte) => {
-                text.push(char::from(byte));
-                rest = &rest[at + 3..];
-            }
-            None => {
-                text.push('|');
-                rest = &rest[at + 1..];
-            }
+        if let Some(byte) = code.filter(u8::is_ascii) {
+            text.push(char::from(byte));
+            rest = &rest[at + 3..];
+        } else {
+            text.push('|');
+            rest = &rest[at + 1..];
         }
     }
     text + rest

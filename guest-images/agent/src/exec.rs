@@ -47,10 +47,10 @@ struct Running {
 }
 
 /// Starts a command as the stream's.
-pub fn start(session: &Arc<Session>, stream: &Arc<Stream>, spec: ExecSpec) -> Result<(), Reply> {
+pub fn start(session: &Arc<Session>, stream: &Arc<Stream>, spec: &ExecSpec) -> Result<(), Reply> {
     let system = |error: Errno| failed(ProblemKind::Failed, format!("a command cannot be watched: {error}"));
     let exited = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(system)?;
-    let mut spawned = spawn(&session.config.root, &spec)?;
+    let mut spawned = spawn(&session.config.root, spec)?;
     let pid = spawned.child.id();
     let group = i32::try_from(pid).unwrap_or(i32::MAX);
     let watch = pidfd(group).map_err(|error| {
@@ -60,10 +60,17 @@ pub fn start(session: &Arc<Session>, stream: &Arc<Stream>, spec: ExecSpec) -> Re
         system(error)
     })?;
     *stream.command() = Some(Handle { group, terminal: spawned.terminal.take() });
-    session.reply(stream.epoch, stream.id, Reply::Started { pid });
     let running = Running { session: Arc::clone(session), stream: Arc::clone(stream), exited };
     let timeout = spec.timeout_ms.map(Duration::from_millis);
-    thread::spawn(move || running.supervise(spawned, &watch, timeout));
+    let supervised = thread::Builder::new().spawn(move || {
+        // Before its output, which only this thread's children send.
+        running.session.reply(running.stream.epoch, running.stream.id, Reply::Started { pid });
+        running.supervise(spawned, &watch, timeout);
+    });
+    supervised.map(drop).map_err(|error| {
+        kill(stream, libc::SIGKILL);
+        failed(ProblemKind::Failed, format!("a command cannot be watched: {error}"))
+    })?;
     Ok(())
 }
 
@@ -231,9 +238,8 @@ impl Running {
         };
         match waited {
             Err(Errno::EINTR) => Waited::Exited,
-            Err(_) => Waited::Over,
             Ok(_) if is_ready(&fds[0]) => Waited::Ready,
-            Ok(0) => Waited::Over,
+            Ok(0) | Err(_) => Waited::Over,
             Ok(_) => Waited::Exited,
         }
     }

@@ -100,54 +100,57 @@ pub fn put(session: &Arc<Session>, stream: &Arc<Stream>, spec: FileSpec) -> Resu
     let replacement =
         Replacement::begin(&path, stream.id).map_err(|error| problem(&error, "written", &path))?;
     let (session, stream) = (Arc::clone(session), Arc::clone(stream));
-    thread::spawn(move || {
+    in_thread(move || {
         let reply = receive(&session, &stream, replacement, &spec, &path);
         session.finish(&stream);
-        if let Some(reply) = reply {
-            session.reply(stream.epoch, stream.id, reply);
-        }
-    });
-    Ok(())
+        session.reply(stream.epoch, stream.id, reply);
+    })
 }
 
-/// `None` if the host gave the file up.
 fn receive(
     session: &Session,
     stream: &Stream,
     mut replacement: Replacement,
     spec: &FileSpec,
     path: &Path,
-) -> Option<Reply> {
+) -> Reply {
     let mut left = spec.size;
     loop {
         match stream.input() {
             Input::Closed => {
                 let message = format!("{} was given up before it was whole", path.display());
-                return Some(failed(ProblemKind::Failed, message));
+                return failed(ProblemKind::Failed, message);
             }
             Input::End if left > 0 => {
                 let message =
                     format!("{} ended {left} bytes before its size of {}", path.display(), spec.size);
-                return Some(failed(ProblemKind::Invalid, message));
+                return failed(ProblemKind::Invalid, message);
             }
             Input::End => break,
             Input::Bytes(bytes) => {
                 let Some(rest) = left.checked_sub(bytes.len() as u64) else {
                     let message = format!("{} is longer than its size of {}", path.display(), spec.size);
-                    return Some(failed(ProblemKind::Invalid, message));
+                    return failed(ProblemKind::Invalid, message);
                 };
                 left = rest;
                 if let Err(error) = replacement.file.write_all(&bytes) {
-                    return Some(problem(&error, "written", path));
+                    return problem(&error, "written", path);
                 }
                 session.credit_input(stream, bytes.len());
             }
         }
     }
-    Some(match replacement.finish(spec.mode, spec.owner) {
+    match replacement.finish(spec.mode, spec.owner) {
         Ok(()) => Reply::Done,
         Err(error) => problem(&error, "put in place", path),
-    })
+    }
+}
+
+fn in_thread(work: impl FnOnce() + Send + 'static) -> Result<(), Reply> {
+    let started = thread::Builder::new().spawn(work);
+    started
+        .map(drop)
+        .map_err(|error| failed(ProblemKind::Failed, format!("no thread can be started: {error}")))
 }
 
 fn target(path: &str) -> Result<PathBuf, Reply> {
@@ -167,15 +170,14 @@ pub fn get(session: &Arc<Session>, stream: &Arc<Stream>, path: &str) -> Result<(
         return Err(failed(ProblemKind::Invalid, format!("{} is not a regular file", path.display())));
     }
     let (size, mode) = (meta.len(), meta.mode() & 0o7777);
-    session.reply(stream.epoch, stream.id, Reply::File { size, mode });
     let (session, stream) = (Arc::clone(session), Arc::clone(stream));
-    thread::spawn(move || {
+    in_thread(move || {
+        session.reply(stream.epoch, stream.id, Reply::File { size, mode });
         // Files of /proc and the like say that they are empty and are not.
         send(&session, &stream, file.take(if size == 0 { u64::MAX } else { size }));
         session.finish(&stream);
         session.outbox.data(stream.epoch, stream.id, Channel::Output, &[]);
-    });
-    Ok(())
+    })
 }
 
 fn send(session: &Session, stream: &Stream, mut file: impl Read) {

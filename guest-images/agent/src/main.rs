@@ -32,6 +32,10 @@ struct Arguments {
     config: Config,
 }
 
+/// What the program was made from (build.rs); the image builder looks for it in the program's bytes.
+#[used]
+static SOURCES: &str = concat!("catalyst-agent-sources:", env!("CATALYST_AGENT_SOURCES"));
+
 fn main() -> ExitCode {
     let Some(arguments) = arguments() else {
         eprintln!("{USAGE}");

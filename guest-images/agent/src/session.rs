@@ -128,7 +128,7 @@ impl Session {
         }
         let reply = match request {
             Request::Identify(identity) => self.identify(&identity),
-            Request::Exec(spec) => return self.open(epoch, id, |stream| exec::start(self, stream, spec)),
+            Request::Exec(spec) => return self.open(epoch, id, |stream| exec::start(self, stream, &spec)),
             Request::PutFile(spec) => return self.open(epoch, id, |stream| files::put(self, stream, spec)),
             Request::GetFile { path } => {
                 return self.open(epoch, id, |stream| files::get(self, stream, &path));
@@ -160,9 +160,11 @@ impl Session {
     fn identify(self: &Arc<Self>, identity: &catalyst_agent_protocol::Identity) -> Reply {
         match identity::apply(&self.config, identity) {
             Ok(()) => {
-                notify::ready();
-                if self.set_status(|status| status.identity = true) && !self.config.files_only() {
-                    readiness::watch(self);
+                if self.set_status(|status| status.identity = true) {
+                    notify::ready();
+                    if !self.config.files_only() {
+                        readiness::watch(self);
+                    }
                 }
                 Reply::Done
             }

@@ -157,7 +157,8 @@ impl Decoder {
             };
             let payload = rest.get(HEADER..HEADER + length)?;
             if crc32fast::hash(payload) != number(rest, 20) {
-                self.skip(1);
+                // The header is sound, so its length is: what follows it is the next frame.
+                self.skip(HEADER + length);
                 continue;
             }
             let frame = Frame {

@@ -17,7 +17,7 @@
 pub mod frame;
 pub mod message;
 
-pub use frame::{Channel, Decoder, Frame, FrameError, MAX_PAYLOAD, encode};
+pub use frame::{Channel, Decoder, Frame, FrameError, HEADER, MAX_PAYLOAD, encode};
 pub use message::{
     Control, ExecExit, ExecSpec, FileSpec, HostKey, Identity, Problem, ProblemKind, Reply, Request,
     ShutdownKind, Status, StreamChannel, Terminal,

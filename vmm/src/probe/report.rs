@@ -45,9 +45,9 @@ pub enum Outcome {
         /// The exit reason in words.
         reason: String,
     },
-    /// It was not tried.
-    NotRun {
-        /// Why not.
+    /// The probe's time ended first: this says nothing about the instruction.
+    OutOfTime {
+        /// What took the time.
         reason: String,
     },
 }
@@ -97,8 +97,18 @@ pub struct ProbeReport {
     pub checks: Vec<Check>,
     /// Whether KVM can carry a VM here.
     pub verdict: Verdict,
+    /// Whether the probe's time ended before all was tried. Then the machine may only have been busy: a verdict
+    /// against KVM should be asked for again.
+    pub out_of_time: bool,
     /// All of it in one sentence.
     pub summary: String,
+}
+
+/// Why there is no speed.
+pub(super) struct NoSpeed {
+    pub(super) reason: String,
+    /// Whether it was only for want of time.
+    pub(super) out_of_time: bool,
 }
 
 impl ProbeReport {
@@ -127,6 +137,7 @@ impl ProbeReport {
             instructions_per_second: None,
             checks: Vec::new(),
             verdict,
+            out_of_time: false,
             summary,
         }
     }
@@ -134,9 +145,12 @@ impl ProbeReport {
     /// The report where the device opened; `speed` is the rate, or why there is none.
     pub(super) fn of_opened(
         api_version: Option<i32>,
-        speed: Result<u64, String>,
+        speed: Result<u64, NoSpeed>,
         checks: Vec<Check>,
     ) -> Self {
+        let out_of_time = speed.as_ref().is_err_and(|none| none.out_of_time)
+            || checks.iter().any(|check| matches!(check.outcome, Outcome::OutOfTime { .. }));
+        let speed = speed.map_err(|none| none.reason);
         let verdict = verdict(&speed, &checks);
         let summary = summary(&verdict, speed.as_ref().ok().copied(), &checks);
         Self {
@@ -145,6 +159,7 @@ impl ProbeReport {
             instructions_per_second: speed.ok(),
             checks,
             verdict,
+            out_of_time,
             summary,
         }
     }
@@ -156,7 +171,7 @@ impl fmt::Display for ProbeReport {
         for check in &self.checks {
             match &check.outcome {
                 Outcome::Ran => write!(f, "\n  {}: runs", check.name)?,
-                Outcome::Failed { reason } | Outcome::NotRun { reason } => {
+                Outcome::Failed { reason } | Outcome::OutOfTime { reason } => {
                     write!(f, "\n  {}: {reason}", check.name)?;
                 }
             }
@@ -186,13 +201,13 @@ fn missing(checks: &[Check]) -> Option<String> {
         (!names.is_empty()).then(|| names.join(", "))
     };
     let failed = names(|outcome| matches!(outcome, Outcome::Failed { .. }));
-    let untried = names(|outcome| matches!(outcome, Outcome::NotRun { .. }));
+    let untried = names(|outcome| matches!(outcome, Outcome::OutOfTime { .. }));
     match (failed, untried) {
         (None, None) => None,
         (Some(failed), None) => Some(format!("it does not run {failed}")),
-        (None, Some(untried)) => Some(format!("there was no time to try {untried}")),
+        (None, Some(untried)) => Some(format!("there was no time for {untried}")),
         (Some(failed), Some(untried)) => {
-            Some(format!("it does not run {failed}, and there was no time to try {untried}"))
+            Some(format!("it does not run {failed}, and there was no time for {untried}"))
         }
     }
 }
@@ -269,13 +284,15 @@ mod tests {
         let checks = vec![check("xrstor", failed()), check("int3", Outcome::Ran)];
         let report = ProbeReport::of_opened(Some(12), Ok(90_000_000), checks);
         assert_eq!(report.verdict, Verdict::Unusable { reason: "it does not run xrstor".to_owned() });
+        assert!(!report.out_of_time);
     }
 
     #[test]
     fn an_untried_instruction_is_not_taken_for_granted() {
-        let untried = Outcome::NotRun { reason: "no time".to_owned() };
+        let untried = Outcome::OutOfTime { reason: "no time".to_owned() };
         let report = ProbeReport::of_opened(Some(12), Ok(90_000_000), vec![check("int3", untried)]);
         assert!(matches!(report.verdict, Verdict::Unusable { .. }));
+        assert!(report.out_of_time);
     }
 
     #[test]
@@ -283,7 +300,11 @@ mod tests {
         let checks = vec![check("xrstor", failed()), check("int3", Outcome::Ran)];
         for report in [
             ProbeReport::of_opened(Some(12), Ok(1_700_000), checks),
-            ProbeReport::of_opened(Some(11), Err("why".to_owned()), Vec::new()),
+            ProbeReport::of_opened(
+                Some(11),
+                Err(NoSpeed { reason: "why".to_owned(), out_of_time: true }),
+                Vec::new(),
+            ),
             ProbeReport::without_device(Device::Missing),
             ProbeReport::without_device(Device::Denied),
             ProbeReport::without_device(Device::Failed { reason: "EIO".to_owned() }),

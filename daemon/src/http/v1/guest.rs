@@ -126,7 +126,7 @@ async fn collect(session: ExecSession, stdin: Option<String>) -> Result<ExecOutp
     };
     feeder.abort();
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ok(ExecOutput { exit_code: exit_code(&exit), stdout: text(stdout), stderr: text(stderr), truncated })
+    Ok(ExecOutput { exit_code: exit_code(exit), stdout: text(stdout), stderr: text(stderr), truncated })
 }
 
 async fn feed(mut sink: ExecStdin, stdin: Option<String>) {
@@ -142,9 +142,9 @@ fn lost(why: &str) -> Refusal {
 }
 
 /// As shells tell it: 128 and the signal's number.
-fn exit_code(status: &ExecExit) -> i32 {
+fn exit_code(status: ExecExit) -> i32 {
     match status {
-        ExecExit::Code(code) => *code,
+        ExecExit::Code(code) => code,
         ExecExit::Signal(signal) => 128 + signal,
     }
 }
@@ -202,7 +202,7 @@ async fn relay(session: ExecSession, socket: &mut WebSocket) -> Result<(), Refus
                 Some(ExecEvent::Stdout(bytes)) => if output(socket, CHANNEL_STDOUT, &bytes).await.is_err() { break Ok(()) },
                 Some(ExecEvent::Stderr(bytes)) => if output(socket, CHANNEL_STDERR, &bytes).await.is_err() { break Ok(()) },
                 Some(ExecEvent::Exit(status)) => {
-                    let _ = send(socket, &ExecFrame::Exit { code: exit_code(&status) }).await;
+                    let _ = send(socket, &ExecFrame::Exit { code: exit_code(status) }).await;
                     break Ok(());
                 }
                 Some(ExecEvent::Lost(why)) => break Err(lost(&why)),

@@ -2,6 +2,7 @@
 
 mod daemon;
 mod events;
+mod files;
 mod guest;
 mod images;
 mod logs;
@@ -16,6 +17,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .merge(vms::routes())
         .merge(guest::routes())
+        .merge(files::routes())
         .merge(logs::routes())
         .merge(images::routes())
         .merge(events::routes())

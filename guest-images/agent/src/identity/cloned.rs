@@ -44,3 +44,41 @@ fn boot_id() -> io::Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    fn in_mounts_of_its_own() {
+        let private = || {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            let none = None::<&str>;
+            mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+            mount(Some("none"), "/run", Some("tmpfs"), MsFlags::empty(), none)
+        };
+        if let Err(error) = private() {
+            println!("SKIPPED: no mount namespace can be made: {error}");
+            return;
+        }
+        let read = || fs::read_to_string(BOOT_ID).unwrap();
+        let original = read();
+        boot_id().unwrap();
+        let clone = read();
+        assert_eq!(clone.len(), original.len());
+        assert_ne!(clone, original);
+        boot_id().unwrap();
+        assert_ne!(read(), clone);
+        let mounts = fs::read_to_string("/proc/thread-self/mountinfo").unwrap();
+        assert_eq!(mounts.matches(BOOT_ID).count(), 1, "mounts do not pile up");
+    }
+
+    #[test]
+    fn a_clone_shows_another_boot_id() {
+        // A mount namespace made by a thread is that thread's, and ends with it.
+        thread::spawn(in_mounts_of_its_own).join().unwrap();
+    }
+}

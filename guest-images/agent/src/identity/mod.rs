@@ -113,12 +113,22 @@ fn names(config: &Config, identity: &Identity) -> Step<()> {
     } else {
         (format!("{hostname}.{domain} {hostname}"), format!("search {domain}\n"))
     };
-    let hosts = format!("127.0.0.1 localhost\n127.0.1.1 {full}\n::1 localhost ip6-localhost ip6-loopback\n");
-    write("hosts", hosts, 0o644).map_err(doing("writing /etc/hosts"))?;
+    let before = fs::read_to_string(etc.join("hosts")).unwrap_or_default();
+    write("hosts", hosts(&before, &full), 0o644).map_err(doing("writing /etc/hosts"))?;
     let resolv = format!("nameserver {}\n{search}", identity.dns);
     write("resolv.conf", resolv, 0o644).map_err(doing("writing /etc/resolv.conf"))?;
     let machine_id = format!("{}\n", identity.machine_id.to_ascii_lowercase());
-    write("machine-id", machine_id.clone(), 0o444).map_err(doing("writing /etc/machine-id"))?;
+    match write("machine-id", machine_id.clone(), 0o444) {
+        // On a first boot systemd mounts a passing one over it (machine-id(5), "First Boot
+        // Semantics"); without the mount it will not commit that one either.
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+            nix::mount::umount2(&etc.join("machine-id"), nix::mount::MntFlags::MNT_DETACH)
+                .map_err(io::Error::from)
+                .and_then(|()| write("machine-id", machine_id.clone(), 0o444))
+        }
+        other => other,
+    }
+    .map_err(doing("writing /etc/machine-id"))?;
     let dbus = config.root.join("var/lib/dbus/machine-id");
     // Elsewhere it is a link to the other, or D-Bus is not there.
     if fs::symlink_metadata(&dbus).is_ok_and(|meta| meta.is_file()) {
@@ -126,6 +136,19 @@ fn names(config: &Config, identity: &Identity) -> Step<()> {
             .map_err(doing("writing /var/lib/dbus/machine-id"))?;
     }
     Ok(())
+}
+
+/// hosts(5) with the guest's own name in it; what else stands there is its user's.
+fn hosts(before: &str, names: &str) -> String {
+    let own = format!("127.0.1.1 {names}");
+    let is_own = |line: &&str| line.split_whitespace().next() == Some("127.0.1.1");
+    let mut lines: Vec<&str> = before.lines().filter(|line| !is_own(line)).collect();
+    if lines.iter().all(|line| line.trim().is_empty()) {
+        lines = vec!["127.0.0.1 localhost", "::1 localhost ip6-localhost ip6-loopback"];
+    }
+    let at = before.lines().position(|line| is_own(&line)).unwrap_or(1).min(lines.len());
+    lines.insert(at, &own);
+    lines.join("\n") + "\n"
 }
 
 fn host_keys(config: &Config, identity: &Identity) -> Step<()> {
@@ -183,6 +206,17 @@ mod tests {
         for bad in ["", "-a", "a-", "a.b", "a b", "ä", "a\n", &"a".repeat(64)] {
             assert!(!is_label(bad), "{bad}");
         }
+    }
+
+    #[test]
+    fn what_a_user_wrote_into_hosts_stays() {
+        let fresh = hosts("", "web1.catalyst web1");
+        assert_eq!(
+            fresh,
+            "127.0.0.1 localhost\n127.0.1.1 web1.catalyst web1\n::1 localhost ip6-localhost ip6-loopback\n"
+        );
+        let edited = fresh.clone() + "10.0.0.9 db\n";
+        assert_eq!(hosts(&edited, "web2"), edited.replace("web1.catalyst web1", "web2"));
     }
 
     #[test]

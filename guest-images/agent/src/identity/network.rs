@@ -130,3 +130,107 @@ fn default_route(netlink: &mut Netlink, index: u32, gateway: Ipv4Addr) -> io::Re
     .attribute(libc::RTA_OIF, &index.to_ne_bytes());
     netlink.change(message)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::*;
+
+    const VETH_INFO_PEER: u16 = 1;
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 1];
+
+    fn identity(last: u8) -> Identity {
+        Identity {
+            hostname: "a".into(),
+            domain: String::new(),
+            mac: String::new(),
+            address: [192, 0, 2, last].into(),
+            prefix: 24,
+            gateway: [192, 0, 2, 1].into(),
+            dns: [192, 0, 2, 1].into(),
+            machine_id: String::new(),
+            host_keys: Vec::new(),
+            authorized_keys: Vec::new(),
+            unix_ns: 0,
+            seed: String::new(),
+            clone: true,
+        }
+    }
+
+    /// A pair of NICs, joined.
+    fn add_nics(netlink: &mut Netlink) -> io::Result<()> {
+        let attribute = |kind: u16, value: &[u8]| {
+            let length = u16::try_from(value.len() + 4).unwrap();
+            let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
+            bytes.extend(value);
+            bytes.resize(bytes.len().next_multiple_of(4), 0);
+            bytes
+        };
+        let peer = attribute(VETH_INFO_PEER, &[0; LINK]);
+        let info =
+            [attribute(libc::IFLA_INFO_KIND, b"veth"), attribute(libc::IFLA_INFO_DATA, &peer)].concat();
+        let flags = libc::NLM_F_CREATE | libc::NLM_F_EXCL;
+        netlink
+            .change(Message::new(libc::RTM_NEWLINK, flags, &[0; LINK]).attribute(libc::IFLA_LINKINFO, &info))
+    }
+
+    /// Local addresses of every link but the loopback.
+    fn addresses(netlink: &mut Netlink) -> Vec<(u32, Vec<u8>)> {
+        let bodies = netlink.dump(libc::RTM_GETADDR, &[INET, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+        let parse =
+            |body: &Vec<u8>| Some((word(body, 4)?, attribute(body, ADDRESS, libc::IFA_LOCAL)?.to_vec()));
+        bodies.iter().filter_map(parse).filter(|(index, _)| *index != 1).collect()
+    }
+
+    fn gateways(netlink: &mut Netlink) -> Vec<Vec<u8>> {
+        let bodies = netlink.dump(libc::RTM_GETROUTE, &[INET, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]).unwrap();
+        let of = |body: &Vec<u8>| attribute(body, 12, libc::RTA_GATEWAY).map(<[u8]>::to_vec);
+        bodies.iter().filter_map(of).collect()
+    }
+
+    fn in_a_network_of_its_own() {
+        if let Err(error) = unshare(CloneFlags::CLONE_NEWNET) {
+            println!("SKIPPED: no network namespace can be made: {error}");
+            return;
+        }
+        let mut netlink = Netlink::open().unwrap();
+        assert!(apply(&identity(5), MAC).is_err(), "there is no NIC");
+        if let Err(error) = add_nics(&mut netlink) {
+            println!("SKIPPED: no NICs can be made: {error}");
+            return;
+        }
+        let before = links(&mut netlink).unwrap();
+        assert_eq!(before.len(), 2);
+        assert!(!before[0].up);
+
+        apply(&identity(5), MAC).unwrap();
+        let after = links(&mut netlink).unwrap();
+        assert_eq!((after[0].mac, after[0].up), (MAC, true));
+        let index = after[0].index;
+        assert_eq!(addresses(&mut netlink), [(index, vec![192, 0, 2, 5])]);
+        assert_eq!(gateways(&mut netlink), [[192, 0, 2, 1]]);
+
+        apply(&identity(5), MAC).unwrap();
+        assert_eq!(addresses(&mut netlink), [(index, vec![192, 0, 2, 5])]);
+
+        // The clone's identity: the NIC has the original's address and MAC.
+        let other = [0x52, 0x54, 0, 0, 0, 9];
+        apply(&identity(9), other).unwrap();
+        let after = links(&mut netlink).unwrap();
+        assert_eq!((after[0].mac, after[0].up), (other, true));
+        assert_eq!(addresses(&mut netlink), [(index, vec![192, 0, 2, 9])]);
+        assert_eq!(gateways(&mut netlink), [[192, 0, 2, 1]]);
+
+        let far = Identity { gateway: [198, 51, 100, 1].into(), ..identity(9) };
+        assert!(apply(&far, other).is_err(), "the gateway is out of reach");
+    }
+
+    #[test]
+    fn a_nic_gets_its_address_and_the_guest_its_route() {
+        // A network namespace is a thread's, and ends with it.
+        thread::spawn(in_a_network_of_its_own).join().unwrap();
+    }
+}
