@@ -295,7 +295,7 @@ fn files(checks: &mut Checks, world: &World) {
             (b"numvcpus = \"10000\"\n", "CPUs"),
             (b"memsize = \"1\"\n", "emory"),
             (b"a = \"b\"\n\x07\n", "control"),
-            (&[b'x'; 100_000], "bytes"),
+            (&vec![b'x'; 100_000], "bytes"),
             (b"catalyst.template = \"../../../etc\"\n", "template"),
             (b"ethernet0.address = \"ff:ff:ff:ff:ff:ff\"\n", "MAC"),
         ] {

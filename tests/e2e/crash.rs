@@ -96,7 +96,7 @@ fn killed_while_powering_on(checks: &mut Checks, world: &mut World) {
             // A process between fork and exec is not known by its name yet.
             let mut state = String::new();
             wait_until("the VM's state is told", HANG, || {
-                state = vm(world, "web1")["state"].as_str().unwrap().to_owned();
+                vm(world, "web1")["state"].as_str().unwrap().clone_into(&mut state);
                 ["powered on", "powered off"].contains(&state.as_str())
             });
             let pids: Vec<u32> = emulators(world).iter().map(|(pid, _)| *pid).collect();

@@ -14,6 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
@@ -22,6 +23,9 @@ use tokio::io::unix::AsyncFd;
 
 use super::EngineError;
 use crate::store::files;
+
+/// How long a process may take from fork to the moment at which it has written its pid.
+const PID_LIMIT: Duration = Duration::from_secs(3);
 
 /// What is started, and with which descriptors.
 #[derive(Debug)]
@@ -88,7 +92,8 @@ impl Process {
         Self::open(pid)
     }
 
-    /// Finds the process that holds the lock in `run`, if one does; it must run as `user`.
+    /// Finds the process that holds the lock in `run`, if one does; it must run as `user`. May wait
+    /// for [`PID_LIMIT`].
     pub fn adopt(run: &Path, user: u32) -> Result<Option<Self>, EngineError> {
         let path = run.join("lock");
         let file = match File::open(&path) {
@@ -100,14 +105,7 @@ impl Process {
         if !held() {
             return Ok(None);
         }
-        let text =
-            files::read_bounded(&path, 32).map_err(EngineError::io(format!("read {}", path.display())))?;
-        let pid =
-            std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok()).and_then(Pid::from_raw);
-        let Some(pid) = pid else {
-            let empty = io::Error::other("it is locked by a process whose number it does not hold");
-            return Err(EngineError::io(format!("read {}", path.display()))(empty));
-        };
+        let Some(pid) = written_pid(&path, &held)? else { return Ok(None) };
         let process = Self::open(pid)?;
         // Only now the number is pinned: ask again whether it was the holder's.
         if !held() {
@@ -175,6 +173,28 @@ impl Process {
     }
 }
 
+/// The pid that the holder of the lock has written; `None` if it has ended meanwhile. Between fork
+/// and exec, which takes a moment, there is none yet.
+fn written_pid(path: &Path, held: &dyn Fn() -> bool) -> Result<Option<Pid>, EngineError> {
+    let begun = Instant::now();
+    loop {
+        let text =
+            files::read_bounded(path, 32).map_err(EngineError::io(format!("read {}", path.display())))?;
+        let pid = std::str::from_utf8(&text).ok().and_then(|text| text.trim().parse().ok());
+        if let Some(pid) = pid.and_then(Pid::from_raw) {
+            return Ok(Some(pid));
+        }
+        if !held() {
+            return Ok(None);
+        }
+        if begun.elapsed() > PID_LIMIT {
+            let empty = io::Error::other("it is locked by a process whose number it does not hold");
+            return Err(EngineError::io(format!("read {}", path.display()))(empty));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Opens `run/lock` with an exclusive lock that the next process inherits.
 fn lock_file(run: &Path) -> Result<File, EngineError> {
     let path = run.join("lock");
@@ -200,7 +220,7 @@ fn lock_file(run: &Path) -> Result<File, EngineError> {
     Ok(file)
 }
 
-/// Runs in the child: own session, pid into the lock file, descriptors kept, privileges gone.
+/// Runs in the child: own session, descriptors kept, privileges gone, pid into the lock file.
 fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32) -> io::Result<()> {
     let mut digits = [0_u8; 16];
     let mut cursor = io::Cursor::new(&mut digits[..]);
@@ -209,7 +229,6 @@ fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32) -> io::Result<()> 
     // SAFETY: plain system calls on descriptors and numbers that are valid in this process.
     unsafe {
         check(libc::setsid())?;
-        check(libc::write(lock, digits.as_ptr().cast(), length))?;
         for &fd in inherited {
             check(libc::fcntl(fd, libc::F_SETFD, 0))?;
         }
@@ -221,6 +240,8 @@ fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32) -> io::Result<()> 
             check(libc::setresuid(user, user, user))?;
         }
         check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+        // Last: whoever reads it finds the process as the user that it is told by.
+        check(libc::write(lock, digits.as_ptr().cast(), length))?;
     }
     Ok(())
 }

@@ -92,21 +92,23 @@ enum Happening {
 }
 
 impl Machine {
-    /// Starts the task of a VM, taking over the process that an earlier daemon left, if any.
+    /// Starts the task of a VM. If `adopted` is given, it first takes over the process that an
+    /// earlier daemon left, if there is one, and then drops it.
     pub(super) fn spawn(
         context: Arc<Context>,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Asked>,
-        adopt: bool,
+        adopted: Option<oneshot::Sender<()>>,
     ) {
         let machine = Self { context, shared, process: None, shutdown: None };
-        tokio::spawn(machine.run(commands, adopt));
+        tokio::spawn(machine.run(commands, adopted));
     }
 
-    async fn run(mut self, mut commands: mpsc::Receiver<Asked>, adopt: bool) {
-        if adopt {
+    async fn run(mut self, mut commands: mpsc::Receiver<Asked>, adopted: Option<oneshot::Sender<()>>) {
+        if adopted.is_some() {
             self.adopt().await;
         }
+        drop(adopted);
         let mut log_check = tokio::time::interval(LOG_CHECK);
         log_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -165,8 +167,12 @@ impl Machine {
     }
 
     async fn power(&mut self, op: PowerOp) -> Result<(), PowerError> {
+        self.adopt_again().await;
         let state = self.shared.state();
         let id = self.shared.dir().id().clone();
+        if self.shared.facts().unadopted {
+            return Err(PowerError::State { id, state, op });
+        }
         match (op, state) {
             (PowerOp::On, VmState::PoweredOff | VmState::Blocked) => self.start().await,
             (PowerOp::On | PowerOp::Unpause, VmState::PoweredOn)
@@ -234,7 +240,9 @@ impl Machine {
         }
     }
 
+    /// Takes over the process that an earlier daemon left, if there is one.
     async fn adopt(&mut self) {
+        self.shared.facts().unadopted = false;
         let dir = self.shared.dir().clone();
         let user = crate::engine::vm_user(self.shared.address());
         match self.context.engine.adopt(dir.clone(), user).await {
@@ -258,7 +266,18 @@ impl Machine {
             }
             Err(error) => {
                 let reason = crate::http::error::chain(&error).join(": ");
+                self.shared.facts().unadopted = true;
                 self.shared.enter(VmState::Blocked, Some(reason));
+            }
+        }
+    }
+
+    /// Tries again to take over a process that could not be before.
+    async fn adopt_again(&mut self) {
+        if self.shared.facts().unadopted {
+            self.adopt().await;
+            if !self.shared.facts().unadopted && self.process.is_none() {
+                self.shared.enter(VmState::PoweredOff, None);
             }
         }
     }
@@ -377,8 +396,12 @@ impl Machine {
     }
 
     async fn delete(&mut self, force: bool) -> Result<(), ChangeError> {
+        self.adopt_again().await;
         let id = self.shared.dir().id().clone();
         let state = self.shared.state();
+        if self.shared.facts().unadopted {
+            return Err(ChangeError::State { id, state });
+        }
         if self.process.is_some() {
             if !force {
                 return Err(ChangeError::State { id, state });

@@ -100,15 +100,23 @@ impl Context {
 }
 
 impl Machines {
-    /// Finds all VMs in the store, and the processes of those that run.
-    pub fn load(context: Context) -> Result<Self, StoreError> {
+    /// Finds all VMs in the store, and the processes of those that run. All are told right when
+    /// this returns.
+    pub async fn load(context: Context) -> Result<Self, StoreError> {
         let machines = Self(Arc::new(context));
+        let mut adoptions = Vec::new();
         for dir in machines.0.store.scan()? {
             let id = dir.id().clone();
-            if let Err(error) = machines.add(dir, true) {
+            let (adopted, adoption) = oneshot::channel();
+            adoptions.push(adoption);
+            if let Err(error) = machines.add(dir, Some(adopted)) {
                 let reason = crate::http::error::chain(&error).join(": ");
                 tracing::error!(vm = %id, reason, "left out");
             }
+        }
+        for adoption in adoptions {
+            // The end of the channel is the sign.
+            let _ = adoption.await;
         }
         Ok(machines)
     }
@@ -119,7 +127,7 @@ impl Machines {
     }
 
     /// Gives a VM that lies on disk its lease and its task.
-    fn add(&self, dir: VmDir, adopt: bool) -> Result<Arc<Shared>, NetworkError> {
+    fn add(&self, dir: VmDir, adopted: Option<oneshot::Sender<()>>) -> Result<Arc<Shared>, NetworkError> {
         let id = dir.id().clone();
         let (vmx, config) = dir.read().ok().unzip();
         let wanted = config.as_ref().and_then(|config| Some((Mac(config.mac?), config.address?)));
@@ -138,7 +146,7 @@ impl Machines {
         let shared = Arc::new(Shared::new(dir, self.0.events.clone(), lease, self.0.engine.name()));
         shared.refresh();
         let (commands, queue) = mpsc::channel(QUEUE);
-        Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopt);
+        Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopted);
         self.0.entries_mut().insert(id, Entry::Vm { shared: Arc::clone(&shared), commands });
         Ok(shared)
     }
@@ -192,7 +200,7 @@ impl Machines {
             None => self.create_from_template(&id, request, &lease).await,
         };
         let dir = created.inspect_err(|_| self.0.network.release(id.as_str()))?;
-        let shared = self.add(dir, false)?;
+        let shared = self.add(dir, None)?;
         self.0.events.send(EventKind::VmCreated { id: id.to_string() });
         Ok(shared)
     }

@@ -31,6 +31,8 @@ pub(super) struct Facts {
     pub started: Option<u64>,
     pub guest: GuestStatus,
     pub agent: Option<AgentLink>,
+    /// There is a process, and it could not be taken over: only that unblocks the VM.
+    pub unadopted: bool,
 }
 
 impl Shared {
@@ -45,6 +47,7 @@ impl Shared {
             started: None,
             guest: GuestStatus::default(),
             agent: None,
+            unadopted: false,
         };
         Self { dir, events, facts: Mutex::new(facts), console: Arc::new(tokio::sync::Semaphore::new(1)) }
     }
@@ -128,6 +131,9 @@ impl Shared {
     pub(super) fn refresh(&self) {
         let read = self.dir.read();
         let state = self.state();
+        if self.facts().unadopted {
+            return;
+        }
         match read {
             Ok((_, config)) => {
                 self.facts().config = Some(config);

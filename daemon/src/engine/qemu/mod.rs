@@ -52,7 +52,14 @@ impl Engine for QemuEngine {
 
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>> {
         async move {
-            let Some(process) = Process::adopt(&dir.run(), user)? else { return Ok(None) };
+            let run = dir.run();
+            if !run.join("lock").exists() {
+                return Ok(None);
+            }
+            let process = tokio::task::spawn_blocking(move || Process::adopt(&run, user))
+                .await
+                .map_err(|error| EngineError::Died(error.to_string()))??;
+            let Some(process) = process else { return Ok(None) };
             let vm = connect(process, &dir).await?;
             Ok(Some(Box::new(vm) as Box<dyn VmProcess>))
         }

@@ -38,7 +38,7 @@ async fn get_file(
     Query(query): Query<FileQuery>,
 ) -> Result<Response, Refusal> {
     check_path(&query.path)?;
-    let file = app.machines.agent(&id)?.get_file(query.path).await.map_err(refusal)?;
+    let file = app.machines.agent(&id)?.get_file(query.path).await.map_err(|error| refusal(&error))?;
     let body = Body::from_stream(stream::try_unfold(file, next_piece));
     Ok(([(header::CONTENT_TYPE, "application/octet-stream")], body).into_response())
 }
@@ -70,7 +70,7 @@ async fn put_file(
     let spec = FileSpec { path: query.path, mode, owner: None, size };
     let bytes = request.into_body().into_data_stream().map(|piece| piece.map_err(std::io::Error::other));
     let reader = StreamReader::new(bytes.into_stream());
-    app.machines.agent(&id)?.put_file(spec, reader).await.map_err(refusal)?;
+    app.machines.agent(&id)?.put_file(spec, reader).await.map_err(|error| refusal(&error))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -86,11 +86,11 @@ fn invalid(message: &str) -> Refusal {
     Refusal::new(ErrorCode::InvalidRequest, message)
 }
 
-fn refusal(error: AgentError) -> Refusal {
-    let code = match &error {
+fn refusal(error: &AgentError) -> Refusal {
+    let code = match error {
         AgentError::Refused { kind: ProblemKind::NotFound, .. } => ErrorCode::PathNotFound,
         AgentError::Refused { kind: ProblemKind::Invalid, .. } => ErrorCode::InvalidRequest,
         _ => ErrorCode::GuestFailed,
     };
-    Refusal::new(code, super::super::error::chain(&error).join(": "))
+    Refusal::new(code, super::super::error::chain(error).join(": "))
 }
