@@ -133,7 +133,7 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let access_keys = AccessKeys::open(&state_dir, &owner.home)?;
     let store = Store::open(&state_dir)?;
     let context = Context::new(store, images, network, engine, events, owner.clone(), access_keys);
-    let machines = Machines::load(context)?;
+    let machines = Machines::load(context).await?;
 
     let app = App { machines, images: image_tasks, settings, stop: Arc::clone(&stop) };
     let router = protect(http::router(app), listener.policy());

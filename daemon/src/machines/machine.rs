@@ -92,20 +92,23 @@ enum Happening {
 }
 
 impl Machine {
-    /// Starts the task of a VM, taking over the process that an earlier daemon left, if any.
+    /// Starts the task of a VM; if `adopt`, it takes over the process that an earlier daemon left,
+    /// if any, and says so when that is done.
     pub(super) fn spawn(
         context: Arc<Context>,
         shared: Arc<Shared>,
         commands: mpsc::Receiver<Asked>,
-        adopt: bool,
+        adopt: Option<oneshot::Sender<()>>,
     ) {
         let machine = Self { context, shared, process: None, shutdown: None };
         tokio::spawn(machine.run(commands, adopt));
     }
 
-    async fn run(mut self, mut commands: mpsc::Receiver<Asked>, adopt: bool) {
-        if adopt {
+    async fn run(mut self, mut commands: mpsc::Receiver<Asked>, adopt: Option<oneshot::Sender<()>>) {
+        if let Some(told) = adopt {
             self.adopt().await;
+            // Whoever waited may have lost patience.
+            let _ = told.send(());
         }
         let mut log_check = tokio::time::interval(LOG_CHECK);
         log_check.set_missed_tick_behavior(MissedTickBehavior::Delay);

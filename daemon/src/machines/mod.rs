@@ -30,6 +30,8 @@ use error::{ChangeError, CreateError, PowerError, UnknownVm};
 use machine::{Asked, Command, Machine};
 use shared::Shared;
 
+/// How long the start of the daemon waits for VM processes to answer. One that hangs must not keep it from the others.
+const ADOPTION: std::time::Duration = std::time::Duration::from_secs(3);
 /// Commands a VM can have waiting.
 const QUEUE: usize = 64;
 
@@ -100,15 +102,23 @@ impl Context {
 }
 
 impl Machines {
-    /// Finds all VMs in the store, and the processes of those that run.
-    pub fn load(context: Context) -> Result<Self, StoreError> {
+    /// Finds all VMs in the store, and the processes of those that run: none of these is told to
+    /// be off, or left out when it is counted who uses the network.
+    pub async fn load(context: Context) -> Result<Self, StoreError> {
         let machines = Self(Arc::new(context));
+        let mut found = Vec::new();
         for dir in machines.0.store.scan()? {
             let id = dir.id().clone();
-            if let Err(error) = machines.add(dir, true) {
+            let (sender, receiver) = oneshot::channel();
+            found.push(receiver);
+            if let Err(error) = machines.add(dir, Some(sender)) {
                 let reason = crate::http::error::chain(&error).join(": ");
                 tracing::error!(vm = %id, reason, "left out");
             }
+        }
+        let all = futures_util::future::join_all(found);
+        if tokio::time::timeout(ADOPTION, all).await.is_err() {
+            tracing::warn!("a VM process does not answer; its VM is told to be off until it does");
         }
         Ok(machines)
     }
@@ -119,7 +129,7 @@ impl Machines {
     }
 
     /// Gives a VM that lies on disk its lease and its task.
-    fn add(&self, dir: VmDir, adopt: bool) -> Result<Arc<Shared>, NetworkError> {
+    fn add(&self, dir: VmDir, adopt: Option<oneshot::Sender<()>>) -> Result<Arc<Shared>, NetworkError> {
         let id = dir.id().clone();
         let (vmx, config) = dir.read().ok().unzip();
         let wanted = config.as_ref().and_then(|config| Some((Mac(config.mac?), config.address?)));
@@ -192,7 +202,7 @@ impl Machines {
             None => self.create_from_template(&id, request, &lease).await,
         };
         let dir = created.inspect_err(|_| self.0.network.release(id.as_str()))?;
-        let shared = self.add(dir, false)?;
+        let shared = self.add(dir, None)?;
         self.0.events.send(EventKind::VmCreated { id: id.to_string() });
         Ok(shared)
     }
