@@ -10,6 +10,8 @@ use crate::common::{create, lives, power, quiet, vm, wait_until};
 
 /// Where the second daemon listens.
 const SECOND: &str = "localhost:8099";
+/// Where a third one does.
+const THIRD: &str = "localhost:8100";
 
 /// The group.
 pub fn daemons(checks: &mut Checks) {
@@ -53,7 +55,7 @@ fn two(checks: &mut Checks) {
     let before = traces(&first);
     first.start_daemon();
     let state = first.path("second");
-    let mut second = Second::start(&first, &state);
+    let mut second = Second::start(&first, &state, SECOND);
     let at_second = |words: &[&str]| {
         let all: Vec<&str> = words.iter().copied().chain(["--host", SECOND]).collect();
         first.catalyst(&all)
@@ -87,6 +89,20 @@ fn two(checks: &mut Checks) {
         assert!(text.contains("localhost:8123"), "{text}");
         at_second(&["vm", "delete", "only-here"]).ok();
     });
+    checks.check("another daemon's bridge is refused by name", || {
+        let mut third = Second::start(&first, &first.path("third"), THIRD);
+        let at_third = |words: &[&str]| {
+            let all: Vec<&str> = words.iter().copied().chain(["--host", THIRD]).collect();
+            first.catalyst(&all)
+        };
+        at_third(&["vm", "create", "web1", "--memory", "128"]).ok();
+        let refused = at_third(&["vmpower", "on", "web1"]);
+        let text = refused.error(1);
+        assert!(text.contains("second0") && text.contains("--bridge"), "{text}");
+        assert_eq!(network(&first)["up"], true);
+        at_third(&["vm", "delete", "web1"]).ok();
+        third.stop();
+    });
     checks.check("network down is refused while a VM runs, and touches one daemon's alone", || {
         let text = first.catalyst(&["network", "down"]).error(1).to_owned();
         assert!(text.contains("web1"), "{text}");
@@ -107,7 +123,8 @@ fn two(checks: &mut Checks) {
         power(&first, "web1", "off");
     });
     checks.check("a foreign table, link and forwarding are left as they are", || {
-        let nft = ["add table inet theirs", "add chain inet theirs all", "add rule inet theirs all counter"];
+        let nft =
+            ["add table inet theirs", "add chain inet theirs mine", "add rule inet theirs mine counter"];
         for line in nft {
             catalyst_tests::world::run(first.command("nft").arg(line));
         }
@@ -140,29 +157,21 @@ fn two(checks: &mut Checks) {
         first.catalyst(&["network", "down"]).ok();
         assert_eq!(traces(&first), before);
     });
-    checks.check("another daemon's bridge is refused by name", || {
-        let mut command = first.daemon_command();
-        command.args(["--listen", "localhost:8100", "--bridge", "second0", "--state-dir"]);
-        command.arg(first.path("third")).arg("--image-dir").arg(&first.images);
-        let refused = ran(command);
-        let text = refused.error(1);
-        assert!(text.contains("second0") && text.contains("--bridge"), "{text}");
-    });
     second.stop();
 }
 
-/// The second daemon.
+/// Another daemon, on the bridge second0.
 struct Second(std::process::Child);
 
 impl Second {
-    fn start(world: &World, state: &std::path::Path) -> Self {
+    fn start(world: &World, state: &std::path::Path, listen: &str) -> Self {
         let mut command = world.daemon_command();
         // The word that AppCatalyst's daemon was started with is tolerated.
-        command.args(["start", "--listen", SECOND, "--bridge", "second0", "--state-dir"]).arg(state);
+        command.args(["start", "--listen", listen, "--bridge", "second0", "--state-dir"]).arg(state);
         command.arg("--image-dir").arg(&world.images).stderr(std::process::Stdio::null());
         let child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
-        wait_until("the second daemon listens", HANG, || {
-            world.catalyst(&["--host", SECOND, "daemon", "status"]).status.success()
+        wait_until("the daemon listens", HANG, || {
+            world.catalyst(&["--host", listen, "daemon", "status"]).status.success()
         });
         Self(child)
     }
