@@ -139,36 +139,34 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let router = protect(http::router(app), listener.policy());
     tracing::info!(listen = %args.listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
     background::tell_ready();
+    let stopping = Arc::new(Notify::new());
     let served = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
-        .with_graceful_shutdown(stopped(Arc::clone(&stop)));
+        .with_graceful_shutdown(stopped(stop, Arc::clone(&stopping)));
     tokio::select! {
         result = served => result.map_err(StartError::Runtime)?,
-        () = overdue(stop) => {}
+        () = overdue(stopping) => {}
     }
     tracing::info!("stopped; VMs run on");
     Ok(())
 }
 
-/// Waits for a signal or a request to stop.
-async fn stopped(stop: Arc<Notify>) {
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return stop.notified().await;
-    };
-    tokio::select! {
-        () = stop.notified() => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// Waits for a signal or a request to stop, and passes it on as `stopping`.
+async fn stopped(stop: Arc<Notify>, stopping: Arc<Notify>) {
+    let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
+    match signals {
+        (Ok(mut terminate), Ok(mut interrupt)) => tokio::select! {
+            () = stop.notified() => {}
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        },
+        _ => stop.notified().await,
     }
-    // Those who listen to events would hold up the end for ever.
-    stop.notify_waiters();
+    stopping.notify_one();
 }
 
-/// Ends the wait for clients that keep their connections open.
-async fn overdue(stop: Arc<Notify>) {
-    let woken = stop.notified();
-    woken.await;
+/// Ends the wait for clients that keep their connections open: those who listen to events do.
+async fn overdue(stopping: Arc<Notify>) {
+    stopping.notified().await;
     tokio::time::sleep(GRACE).await;
 }
 

@@ -192,7 +192,6 @@ fn planted(checks: &mut Checks, world: &World) {
             fs::remove_file(&path).unwrap();
             fs::rename(&aside, &path).unwrap();
         }
-        std::os::unix::fs::symlink("/etc/shadow", world.path("shadow")).unwrap();
         let disk = world.vm_dir("web1").join("disk.qcow2");
         let aside = world.path("aside");
         fs::rename(&disk, &aside).unwrap();

@@ -283,6 +283,8 @@ impl Machine {
     }
 
     fn attach(&mut self, process: Box<dyn VmProcess>) {
+        // Why it was off the last time says nothing of the next.
+        let _ = std::fs::remove_file(self.shared.dir().reason());
         {
             let mut facts = self.shared.facts();
             facts.pid = Some(process.pid());

@@ -30,6 +30,8 @@ use error::{ChangeError, CreateError, PowerError, UnknownVm};
 use machine::{Asked, Command, Machine};
 use shared::Shared;
 
+/// How long the start of the daemon waits for VM processes to answer. One that hangs must not keep it from the others.
+const ADOPTION: std::time::Duration = std::time::Duration::from_secs(3);
 /// Commands a VM can have waiting.
 const QUEUE: usize = 64;
 
@@ -100,23 +102,23 @@ impl Context {
 }
 
 impl Machines {
-    /// Finds all VMs in the store, and the processes of those that run. All are told right when
-    /// this returns.
+    /// Finds all VMs in the store, and the processes of those that run: none of these is told to
+    /// be off, or left out when it is counted who uses the network.
     pub async fn load(context: Context) -> Result<Self, StoreError> {
         let machines = Self(Arc::new(context));
-        let mut adoptions = Vec::new();
+        let mut found = Vec::new();
         for dir in machines.0.store.scan()? {
             let id = dir.id().clone();
-            let (adopted, adoption) = oneshot::channel();
-            adoptions.push(adoption);
-            if let Err(error) = machines.add(dir, Some(adopted)) {
+            let (sender, receiver) = oneshot::channel();
+            found.push(receiver);
+            if let Err(error) = machines.add(dir, Some(sender)) {
                 let reason = crate::http::error::chain(&error).join(": ");
                 tracing::error!(vm = %id, reason, "left out");
             }
         }
-        for adoption in adoptions {
-            // The end of the channel is the sign.
-            let _ = adoption.await;
+        let all = futures_util::future::join_all(found);
+        if tokio::time::timeout(ADOPTION, all).await.is_err() {
+            tracing::warn!("a VM process does not answer; its VM is told to be off until it does");
         }
         Ok(machines)
     }
@@ -127,7 +129,7 @@ impl Machines {
     }
 
     /// Gives a VM that lies on disk its lease and its task.
-    fn add(&self, dir: VmDir, adopted: Option<oneshot::Sender<()>>) -> Result<Arc<Shared>, NetworkError> {
+    fn add(&self, dir: VmDir, adopt: Option<oneshot::Sender<()>>) -> Result<Arc<Shared>, NetworkError> {
         let id = dir.id().clone();
         let (vmx, config) = dir.read().ok().unzip();
         let wanted = config.as_ref().and_then(|config| Some((Mac(config.mac?), config.address?)));
@@ -146,7 +148,7 @@ impl Machines {
         let shared = Arc::new(Shared::new(dir, self.0.events.clone(), lease, self.0.engine.name()));
         shared.refresh();
         let (commands, queue) = mpsc::channel(QUEUE);
-        Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopted);
+        Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopt);
         self.0.entries_mut().insert(id, Entry::Vm { shared: Arc::clone(&shared), commands });
         Ok(shared)
     }

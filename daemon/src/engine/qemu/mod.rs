@@ -30,7 +30,14 @@ pub struct QemuEngine;
 #[derive(Debug)]
 struct QemuVm {
     process: Process,
-    qmp: Qmp,
+    /// Or why there is none: a process that was found again and does not answer can still be ended.
+    qmp: Result<Qmp, String>,
+}
+
+impl QemuVm {
+    fn qmp(&self) -> Result<&Qmp, QmpError> {
+        self.qmp.as_ref().map_err(|why| QmpError::Refused(why.clone()))
+    }
 }
 
 impl Engine for QemuEngine {
@@ -44,8 +51,16 @@ impl Engine for QemuEngine {
             let process = tokio::task::spawn_blocking(move || launch(spec))
                 .await
                 .map_err(|error| EngineError::Died(error.to_string()))??;
-            let vm = connect(process, &dir).await?;
-            Ok(Box::new(vm) as Box<dyn VmProcess>)
+            let qmp = match connect(&process, &dir).await {
+                Ok(qmp) => qmp,
+                Err(error) => {
+                    // Nobody would know of it any more.
+                    process.kill()?;
+                    process.exited().await;
+                    return Err(error);
+                }
+            };
+            Ok(Box::new(QemuVm { process, qmp: Ok(qmp) }) as Box<dyn VmProcess>)
         }
         .boxed()
     }
@@ -60,8 +75,13 @@ impl Engine for QemuEngine {
                 .await
                 .map_err(|error| EngineError::Died(error.to_string()))??;
             let Some(process) = process else { return Ok(None) };
-            let vm = connect(process, &dir).await?;
-            Ok(Some(Box::new(vm) as Box<dyn VmProcess>))
+            let qmp = match connect(&process, &dir).await {
+                Ok(qmp) => Ok(qmp),
+                // It was ending when it was found.
+                Err(EngineError::Died(_)) => return Ok(None),
+                Err(error) => Err(error.to_string()),
+            };
+            Ok(Some(Box::new(QemuVm { process, qmp }) as Box<dyn VmProcess>))
         }
         .boxed()
     }
@@ -130,7 +150,7 @@ fn launch(spec: StartSpec) -> Result<Process, EngineError> {
 }
 
 /// Connects to QEMU's control socket; a QEMU that dies meanwhile tells why in its log.
-async fn connect(process: Process, dir: &VmDir) -> Result<QemuVm, EngineError> {
+async fn connect(process: &Process, dir: &VmDir) -> Result<Qmp, EngineError> {
     let handshake = async {
         let stream = sockets::connect(&dir.run(), QMP_SOCKET).await?;
         Qmp::connect(stream).await
@@ -140,7 +160,7 @@ async fn connect(process: Process, dir: &VmDir) -> Result<QemuVm, EngineError> {
         outcome = handshake => outcome,
     };
     match outcome {
-        Ok(qmp) => Ok(QemuVm { process, qmp }),
+        Ok(qmp) => Ok(qmp),
         Err(error) => {
             // A closed connection is most often a QEMU that is ending with a message.
             let patience = std::time::Duration::from_secs(2);
@@ -176,19 +196,33 @@ impl VmProcess for QemuVm {
     }
 
     fn is_running(&self) -> BoxFuture<'_, Result<bool, EngineError>> {
-        async { self.qmp.is_running().await.map_err(refused("tell its state")) }.boxed()
+        async {
+            self.qmp()
+                .map_err(refused("tell its state"))?
+                .is_running()
+                .await
+                .map_err(refused("tell its state"))
+        }
+        .boxed()
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        async { self.qmp.stop().await.map_err(refused("pause")) }.boxed()
+        async { self.qmp().map_err(refused("pause"))?.stop().await.map_err(refused("pause")) }.boxed()
     }
 
     fn resume(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        async { self.qmp.cont().await.map_err(refused("go on")) }.boxed()
+        async { self.qmp().map_err(refused("go on"))?.cont().await.map_err(refused("go on")) }.boxed()
     }
 
     fn power_button(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        async { self.qmp.system_powerdown().await.map_err(refused("press the power button")) }.boxed()
+        async {
+            self.qmp()
+                .map_err(refused("press the power button"))?
+                .system_powerdown()
+                .await
+                .map_err(refused("press the power button"))
+        }
+        .boxed()
     }
 
     fn kill(&self) -> Result<(), EngineError> {
@@ -198,8 +232,9 @@ impl VmProcess for QemuVm {
     fn exited(&self) -> BoxFuture<'_, Exit> {
         async {
             let exit = self.process.exited().await;
-            self.qmp.drained().await;
-            match self.qmp.shutdown() {
+            let Ok(qmp) = &self.qmp else { return exit };
+            qmp.drained().await;
+            match qmp.shutdown() {
                 Some(cause) if cause.guest && cause.reason == "guest-shutdown" => Exit::PoweredOff,
                 _ => exit,
             }
