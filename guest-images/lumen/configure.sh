@@ -60,7 +60,8 @@ mask systemd-pstore.service systemd-hwdb-update.service systemd-firstboot.servic
 	systemd-binfmt.service proc-sys-fs-binfmt_misc.automount systemd-networkd.service systemd-networkd.socket \
 	systemd-networkd-wait-online.service networking.service ifupdown-pre.service \
 	cryptsetup.target integritysetup.target veritysetup.target remote-cryptsetup.target \
-	getty@tty1.service getty-static.service kmod-static-nodes.service \
+	getty@tty1.service getty-static.service kmod-static-nodes.service systemd-tmpfiles-setup-dev.service \
+	systemd-random-seed.service \
 	dev-hugepages.mount dev-mqueue.mount sys-kernel-debug.mount sys-kernel-tracing.mount \
 	sys-kernel-config.mount sys-fs-fuse-connections.mount
 mkdir -p etc/systemd/system-generators
@@ -78,7 +79,7 @@ wants() {
 			"$system/$target.wants/$unit"
 	done
 }
-wants sysinit.target catalyst-agent.service
+wants sysinit.target catalyst-agent.service apparmor.service
 wants sockets.target docker.socket
 wants multi-user.target containerd.service docker.service ssh.service systemd-timesyncd.service
 ln -sf ssh.service "$system/sshd.service"

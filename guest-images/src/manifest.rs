@@ -66,6 +66,9 @@ pub struct Manifest {
     pub kernel: String,
     /// Debian version of the kernel's package.
     pub kernel_package: Package,
+    /// The kernel's timer interrupts a second (`CONFIG_HZ`); 0 if unknown.
+    #[serde(default)]
+    pub kernel_hz: u32,
     /// Arguments that the kernel needs for this image, without those that depend on VM or engine.
     pub command_line: String,
     /// Arguments to add where the CPU is emulated in software and so has none of the weaknesses that

@@ -6,7 +6,7 @@ use crate::digest::hex;
 use crate::sources::Sources;
 
 /// Changed whenever the builder makes something else out of the same recipe.
-pub const BUILDER_FORMAT: u32 = 1;
+pub const BUILDER_FORMAT: u32 = 2;
 /// Name of the image.
 pub const NAME: &str = "lumen";
 /// Hexadecimal digits of the recipe's key that make a version.
@@ -65,6 +65,7 @@ pub const FILES: &[RecipeFile] = files![
     "etc/systemd/system/containerd.service",
     "etc/systemd/system/docker.service",
     "etc/systemd/system/ssh.service",
+    "etc/systemd/system/systemd-timesyncd.service",
     "etc/systemd/system/systemd-udev-trigger.service",
     "etc/systemd/system/systemd-udevd.service",
 ];

@@ -33,8 +33,9 @@ fn store(versions: &[&str]) -> (tempfile::TempDir, ImageStore) {
             sources: vec![],
             kernel: "6.1".into(),
             kernel_package: Package { name: "linux".into(), version: "6.1".into() },
+            kernel_hz: 250,
             command_line: "quiet root=/dev/vda".into(),
-            command_line_software_cpu: String::new(),
+            command_line_software_cpu: "mitigations=off".into(),
             files,
             packages: vec![],
         };

@@ -36,6 +36,8 @@ pub struct StartSpec {
     pub command_line: String,
     /// What is added to it where the CPU is emulated in software.
     pub command_line_software_cpu: String,
+    /// Timer interrupts a second that the guest's kernel is built for; 0 if unknown.
+    pub kernel_hz: u32,
     /// The template's raw disk, read-only.
     pub base: OwnedFd,
     /// The VM's own qcow2, for reading and writing.

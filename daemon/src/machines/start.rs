@@ -40,6 +40,7 @@ pub(super) async fn start(
         initrd: open(&image.initrd)?,
         command_line: command_line(&image, &identity),
         command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
+        kernel_hz: image.manifest.kernel_hz,
         base: open(&image.disk)?,
         overlay: overlay.into(),
         tap: tap.fd,

@@ -73,6 +73,13 @@ pub(super) fn package(work: &Path) -> Result<Package, BuildError> {
     Ok(Package { name: name.to_owned(), version: version.to_owned() })
 }
 
+/// The kernel's timer interrupts a second, as its configuration says; 0 if it does not.
+pub(super) fn ticks(work: &Path) -> Result<u32, BuildError> {
+    let config = read_text(&work.join("kernel/boot").join(format!("config-{}", release(work)?)))?;
+    let ticks = config.lines().find_map(|line| line.strip_prefix("CONFIG_HZ="));
+    Ok(ticks.and_then(|ticks| ticks.parse().ok()).unwrap_or(0))
+}
+
 /// Where the package keeps modules: below `lib`, or below `usr/lib` in newer ones.
 fn modules_folder(work: &Path) -> PathBuf {
     let folders = ["kernel/lib/modules", "kernel/usr/lib/modules"].map(|folder| work.join(folder));

@@ -201,6 +201,7 @@ fn manifest(build: &mut Build<'_>) -> Result<(), BuildError> {
         suite: build.sources.suite.clone(),
         sources: build.sources.entries.iter().map(|source| source.line(false)).collect(),
         kernel: kernel::release(&build.work)?,
+        kernel_hz: kernel::ticks(&build.work)?,
         kernel_package,
         command_line: recipe::command_line(),
         command_line_software_cpu: recipe::command_line_software_cpu(),

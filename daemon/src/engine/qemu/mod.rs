@@ -122,10 +122,10 @@ fn launch(spec: StartSpec) -> Result<Process, EngineError> {
         cpus: spec.cpus,
         memory_mib: spec.memory_mib,
         command_line: &format!(
-            "{} {} tsc_early_khz={}",
+            "{} {} {}",
             spec.command_line,
             spec.command_line_software_cpu,
-            tsc::khz()
+            tsc::arguments(tsc::khz(), spec.kernel_hz)
         ),
         mac: spec.mac,
     };

@@ -20,6 +20,17 @@ pub fn khz() -> u64 {
     *KHZ.get_or_init(measure)
 }
 
+/// What tells the kernel of a rate of `khz`, at `hz` timer interrupts a second (0 if unknown).
+///
+/// `lpj` is the same rate in loops a tick. It spares every CPU after the first a measurement of some 0.3 s, which a
+/// busy host draws out to seconds.
+pub fn arguments(khz: u64, hz: u32) -> String {
+    match khz.saturating_mul(1000).checked_div(u64::from(hz)) {
+        Some(lpj) => format!("tsc_early_khz={khz} lpj={lpj}"),
+        None => format!("tsc_early_khz={khz}"),
+    }
+}
+
 fn measure() -> u64 {
     let mut rates: Vec<u64> = (0..ROUNDS)
         .map(|_| {
@@ -51,6 +62,12 @@ fn read() -> (Instant, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_rate_is_told_in_both_units_where_the_tick_is_known() {
+        assert_eq!(arguments(2_596_146, 250), "tsc_early_khz=2596146 lpj=10384584");
+        assert_eq!(arguments(2_596_146, 0), "tsc_early_khz=2596146");
+    }
 
     #[test]
     fn two_measurements_agree_within_a_hundred_ppm() {
