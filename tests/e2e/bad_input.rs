@@ -288,6 +288,7 @@ fn files(checks: &mut Checks, world: &World) {
         create(world, "torn");
         let path = world.vm_dir("torn").join("torn.vmx");
         let good = fs::read(&path).unwrap();
+        let long = vec![b'x'; 100_000];
         for (garbage, word) in [
             (&b"\xff\xfe\x00garbage\x01"[..], "UTF-8"),
             (b"memsize = \"lots\"\n", "lots"),
@@ -295,7 +296,7 @@ fn files(checks: &mut Checks, world: &World) {
             (b"numvcpus = \"10000\"\n", "CPUs"),
             (b"memsize = \"1\"\n", "emory"),
             (b"a = \"b\"\n\x07\n", "control"),
-            (&vec![b'x'; 100_000], "bytes"),
+            (&long, "bytes"),
             (b"catalyst.template = \"../../../etc\"\n", "template"),
             (b"ethernet0.address = \"ff:ff:ff:ff:ff:ff\"\n", "MAC"),
         ] {
