@@ -28,13 +28,18 @@ use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;
 use catalyst_images::ImageStore;
 use clap::Parser;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::Notify;
 
 /// How long requests under way may take once the daemon stops.
 const GRACE: Duration = Duration::from_secs(3);
+/// How long what a killed daemon was just starting may hold its lock; it takes milliseconds.
+const LEFTOVERS: Duration = Duration::from_secs(5);
 
 /// Why the daemon did not start.
 #[derive(Debug, Error)]
@@ -170,6 +175,27 @@ async fn overdue(stopping: Arc<Notify>) {
     tokio::time::sleep(GRACE).await;
 }
 
+/// Whether the process `pid` is gone, or dead and not yet reaped.
+fn has_ended(pid: &str) -> bool {
+    let Some(pid) = pid.parse().ok().and_then(Pid::from_raw) else { return false };
+    match pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(pidfd) => poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&Timespec::default())) == Ok(1),
+        Err(errno) => errno == Errno::SRCH,
+    }
+}
+
+/// Waits for the lock on `file`. A daemon that was killed while it started a program has a child that holds
+/// its descriptors, listening sockets too, until that has become the program.
+fn lock_within(file: &File, limit: Duration) -> std::io::Result<bool> {
+    let (done, wait) = std::sync::mpsc::channel();
+    let file = file.try_clone()?;
+    std::thread::spawn(move || {
+        // Nobody waits any more for an answer that comes too late: then the process is ending.
+        let _ = done.send(rustix::fs::flock(&file, FlockOperation::LockExclusive).is_ok());
+    });
+    Ok(wait.recv_timeout(limit).unwrap_or(false))
+}
+
 fn lock_state_dir(state_dir: &Path) -> Result<File, StartError> {
     let shown = || state_dir.display().to_string();
     let error = |source| StartError::StateDir { path: shown(), source };
@@ -186,7 +212,9 @@ fn lock_state_dir(state_dir: &Path) -> Result<File, StartError> {
         .map_err(error)?;
     if rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
         let pid = fs::read_to_string(&path).unwrap_or_default().trim().to_owned();
-        return Err(StartError::Locked { path: shown(), pid });
+        if !has_ended(&pid) || !lock_within(&file, LEFTOVERS).map_err(error)? {
+            return Err(StartError::Locked { path: shown(), pid });
+        }
     }
     file.set_len(0).map_err(error)?;
     std::io::Write::write_all(&mut &file, std::process::id().to_string().as_bytes()).map_err(error)?;

@@ -425,7 +425,7 @@ pub fn disk_full(checks: &mut Checks) {
         let mut world = quiet();
         let state = world.state_dir();
         fs::create_dir(&state).unwrap();
-        let mounted = Mounted::new(&state);
+        let _mounted = Mounted::new(&state);
         world.start_daemon();
         create(&world, "web1");
         let before = vm(&world, "web1");
@@ -457,8 +457,6 @@ pub fn disk_full(checks: &mut Checks) {
         power(&world, "web2", "on");
         world.catalyst(&["vmpower", "off", "web1", "web2"]).ok();
         healthy(&world);
-        drop(world);
-        drop(mounted);
     });
 }
 

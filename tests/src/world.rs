@@ -10,6 +10,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+/// `SO_NETNS_COOKIE` of include/uapi/asm-generic/socket.h; the libc crate does not have it everywhere.
+const SO_NETNS_COOKIE: libc::c_int = 71;
+
 static COUNT: AtomicU32 = AtomicU32::new(0);
 
 /// How long anything may take before a test gives up on it: a limit against hanging, not a promise.
@@ -367,8 +370,48 @@ impl Drop for World {
         for pid in pids.lines().filter_map(|line| line.trim().parse().ok()) {
             kill(pid);
         }
+        if let Some(cookie) = namespace_cookie(&self.netns) {
+            let _ = fs::remove_dir_all(format!("/run/catalyst/netns-{cookie}"));
+        }
+        self.forget_in_image_store();
         let _ = Command::new("ip").args(["netns", "del", &self.netns]).status();
     }
+}
+
+impl World {
+    /// Daemons note their state folders beside the images; those of this world are going.
+    fn forget_in_image_store(&self) {
+        let notes = fs::read_dir(self.images.join(".users")).into_iter().flatten().flatten();
+        for note in notes {
+            let path = fs::read_to_string(note.path()).unwrap_or_default();
+            if Path::new(&path).starts_with(self.folder.path()) {
+                let _ = fs::remove_file(note.path());
+            }
+        }
+    }
+}
+
+/// The number by which daemons name what they keep of a namespace in /run (socket(7), SO_NETNS_COOKIE).
+fn namespace_cookie(name: &str) -> Option<u64> {
+    let namespace = fs::File::open(Path::new("/run/netns").join(name)).ok()?;
+    // A thread of its own changes its namespace and ends.
+    let asked = std::thread::spawn(move || {
+        nix::sched::setns(&namespace, nix::sched::CloneFlags::CLONE_NEWNET).ok()?;
+        let socket = std::net::UdpSocket::bind(("127.0.0.1", 0)).ok()?;
+        let (mut cookie, mut length) = (0_u64, libc::socklen_t::try_from(size_of::<u64>()).ok()?);
+        // SAFETY: the pointers are to a number of the length that is given, which lives during the call.
+        let result = unsafe {
+            libc::getsockopt(
+                std::os::fd::AsRawFd::as_raw_fd(&socket),
+                libc::SOL_SOCKET,
+                SO_NETNS_COOKIE,
+                (&raw mut cookie).cast(),
+                &raw mut length,
+            )
+        };
+        (result == 0).then_some(cookie)
+    });
+    asked.join().ok().flatten()
 }
 
 /// Ends the VM processes of a state folder, by the pids in their lock files.
