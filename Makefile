@@ -9,6 +9,7 @@ RELEASE := target/release
 GNU := x86_64-unknown-linux-gnu
 # Shared between checkouts and state folders; the key of an image's content is in its path.
 IMAGE_DIR ?= /var/lib/catalyst/images
+export CATALYST_IMAGE_DIR := $(IMAGE_DIR)
 PREFIX ?= /usr/local
 
 # Programs that are needed, each with the Debian package it comes from.
@@ -57,7 +58,7 @@ licences: setup ## licences and advisories of all dependencies
 	tests/licences
 
 bench: image ## the promises of docs/SPECIFICATION.md, measured
-	cargo run --release -p catalyst-tests --bin bench -- $(BENCH)
+	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')
 
 lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm
 	tests/lab/run '$(CMD)'

@@ -49,7 +49,8 @@ pub enum ErrorCode {
     Internal,
 }
 
-/// The body of every `/v1` reply that is not a success.
+/// The body of every `/v1` reply that is not a success, but for the refusals of those who may not
+/// use the daemon at all: these come before the path is known, and have the form of `/api`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct ApiError {
     /// Stable word.

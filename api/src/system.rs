@@ -29,7 +29,7 @@ pub struct Version {
 pub struct NetworkInfo {
     /// Name of the bridge.
     pub bridge: String,
-    /// Subnet, e.g. `10.87.0.0/24`.
+    /// Subnet, e.g. `10.208.0.0/20`.
     pub subnet: String,
     /// The host's address in it.
     pub gateway: String,

@@ -54,8 +54,7 @@ pub struct StartSpec {
 /// the ranges that adduser, subuid(5) and systemd's container users take.
 pub fn vm_user(address: Ipv4Addr) -> u32 {
     const FIRST: u32 = 1_879_113_728;
-    let [_, _, third, fourth] = address.octets();
-    FIRST + (u32::from(third) << 8) + u32::from(fourth)
+    FIRST + (u32::from(address) & 0x000f_ffff)
 }
 
 /// Why an engine could not do what it was asked.
