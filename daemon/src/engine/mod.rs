@@ -50,7 +50,8 @@ pub struct StartSpec {
     pub user: u32,
 }
 
-/// The user a VM process runs as: one for each address, so that no two VMs share one. Above
+/// The user a VM process runs as: one for each address (its low 20 bits), so that no two VMs of a
+/// network share one. Daemons in network namespaces of their own can have equal addresses. Above
 /// the ranges that adduser, subuid(5) and systemd's container users take.
 pub fn vm_user(address: Ipv4Addr) -> u32 {
     const FIRST: u32 = 1_879_113_728;
