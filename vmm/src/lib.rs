@@ -1,3 +1,15 @@
-//! catalyst-vmm: the monitor; today the probe of /dev/kvm.
+//! catalyst-vmm: one process is one VM on KVM. This library is the monitor; the binary only reads its arguments.
+//!
+//! From outside in: [`description`] says what a VM is made of; [`machine`] builds it from that and runs it; [`boot`]
+//! puts a kernel and tables into guest memory; [`vcpu`] runs it; [`bus`] leads its accesses to [`devices`], most of
+//! which speak [`virtio`]; [`reactor`] is the threads on which they work; [`control`] is how the caller speaks to
+//! it all; [`confine`] takes away what none of it needs. [`probe`] stands apart: what is this machine's KVM worth?
 
+pub mod bus;
+pub mod description;
+pub mod devices;
+pub mod layout;
+pub mod memory;
 pub mod probe;
+pub mod reactor;
+pub mod virtio;

@@ -1,0 +1,190 @@
+//! Guest memory: one private or shared mapping a range, none of it touched before the guest touches it.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemory, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap, MmapRegion,
+};
+
+use crate::layout;
+
+/// Guest memory, shared by everything that reads or writes it.
+pub type GuestRam = Arc<GuestMemoryMmap<()>>;
+
+/// What stands behind guest memory.
+#[derive(Clone, Copy, Debug)]
+pub enum Backing<'a> {
+    /// Pages of this process alone.
+    Anonymous,
+    /// A file, most often a memfd, that other processes may map as well.
+    Shared(&'a File),
+}
+
+/// Why there is no guest memory.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// A size that cannot be.
+    #[error(
+        "Guest memory of {mib} MiB is not possible: at least 1 MiB and at most {max} MiB (the host's memory)"
+    )]
+    Size {
+        /// What was asked for.
+        mib: u64,
+        /// What the host has.
+        max: u64,
+    },
+    /// The mapping failed.
+    #[error("Cannot map {mib} MiB of guest memory")]
+    Map {
+        /// What was asked for.
+        mib: u64,
+        /// Why not.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// The file could not be made long enough.
+    #[error("Cannot make the file of guest memory {mib} MiB long")]
+    Resize {
+        /// What was asked for.
+        mib: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The ranges cannot be put together.
+    #[error("Cannot put guest memory of {mib} MiB together: {why}")]
+    Assemble {
+        /// What was asked for.
+        mib: u64,
+        /// The library's word.
+        why: String,
+    },
+}
+
+/// The ranges of RAM, as (first address, length in bytes): below the hole, and above 4 GiB.
+pub fn ranges(bytes: u64) -> Vec<(u64, u64)> {
+    let low = bytes.min(layout::HOLE_START);
+    let mut ranges = vec![(0, low)];
+    if bytes > low {
+        ranges.push((layout::HOLE_END, bytes - low));
+    }
+    ranges
+}
+
+/// Maps `mib` MiB of guest memory. Nothing is reserved and nothing touched: what the guest does not write costs
+/// nothing. With `huge_pages` the kernel may use large pages (madvise(2), MADV_HUGEPAGE).
+pub fn map(mib: u64, backing: Backing<'_>, huge_pages: bool) -> Result<GuestRam, MemoryError> {
+    let max = host_mib();
+    if mib == 0 || mib > max {
+        return Err(MemoryError::Size { mib, max });
+    }
+    let bytes = mib << 20;
+    if let Backing::Shared(file) = backing {
+        file.set_len(bytes).map_err(|source| MemoryError::Resize { mib, source })?;
+    }
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for (start, length) in ranges(bytes) {
+        let region = map_range(length, offset, backing, mib)?;
+        if huge_pages {
+            advise_huge_pages(&region);
+        }
+        let region = GuestRegionMmap::new(region, GuestAddress(start))
+            .ok_or_else(|| MemoryError::Assemble { mib, why: "an address is too high".into() })?;
+        regions.push(region);
+        offset += length;
+    }
+    GuestMemoryMmap::from_regions(regions)
+        .map(Arc::new)
+        .map_err(|error| MemoryError::Assemble { mib, why: error.to_string() })
+}
+
+fn map_range(
+    length: u64,
+    offset: u64,
+    backing: Backing<'_>,
+    mib: u64,
+) -> Result<MmapRegion<()>, MemoryError> {
+    let error = |source| MemoryError::Map { mib, source };
+    let size = usize::try_from(length)
+        .map_err(|_| MemoryError::Assemble { mib, why: "it is longer than an address".into() })?;
+    let protection = libc::PROT_READ | libc::PROT_WRITE;
+    match backing {
+        Backing::Anonymous => {
+            let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+            MmapRegion::build(None, size, protection, flags).map_err(error)
+        }
+        Backing::Shared(file) => {
+            let file = file.try_clone().map_err(|source| error(MmapRegionError::Mmap(source)))?;
+            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            MmapRegion::build(Some(FileOffset::new(file, offset)), size, protection, flags).map_err(error)
+        }
+    }
+}
+
+/// Only advice: a kernel without large pages goes on with small ones.
+fn advise_huge_pages(region: &MmapRegion<()>) {
+    // SAFETY: the range is exactly a mapping that this process owns; the advice changes no content.
+    unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
+}
+
+/// Bytes of RAM in `memory`.
+pub fn size(memory: &GuestMemoryMmap<()>) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
+}
+
+/// A memfd for memory that is to be shared, sealed against nothing yet.
+pub fn memfd(name: &std::ffi::CStr) -> io::Result<File> {
+    // SAFETY: the name is a valid C string; the result is checked before it is owned.
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a descriptor that the kernel has just given and nobody else owns.
+    let file = unsafe { <File as std::os::fd::FromRawFd>::from_raw_fd(fd) };
+    debug_assert!(file.as_raw_fd() >= 0);
+    Ok(file)
+}
+
+fn host_mib() -> u64 {
+    // SAFETY: sysconf only reads.
+    let (pages, page) = unsafe { (libc::sysconf(libc::_SC_PHYS_PAGES), libc::sysconf(libc::_SC_PAGESIZE)) };
+    u64::try_from(pages).unwrap_or(0).saturating_mul(u64::try_from(page).unwrap_or(0)) >> 20
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn ram_leaves_the_hole_below_4_gib_free() {
+        assert_eq!(ranges(256 << 20), [(0, 256 << 20)]);
+        assert_eq!(ranges(3 << 30), [(0, 3 << 30)]);
+        assert_eq!(ranges(5 << 30), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+    }
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused() {
+        for mib in [0, u64::MAX, host_mib() + 1] {
+            assert!(matches!(map(mib, Backing::Anonymous, false), Err(MemoryError::Size { .. })), "{mib}");
+        }
+    }
+
+    #[test]
+    fn shared_memory_is_seen_through_its_file() {
+        use std::os::unix::fs::FileExt;
+        let file = memfd(c"test").unwrap();
+        let memory = map(4, Backing::Shared(&file), false).unwrap();
+        memory.write_slice(b"hello", GuestAddress(0x2000)).unwrap();
+        let mut bytes = [0; 5];
+        file.read_exact_at(&mut bytes, 0x2000).unwrap();
+        assert_eq!(&bytes, b"hello");
+        assert_eq!(size(&memory), 4 << 20);
+    }
+}
