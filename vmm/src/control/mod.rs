@@ -1,0 +1,3 @@
+//! The control socket: how the caller speaks to a running monitor.
+
+pub mod protocol;
