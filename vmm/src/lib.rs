@@ -5,6 +5,7 @@
 //! which speak [`virtio`]; [`reactor`] is the threads on which they work; [`control`] is how the caller speaks to
 //! it all; [`confine`] takes away what none of it needs. [`probe`] stands apart: what is this machine's KVM worth?
 
+pub mod boot;
 pub mod bus;
 pub mod control;
 pub mod description;
