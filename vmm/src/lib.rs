@@ -14,4 +14,6 @@ pub mod layout;
 pub mod memory;
 pub mod probe;
 pub mod reactor;
+pub mod vcpu;
 pub mod virtio;
+pub mod vm;
