@@ -132,3 +132,28 @@ fn what_was_flushed_outlives_the_process() {
     drop(again);
     assert_whole(&copy);
 }
+
+#[test]
+fn a_cluster_that_was_given_up_is_not_reused_before_that_is_on_disk() {
+    let folder = Folder::new();
+    let Some(path) = folder.qcow2("image", &[], "4G") else { return };
+    let open = || Image::open(vec![(open_rw(&path), Qcow2)], false).unwrap();
+    let data = vec![3; 1 << 16];
+    for give_up in
+        [&(|image: &Image| image.discard(0, 1 << 16)) as &dyn Fn(&Image) -> std::io::Result<()>, &|image| {
+            image.write_zeroes(0, 1 << 16, true)
+        }]
+    {
+        let image = open();
+        image.write(IoVector::from(&data[..]), 0).unwrap();
+        image.flush().unwrap();
+        give_up(&image).unwrap();
+        // A place whose L2 table does not exist yet takes the cluster for that, and writes it at once.
+        for table in 1..5_u64 {
+            image.write(IoVector::from(&data[..]), table << 29).unwrap();
+            let copy = folder.path("copy");
+            std::fs::copy(&path, &copy).unwrap();
+            assert_whole(&copy);
+        }
+    }
+}

@@ -37,3 +37,21 @@ pub const MAX_ZERO_RANGES: u32 = 1;
 pub const MAX_RANGE_SECTORS: u32 = 1 << 21;
 /// Length of the serial number that the driver reads, in bytes.
 pub const SERIAL_LENGTH: usize = 20;
+
+/// Serves what a queue holds on this thread, as the queue's own would: for fuzz targets. `features` are those that
+/// the driver took; false if more may be left.
+#[cfg(any(test, feature = "testing"))]
+pub fn serve(
+    image: &Image,
+    queue: &mut crate::virtio::Virtqueue,
+    features: u64,
+) -> Result<bool, crate::virtio::QueueError> {
+    let disk = worker::Disk {
+        image: image.clone(),
+        serial: [b'x'; SERIAL_LENGTH],
+        features,
+        counters: crate::virtio::Counters::default(),
+        complaints: std::sync::Arc::default(),
+    };
+    disk.serve(queue)
+}
