@@ -63,6 +63,12 @@ impl Virtqueue {
         kicked
     }
 
+    /// Notifies the device itself, for what it leaves to its next turn.
+    pub fn kick_again(&self) {
+        // Fails only when the counter is full, and then a notification is pending anyway.
+        let _ = self.kick.write(1);
+    }
+
     /// Guest memory.
     pub fn memory(&self) -> &GuestRam {
         &self.memory
