@@ -14,6 +14,8 @@
 //! * clusters are free for others only after the tables that named them have been written;
 //! * see `storage` for entries that imago writes at once.
 //!
+//! A discard also punches holes into the file (fallocate(2)), since imago would only keep the clusters for others.
+//!
 //! When the host loses power, what was not flushed may be lost in any order, the order of metadata included: only
 //! the process's death is guarded, not the machine's.
 
@@ -178,49 +180,44 @@ impl Image {
         self.0.allocate(&access, data, offset)
     }
 
-    /// Gives the space of a range back where that can be done; what is read there then may be anything that was
-    /// there before, or zeroes.
+    /// Gives the space of a range of the disk back where that can be done, of whole pieces of
+    /// [`Image::granularity`]; what is read there then is what was there before, what is below, or zeroes.
     pub fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
-        let mut access = self.0.exclusive();
         let granularity = self.granularity();
-        let end = (offset + length) / granularity * granularity;
+        let end = self.end(offset, length)? / granularity * granularity;
+        let mut access = self.0.exclusive();
         let mut at = offset.next_multiple_of(granularity);
         while at < end {
-            let piece = self.0.until_boundary(at, end);
-            let (takes_space, piece) = match access.get_shallow_mapping(at, piece)? {
-                (ShallowMapping::Raw { .. } | ShallowMapping::Special { .. }, piece) => (true, piece),
-                (_, piece) => (false, piece),
-            };
-            if piece == 0 {
-                break;
-            }
-            if takes_space {
+            let (piece, place) = mapped(&access, at, self.0.until_boundary(at, end))?;
+            if place != Place::Nowhere {
                 self.0.settle(&access)?;
                 self.0.freed.store(true, Ordering::Relaxed);
                 match access.discard_to_any(at, piece) {
                     Err(error) if error.kind() == io::ErrorKind::Unsupported => return Ok(()),
                     done => done?,
                 }
+                self.0.punch(place, piece);
             }
             at += piece;
         }
         Ok(())
     }
 
-    /// Makes a range read as zeroes; with `unmap` its space is given back where that can be done.
+    /// Makes a range of the disk read as zeroes; with `unmap` its space is given back where that can be done.
     pub fn write_zeroes(&self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        let mut access = self.0.exclusive();
         let granularity = self.granularity();
-        let end = offset + length;
+        let end = self.end(offset, length)?;
+        let mut access = self.0.exclusive();
         let mut at = offset;
         while at < end {
             let whole = at.is_multiple_of(granularity) && end - at >= granularity;
+            // A part of a cluster may need a new one, so it goes apart from whole ones, which give theirs up.
             let until = if whole {
                 end / granularity * granularity
             } else {
                 end.min((at + 1).next_multiple_of(granularity))
             };
-            let piece = self.0.until_boundary(at, until);
+            let (piece, place) = mapped(&access, at, self.0.until_boundary(at, until))?;
             self.0.settle(&access)?;
             self.0.freed.store(true, Ordering::Relaxed);
             let zeroed = if unmap && whole {
@@ -233,6 +230,7 @@ impl Image {
                 Err(error) if error.kind() == io::ErrorKind::Unsupported => {
                     self.0.fill(&access, at, piece)?;
                 }
+                Ok(()) if unmap && whole => self.0.punch(place, piece),
                 done => done?,
             }
             at += piece;
@@ -250,6 +248,22 @@ impl Image {
         drop(shared);
         self.0.file.sync_data()
     }
+
+    fn end(&self, offset: u64, length: u64) -> io::Result<u64> {
+        let end = offset.checked_add(length).filter(|&end| end <= self.size() && !self.is_read_only());
+        end.ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+}
+
+/// Where a range of a disk has its data in its own image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Place {
+    /// Nowhere: it is below, or zeroes.
+    Nowhere,
+    /// Somewhere, but not as it is.
+    Packed,
+    /// At this offset of the file.
+    At(u64),
 }
 
 impl Inner {
@@ -273,8 +287,8 @@ impl Inner {
             return Ok(true);
         }
         while length > 0 {
-            let (mapping, mapped) = access.get_shallow_mapping(offset, length)?;
-            if mapped == 0 || !matches!(mapping, ShallowMapping::Raw { writable: true, .. }) {
+            let (mapped, place) = mapped(access, offset, length)?;
+            if !matches!(place, Place::At(_)) {
                 return Ok(false);
             }
             offset += mapped;
@@ -291,15 +305,11 @@ impl Inner {
         mut offset: u64,
     ) -> io::Result<()> {
         while !data.is_empty() {
-            let (mapping, mapped) = access.get_shallow_mapping(offset, data.len())?;
-            if mapped == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-            // A compressed cluster is given up for a new one.
-            let gives_up = matches!(mapping, ShallowMapping::Special { .. });
+            let (mapped, place) = mapped(access, offset, data.len())?;
             self.settle(access)?;
             let (piece, rest) = data.split_at(mapped);
-            if gives_up {
+            if place == Place::Packed {
+                // It is given up for a new cluster.
                 self.freed.store(true, Ordering::Relaxed);
             }
             access.writev(piece, offset)?;
@@ -316,6 +326,14 @@ impl Inner {
             self.freed.store(false, Ordering::Relaxed);
         }
         Ok(())
+    }
+
+    /// Gives the file's space back that clusters had which a qcow2 gave up; imago only keeps them for others. Before
+    /// the tables that say so are on disk, a killed process leaves zeroes there, which is as good as what was.
+    fn punch(&self, place: Place, length: u64) {
+        if let (Some(_), Place::At(offset)) = (&self.header, place) {
+            self.file.punch(offset, length);
+        }
     }
 
     /// How much of the range from `at` to `end` is mapped by one L2 table.
@@ -337,6 +355,17 @@ impl Inner {
         }
         Ok(())
     }
+}
+
+/// How much from `at` on, at most `length`, lies in one place, and where.
+fn mapped(access: &FormatAccess<Layer>, at: u64, length: u64) -> io::Result<(u64, Place)> {
+    let (mapping, mapped) = access.get_shallow_mapping(at, length)?;
+    let place = match mapping {
+        ShallowMapping::Raw { offset, writable: true, .. } => Place::At(offset),
+        ShallowMapping::Raw { .. } | ShallowMapping::Special { .. } => Place::Packed,
+        _ => Place::Nowhere,
+    };
+    if mapped == 0 { Err(io::ErrorKind::UnexpectedEof.into()) } else { Ok((mapped, place)) }
 }
 
 type Opened = (FormatAccess<Layer>, Arc<Shared>, Option<Header>);

@@ -97,9 +97,9 @@ impl<'a> Parts<'a> {
     pub fn take_header(&mut self) -> Option<Kind> {
         let mut header = [0; HEADER];
         take(&mut self.readable, &mut header)?;
-        let [a, b, c, d, _, _, _, _, sector @ ..] = header;
-        let offset = u64::from_le_bytes(sector).checked_mul(SECTOR);
-        Some(match u32::from_le_bytes([a, b, c, d]) {
+        let (kind, rest) = header.split_first_chunk()?;
+        let offset = u64::from_le_bytes(*rest.last_chunk()?).checked_mul(SECTOR);
+        Some(match u32::from_le_bytes(*kind) {
             VIRTIO_BLK_T_IN => Kind::Read(offset?),
             VIRTIO_BLK_T_OUT => Kind::Write(offset?),
             VIRTIO_BLK_T_FLUSH => Kind::Flush,
@@ -114,12 +114,10 @@ impl<'a> Parts<'a> {
     pub fn take_range(&mut self) -> Option<Range> {
         let mut bytes = [0; RANGE];
         take(&mut self.readable, &mut bytes)?;
-        let [a, b, c, d, e, f, g, h, i, j, k, l, flags @ ..] = bytes;
-        Some(Range {
-            sector: u64::from_le_bytes([a, b, c, d, e, f, g, h]),
-            sectors: u32::from_le_bytes([i, j, k, l]),
-            flags: u32::from_le_bytes(flags),
-        })
+        let (sector, rest) = bytes.split_first_chunk()?;
+        let (sectors, rest) = rest.split_first_chunk()?;
+        let flags = u32::from_le_bytes(*rest.first_chunk()?);
+        Some(Range { sector: u64::from_le_bytes(*sector), sectors: u32::from_le_bytes(*sectors), flags })
     }
 }
 

@@ -79,11 +79,18 @@ impl Shared {
     fn reserve(&self, range: &Range<u64>) {
         let length = self.same.metadata().map_or(0, |metadata| metadata.len());
         let end = range.end.min(length);
-        if let (Ok(start), Ok(length)) =
-            (libc::off_t::try_from(range.start), libc::off_t::try_from(end.saturating_sub(range.start)))
-        {
-            // SAFETY: the descriptor is open, and the call takes numbers only; data in the range stays.
-            unsafe { libc::fallocate(self.same.as_raw_fd(), 0, start, length) };
+        self.fallocate(0, range.start, end.saturating_sub(range.start));
+    }
+
+    /// Gives the space of a range back; what is read there then is zeroes. Where that cannot be, all stays.
+    pub fn punch(&self, offset: u64, length: u64) {
+        self.fallocate(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, offset, length);
+    }
+
+    fn fallocate(&self, mode: libc::c_int, offset: u64, length: u64) {
+        if let (Ok(offset), Ok(length)) = (libc::off_t::try_from(offset), libc::off_t::try_from(length)) {
+            // SAFETY: the descriptor is open, and the call takes numbers only.
+            unsafe { libc::fallocate(self.same.as_raw_fd(), mode, offset, length) };
         }
     }
 }

@@ -1,11 +1,13 @@
 //! The disk driven from the guest's side of its queues.
 
 use std::fs::File;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
+use super::image_tests::{Folder, assert_whole, open_rw};
 use super::worker::Complaints;
 use super::{Block, Image, MAX_RANGE_SECTORS, QUEUE_SIZE};
 use crate::description::Format;
@@ -57,7 +59,7 @@ impl Guest {
         let count = u16::try_from(self.block.queue_sizes().len()).unwrap();
         for ring in 0..u64::from(count) {
             let start = testing::RINGS + ring * testing::QUEUE_SPACE;
-            self.memory.write_slice(&[0; 0xc000], GuestAddress(start)).unwrap();
+            self.memory.write_slice(&vec![0; 0xc000], GuestAddress(start)).unwrap();
         }
         self.queues = (0..count).map(|index| DriverQueue::new(&self.memory, index, QUEUE_SIZE)).collect();
         let sides: Vec<_> = self.queues.iter().collect();
@@ -186,7 +188,7 @@ fn a_request_may_be_cut_in_any_way() {
 #[test]
 fn discards_and_zeroes_do_what_they_say() {
     let mut guest = disk();
-    assert_eq!(guest.write(0, &[5; 0x10000]), OK);
+    assert_eq!(guest.write(0, &vec![5; 0x10000]), OK);
     assert_eq!(guest.ranges(WRITE_ZEROES, &[(1, 9, 0)]), OK);
     assert_eq!(guest.ranges(WRITE_ZEROES, &[(16, 16, 1)]), OK);
     assert_eq!(guest.ranges(DISCARD, &[(64, 8, 0), (80, 8, 0)]), OK);
@@ -291,46 +293,86 @@ fn a_read_only_disk_is_not_written() {
     assert_eq!(guest.read(0, 512), vec![0; 512]);
 }
 
+/// A file that reads, but whose writes the kernel refuses from now on when asked.
+fn sealable() -> File {
+    // SAFETY: the name is a string with its zero; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"disk".as_ptr(), libc::MFD_ALLOW_SEALING | libc::MFD_CLOEXEC) };
+    assert!(fd >= 0);
+    // SAFETY: the descriptor is new, so nobody else has it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(SIZE).unwrap();
+    file
+}
+
 #[test]
 fn a_disk_that_fails_gives_io_errors_and_the_device_goes_on() {
-    // Writes fail with ENOSPC there, reads give zeroes.
-    let full = File::options().read(true).write(true).open("/dev/full");
-    let Ok(full) = full else { return eprintln!("SKIPPED: no /dev/full") };
-    let image = Image::open(vec![(full, Format::Raw)], false);
-    assert!(image.is_err(), "a character device has no size");
-    let file = raw_file();
+    let file = sealable();
     let image = Image::open(vec![(file.try_clone().unwrap(), Format::Raw)], false).unwrap();
-    let complaints = Complaints::default();
-    assert!(complaints.complain("write", &"no space"));
-    assert!(!complaints.complain("write", &"no space"), "not a flood");
     let mut guest = Guest::new(image, 1);
-    // The disk vanishes: reads beyond the file's end are zeroes.
+    assert_eq!(guest.write(8, &[4; 512]), OK);
+    // SAFETY: the descriptor is open, and the call takes a number.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) }, 0);
+    for _ in 0..100 {
+        assert_eq!(guest.write(8, &[5; 512]), IOERR);
+    }
+    assert_eq!(guest.ranges(WRITE_ZEROES, &[(8, 8, 1)]), IOERR);
+    assert_eq!(guest.read(8, 512), vec![4; 512]);
+    assert_eq!(guest.block.counters().counted().errors, 101);
+    // It vanishes: what is beyond a file's end reads as zeroes.
     file.set_len(0).unwrap();
     assert_eq!(guest.read(8, 512), vec![0; 512]);
 }
 
 #[test]
-fn queues_work_side_by_side() {
-    let mut guest = Guest::new(raw(false), 4);
+fn a_failing_disk_is_told_of_once_a_second() {
+    let complaints = Complaints::default();
+    assert!(complaints.complain("write", &"no space"));
+    assert!(!complaints.complain("write", &"no space"));
+}
+
+fn drive_four_queues(image: Image) {
+    let mut guest = Guest::new(image, 4);
     assert_ne!(guest.block.features() & 1 << 12, 0);
-    for round in 0..50_u64 {
-        for index in 0..4_u64 {
-            let base = BUFFERS + 0x10000 * (index + 1);
-            let sector = index * 64 + round % 8 * 8;
-            guest.memory.write_obj(OUT, GuestAddress(base)).unwrap();
+    for round in 0..200_u64 {
+        for index in 0..4_u8 {
+            let base = BUFFERS + 0x10000 * (u64::from(index) + 1);
+            let sector = u64::from(index) * 64 + round % 8 * 8;
+            // Every cluster is all queues' business; now and then what is there is given up first.
+            let kind = if round % 40 >= 32 { DISCARD } else { OUT };
+            guest.memory.write_obj(kind, GuestAddress(base)).unwrap();
             guest.memory.write_obj(sector, GuestAddress(base + 8)).unwrap();
-            guest.memory.write_slice(&[index as u8 + 1; 4096], GuestAddress(base + 0x1000)).unwrap();
-            let queue = &mut guest.queues[usize::try_from(index).unwrap()];
-            queue.offer(&[(base, 16, false), (base + 0x1000, 4096, false), (base + 0x800, 1, true)]);
+            guest.memory.write_slice(&[index + 1; 4096], GuestAddress(base + 0x1000)).unwrap();
+            let length = if kind == OUT { 4096 } else { 16 };
+            if kind == DISCARD {
+                let range = [sector.to_le_bytes(), 8_u64.to_le_bytes()].concat();
+                guest.memory.write_slice(&range, GuestAddress(base + 0x1000)).unwrap();
+            }
+            let queue = &mut guest.queues[usize::from(index)];
+            queue.offer(&[(base, 16, false), (base + 0x1000, length, false), (base + 0x800, 1, true)]);
             queue.kick();
         }
         for queue in &mut guest.queues {
             assert_eq!(queue.wait_used().1, 1);
         }
     }
+    assert_eq!(guest.block.counters().counted().errors, 0);
+    for index in 0..4_u8 {
+        for place in 0..8 {
+            assert_eq!(guest.write(u64::from(index) * 64 + place * 8, &[index + 1; 4096]), OK);
+        }
+    }
     for index in 0..4_u8 {
         assert_eq!(guest.read(u64::from(index) * 64, 32768), vec![index + 1; 32768]);
     }
+}
+
+#[test]
+fn queues_work_side_by_side() {
+    drive_four_queues(raw(false));
+    let folder = Folder::new();
+    let Some(path) = folder.qcow2("image", &["-o", "cluster_size=4K"], "1M") else { return };
+    drive_four_queues(Image::open(vec![(open_rw(&path), Format::Qcow2)], false).unwrap());
+    assert_whole(&path);
 }
 
 #[test]
@@ -397,7 +439,7 @@ fn a_device_that_comes_back_serves_what_nobody_notifies_it_of() {
     let mut guest = disk();
     guest.block.reset();
     let mut queue = DriverQueue::new(&guest.memory, 0, QUEUE_SIZE);
-    guest.memory.write_slice(&[0; 0xc000], GuestAddress(testing::RINGS)).unwrap();
+    guest.memory.write_slice(&vec![0; 0xc000], GuestAddress(testing::RINGS)).unwrap();
     guest.header(IN, 0);
     queue.offer(&[(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)]);
     let activation = testing::activation(&guest.memory, &[&queue], 0, guest.block.counters());

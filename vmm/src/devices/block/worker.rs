@@ -62,12 +62,11 @@ impl Disk {
             while left > 0 {
                 let Some(mut chain) = queue.pop()? else { break };
                 left -= 1;
-                let written = match parts.gather(&mut chain, &memory) {
-                    Ok(()) => self.answer(&mut parts),
-                    Err(_) => {
-                        self.counters.failed();
-                        0
-                    }
+                let written = if parts.gather(&mut chain, &memory).is_ok() {
+                    self.answer(&mut parts)
+                } else {
+                    self.counters.failed();
+                    0
                 };
                 queue.push(chain.head_index(), written)?;
             }
