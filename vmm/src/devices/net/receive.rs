@@ -25,6 +25,8 @@ const NUM_BUFFERS: usize = 10;
 #[derive(Debug)]
 pub(super) struct Receiver {
     queue: Virtqueue,
+    /// Most chains that the driver can offer at once.
+    size: usize,
     counters: Counters,
     /// A frame may be spread over several chains (`VIRTIO_NET_F_MRG_RXBUF`).
     mergeable: bool,
@@ -74,6 +76,7 @@ impl Receiver {
     pub(super) fn new(queue: Virtqueue, counters: Counters, features: u64) -> Self {
         let pieces = Pieces::new(std::sync::Arc::clone(queue.memory()));
         Self {
+            size: usize::from(queue.state().size),
             queue,
             counters,
             mergeable: features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0,
@@ -179,14 +182,13 @@ impl Receiver {
     /// Holds chains for `bytes`, as far as the driver offers them; false if it could offer more in vain, since there
     /// can be no more at once. Without mergeable buffers a frame has one chain.
     fn hold(&mut self, bytes: usize) -> Result<bool, QueueError> {
-        let size = usize::from(self.queue.state().size);
         // Bad chains do not stay, so the number of tries needs a bound of its own.
-        for _ in 0..size {
+        for _ in 0..self.size {
             let enough = if self.mergeable { self.room >= bytes } else { !self.held.is_empty() };
             if enough {
                 break;
             }
-            if self.held.len() >= size {
+            if self.held.len() >= self.size {
                 return Ok(false);
             }
             let Some(chain) = self.queue.pop()? else { break };

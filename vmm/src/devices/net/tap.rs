@@ -46,6 +46,12 @@ impl Tap {
         Ok(tap)
     }
 
+    /// Something else that takes and gives whole frames, which can be full at will.
+    #[cfg(test)]
+    pub(super) fn stand_in(file: File) -> Self {
+        Self(file)
+    }
+
     /// Lets the kernel pass frames as the driver with these features takes them: without checksum, and longer than
     /// the MTU (section 5.1.3.1, which lets a driver take the latter only with the former).
     pub(super) fn set_offloads(&self, features: u64) -> io::Result<()> {

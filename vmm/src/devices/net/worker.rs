@@ -95,6 +95,12 @@ impl Worker {
         vec![self.receiver.state(), self.sender.queue.state()]
     }
 
+    /// Whether frames wait for room in the tap.
+    #[cfg(test)]
+    pub(super) fn waits_for_tap(&self) -> bool {
+        self.sender.waits_for_tap()
+    }
+
     fn descriptors(&self) -> [RawFd; 3] {
         [self.tap.as_raw_fd(), self.receiver.queue().kick_fd(), self.sender.queue.kick_fd()]
     }

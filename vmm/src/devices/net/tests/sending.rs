@@ -1,7 +1,14 @@
+use std::io::Read;
+use std::sync::{Arc, Mutex};
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::super::tap::Tap;
+use super::super::worker::Worker;
 use super::super::{Net, NetError};
 use super::world::*;
 use crate::virtio::testing::{self, DriverQueue};
-use crate::virtio::{ActivateError, VirtioDevice};
+use crate::virtio::{ActivateError, Counters, VirtioDevice};
 
 const PLAIN: [u8; 10] = [0; 10];
 
@@ -97,10 +104,45 @@ fn a_tap_whose_interface_is_deleted_costs_frames_only() {
     });
 }
 
-/// Only `ip` of iproute2 deletes it in one step; leaving the namespace would as well.
-fn delete_interface() {
-    let status = std::process::Command::new("ip").args(["link", "delete", "tap0"]).status().unwrap();
-    assert!(status.success());
+#[test]
+fn frames_for_which_there_is_no_room_wait_for_it() {
+    let (ours, theirs) = seqpacket();
+    let (reactor, _) = reactor();
+    let memory = testing::memory();
+    let receive = DriverQueue::new(&memory, 0, 256);
+    let mut send = DriverQueue::new(&memory, 1, 256);
+    let counters = Counters::default();
+    let mut queues = testing::activation(&memory, &[&receive, &send], 0, &counters).queues.into_iter();
+    let tap = Arc::new(Tap::stand_in(ours));
+    let (first, second) = (queues.next().unwrap(), queues.next().unwrap());
+    let worker = Worker::new(tap, first, second, counters.clone(), 0, true);
+    let worker = Arc::new(Mutex::new(worker));
+    let registration = reactor.register(Arc::clone(&worker) as _);
+    worker.lock().unwrap().start(registration).unwrap();
+    for number in 0..200 {
+        let at = SEND_AREA + 4000 * number;
+        memory.write_obj(number, GuestAddress(at)).unwrap();
+        send.offer(&[(at, 4000, false)]);
+    }
+    send.kick();
+    let mut taken = 0;
+    // It gets stuck before it is through: nobody reads.
+    eventually(|| {
+        taken += std::iter::from_fn(|| send.take_used()).count();
+        taken > 0 && worker.lock().unwrap().waits_for_tap()
+    });
+    assert!(taken < 200, "{taken}");
+    for number in 0..200_u64 {
+        let mut bytes = [0; 5000];
+        eventually(|| (&theirs).read(&mut bytes).is_ok_and(|length| length == 4000));
+        assert_eq!(bytes[..8], number.to_le_bytes());
+    }
+    for _ in taken..200 {
+        send.wait_used();
+    }
+    assert_eq!(counters.counted().errors, 0);
+    let registration = worker.lock().unwrap().stop();
+    drop(registration);
 }
 
 #[test]

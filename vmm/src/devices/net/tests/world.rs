@@ -90,6 +90,35 @@ pub fn set_up(up: bool) {
     ok(unsafe { libc::ioctl(control.as_raw_fd(), libc::SIOCSIFFLAGS, &raw mut request) });
 }
 
+/// Deletes `tap0`, by rtnetlink(7).
+pub fn delete_interface() {
+    let netlink = socket(libc::AF_NETLINK, libc::SOCK_RAW, libc::NETLINK_ROUTE);
+    let mut message = [0_u32; 8];
+    message[0] = 32;
+    message[1] = u32::from(libc::RTM_DELLINK) | u32::from(libc::NLM_F_REQUEST as u16) << 16;
+    message[5] = interface_index().cast_unsigned();
+    // SAFETY: the kernel reads the message.
+    let sent = unsafe { libc::send(netlink.as_raw_fd(), message.as_ptr().cast(), 32, 0) };
+    assert_eq!(sent, 32, "{}", io::Error::last_os_error());
+}
+
+fn interface_index() -> i32 {
+    // SAFETY: the name is a C string.
+    let index = unsafe { libc::if_nametoindex(c"tap0".as_ptr()) };
+    assert!(index > 0, "{}", io::Error::last_os_error());
+    index.cast_signed()
+}
+
+/// Two ends of a socket that keeps messages apart and does not block.
+pub fn seqpacket() -> (File, File) {
+    let mut ends = [0; 2];
+    let kind = libc::SOCK_SEQPACKET | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: the kernel writes two descriptors.
+    ok(unsafe { libc::socketpair(libc::AF_UNIX, kind, 0, ends.as_mut_ptr()) });
+    // SAFETY: both are new and nobody else's.
+    unsafe { (File::from_raw_fd(ends[0]), File::from_raw_fd(ends[1])) }
+}
+
 /// A packet socket on `tap0` whose frames stand behind a `virtio_net_hdr` of 10 bytes.
 #[derive(Debug)]
 pub struct Peer(OwnedFd);
@@ -112,15 +141,11 @@ impl Peer {
         };
         set(libc::PACKET_VNET_HDR, 1);
         set(23, 1); // PACKET_IGNORE_OUTGOING
-        let mut request = request();
-        // SAFETY: the kernel reads and writes an ifreq.
-        ok(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCGIFINDEX, &raw mut request) });
         // SAFETY: zero bytes are an address.
         let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
         address.sll_family = libc::AF_PACKET as u16;
         address.sll_protocol = all as u16;
-        // SAFETY: SIOCGIFINDEX has filled this in.
-        address.sll_ifindex = unsafe { request.ifr_ifru.ifru_ifindex };
+        address.sll_ifindex = interface_index();
         // SAFETY: the kernel reads an address of this length.
         ok(unsafe {
             libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of::<libc::sockaddr_ll>() as u32)
