@@ -12,4 +12,5 @@
 //! No device knows another one, or KVM.
 
 pub mod block;
+pub mod net;
 pub mod power;

@@ -1,8 +1,10 @@
 //! A virtqueue that is in use: the ring in guest memory, how the driver notifies and is notified.
 
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::Ordering;
 
-use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueState, QueueT};
+use virtio_queue::{DescriptorChain, Error, Queue, QueueOwnedT, QueueState, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Counters, Interrupt};
@@ -29,6 +31,8 @@ pub struct Virtqueue {
     kick: EventFd,
     interrupt: Interrupt,
     counters: Counters,
+    /// Chains pushed since the last notification.
+    unannounced: u16,
 }
 
 impl Virtqueue {
@@ -41,7 +45,7 @@ impl Virtqueue {
         interrupt: Interrupt,
         counters: Counters,
     ) -> Self {
-        Self { index, queue, memory, kick, interrupt, counters }
+        Self { index, queue, memory, kick, interrupt, counters, unannounced: 0 }
     }
 
     /// Whether the driver has set it up, within guest memory.
@@ -89,23 +93,70 @@ impl Virtqueue {
 
     /// Gives a chain back to the driver, `written` bytes of it written.
     pub fn push(&mut self, head: u16, written: u32) -> Result<(), QueueError> {
+        self.push_all(&[(head, written)])
+    }
+
+    /// Gives several chains back at once, as (head, bytes written): the driver sees all of them or none, as it must
+    /// where they hold one frame together (section 5.1.6.4).
+    pub fn push_all(&mut self, chains: &[(u16, u32)]) -> Result<(), QueueError> {
+        self.try_push_all(chains).map_err(|why| QueueError { queue: self.index, why })
+    }
+
+    fn try_push_all(&mut self, chains: &[(u16, u32)]) -> Result<(), Error> {
+        let Some((&(last, last_written), others)) = chains.split_last() else { return Ok(()) };
+        for &(head, written) in others {
+            self.write_used(head, written)?;
+            self.queue.set_next_used(self.queue.next_used().wrapping_add(1));
+            self.announce_later();
+        }
+        // Only this makes the driver see the ring's new index.
+        self.queue.add_used(self.memory.as_ref(), last, last_written)?;
+        self.announce_later();
+        Ok(())
+    }
+
+    /// Fills the next element of the used ring (section 2.7.8).
+    fn write_used(&self, head: u16, written: u32) -> Result<(), Error> {
+        if head >= self.queue.size() {
+            return Err(Error::InvalidDescriptorIndex);
+        }
+        let slot = u64::from(self.queue.next_used() % self.queue.size());
+        let at = self.queue.used_ring().checked_add(4 + 8 * slot).ok_or(Error::AddressOverflow)?;
+        let element = u64::from(head) | u64::from(written) << 32;
+        self.memory.write_obj(element.to_le(), GuestAddress(at)).map_err(Error::GuestMemory)
+    }
+
+    fn announce_later(&mut self) {
         self.counters.used();
-        self.queue
-            .add_used(self.memory.as_ref(), head, written)
-            .map_err(|why| QueueError { queue: self.index, why })
+        self.unannounced = self.unannounced.saturating_add(1);
     }
 
     /// Tells the driver of what was pushed, if it wants to know. Call it once after a batch of pushes.
     pub fn notify(&mut self) -> Result<(), QueueError> {
-        let wanted = self
-            .queue
-            .needs_notification(self.memory.as_ref())
-            .map_err(|why| QueueError { queue: self.index, why })?;
+        if self.unannounced == 0 {
+            return Ok(());
+        }
+        let wanted = self.wants_notification().map_err(|why| QueueError { queue: self.index, why })?;
+        self.unannounced = 0;
         if wanted {
             self.counters.interrupted();
             self.interrupt.used_buffer();
         }
         Ok(())
+    }
+
+    /// Whether what was pushed passes the index that the driver waits for (section 2.7.7.2). The library's own
+    /// answer counts the last chain only of those that were pushed at once.
+    fn wants_notification(&mut self) -> Result<bool, Error> {
+        let last = self.queue.needs_notification(self.memory.as_ref())?;
+        if last || self.unannounced < 2 || !self.queue.event_idx_enabled() {
+            return Ok(last);
+        }
+        let at = self.queue.avail_ring().checked_add(4 + 2 * u64::from(self.queue.size()));
+        let at = GuestAddress(at.ok_or(Error::AddressOverflow)?);
+        let event: u16 = self.memory.load(at, Ordering::Relaxed).map_err(Error::GuestMemory)?;
+        let beyond = self.queue.next_used().wrapping_sub(u16::from_le(event)).wrapping_sub(1);
+        Ok(beyond < self.unannounced)
     }
 
     /// The driver need not notify: the device is looking.
@@ -132,5 +183,36 @@ impl Virtqueue {
     /// What is saved of it.
     pub fn state(&self) -> QueueState {
         self.queue.state()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{self, DriverQueue};
+
+    #[test]
+    fn chains_that_are_pushed_at_once_come_back_in_order_and_are_announced() {
+        let memory = testing::memory();
+        let mut driver = DriverQueue::new(&memory, 0, 8);
+        let counters = Counters::default();
+        let mut queue = driver.device_side(0, &Interrupt::new().unwrap(), &counters);
+        queue.queue.set_event_idx(true);
+        let event = GuestAddress(driver.avail + 4 + 2 * 8);
+        // The driver waits for: nothing that is near, the first, the second, the last of three; each time the ring
+        // has turned further.
+        for (wanted, interrupts) in [(100, 0), (3, 1), (7, 2), (11, 3), (15, 3), (11, 3)] {
+            memory.write_obj::<u16>(wanted, event).unwrap();
+            queue.push_all(&[(1, 10), (2, 20), (3, 30)]).unwrap();
+            queue.notify().unwrap();
+            queue.notify().unwrap();
+            assert_eq!(counters.counted().interrupts, interrupts, "{wanted}");
+            let back: Vec<_> = std::iter::from_fn(|| driver.take_used()).collect();
+            assert_eq!(back, [(1, 10), (2, 20), (3, 30)]);
+        }
+        assert_eq!(counters.counted().requests, 18);
+        assert!(queue.push_all(&[(8, 0), (1, 0)]).is_err());
+        assert!(driver.take_used().is_none());
+        queue.push_all(&[]).unwrap();
     }
 }
