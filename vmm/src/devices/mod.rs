@@ -11,4 +11,5 @@
 //!
 //! No device knows another one, or KVM.
 
+pub mod serial;
 pub mod uart;
