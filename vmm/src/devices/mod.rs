@@ -14,3 +14,5 @@
 pub mod block;
 pub mod net;
 pub mod power;
+pub mod serial;
+pub mod uart;
