@@ -6,6 +6,7 @@
 //! it all; [`confine`] takes away what none of it needs. [`probe`] stands apart: what is this machine's KVM worth?
 
 pub mod bus;
+pub mod confine;
 pub mod control;
 pub mod description;
 pub mod devices;
