@@ -41,7 +41,6 @@ pub(super) fn drop_capabilities() -> Result<bool, ConfineError> {
     let bounding = (0..CAPABILITIES).all(|capability| {
         prctl(libc::PR_CAPBSET_READ, capability) != 1 || prctl(libc::PR_CAPBSET_DROP, capability) == 0
     });
-    #[expect(clippy::cast_sign_loss, reason = "an operation's number")]
     let cleared = prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong);
     check("clear the ambient capabilities", cleared.into())?;
     let mut header = Header { version: VERSION_3, pid: 0 };

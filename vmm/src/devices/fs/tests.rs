@@ -11,7 +11,10 @@ use super::guest::{ANSWERS, Guest, Opcode, ROOT_ID, named};
 use super::*;
 use crate::reactor::Reactor;
 use crate::virtio::VirtioDevice;
-use crate::virtio::testing::BUFFERS;
+use crate::virtio::testing::{BUFFERS, INDIRECT, NEXT, WRITE};
+
+/// Where a test puts an indirect table.
+const TABLE: u64 = BUFFERS + 0x1_0000;
 
 /// Descriptors of this process on what is below `folder`.
 fn descriptors_below(folder: &Path) -> usize {
@@ -118,10 +121,11 @@ fn what_changes_on_the_host_is_seen_at_once() {
 #[test]
 fn no_name_and_no_link_leads_out_of_the_folder() {
     let outside = tempfile::tempdir().unwrap();
+    let outside_path = outside.path().canonicalize().unwrap();
     let secret = outside.path().join("secret");
     fs::write(&secret, "secret").unwrap();
     fs::set_permissions(&secret, fs::Permissions::from_mode(0o640)).unwrap();
-    let folder = outside.path().join("shared");
+    let folder = outside_path.join("shared");
     fs::create_dir_all(folder.join("sub")).unwrap();
     symlink(&secret, folder.join("file")).unwrap();
     symlink(outside.path(), folder.join("folder")).unwrap();
@@ -137,12 +141,14 @@ fn no_name_and_no_link_leads_out_of_the_folder() {
     }
     let file = guest.walk(&["file"]).unwrap();
     let to_folder = guest.walk(&["folder"]).unwrap();
+    let kept = descriptors_below(&folder);
     for flags in [libc::O_RDONLY, libc::O_RDWR, libc::O_PATH, libc::O_PATH | libc::O_DIRECTORY] {
         guest.open(file, flags).unwrap_err();
         guest.create(ROOT_ID, "file", flags, 0o644).unwrap_err();
         guest.create(ROOT_ID, "dangling", flags, 0o644).unwrap_err();
         guest.open(to_folder, flags).unwrap_err();
     }
+    assert_eq!(descriptors_below(&folder), kept, "what failed left nothing open");
     guest.lookup(to_folder, "secret").unwrap_err();
     guest.list(to_folder).unwrap_err();
     chmod(&mut guest, file, 0o777).unwrap_err();
@@ -275,10 +281,25 @@ fn malformed_messages_are_answered_and_the_next_one_works() {
     // Outside memory, and far more than a message.
     assert_eq!(send(&mut guest, &good, &[(1 << 40, length, false), room]), 0);
     assert_eq!(send(&mut guest, &good, &[(BUFFERS, length, false), (ANSWERS, u32::MAX, true)]), 0);
-    let all = [(BUFFERS, 1 << 20, true); 3];
-    assert_eq!(send(&mut guest, &good, &all), 0);
+    let large = (ANSWERS, 1 << 20, true);
+    assert_eq!(send(&mut guest, &good, &[(BUFFERS, length, false), large, large]), 0);
+    // The message in more parts than any has, by an indirect table.
+    for part in 0..600_u64 {
+        let (address, length) = if part == 0 { (BUFFERS, length) } else { (ANSWERS + part, 1) };
+        let flags = if part == 0 { NEXT } else { WRITE | if part < 599 { NEXT } else { 0 } };
+        let words = [address, u64::from(length) | u64::from(flags) << 32 | (part + 1) << 48];
+        guest
+            .memory
+            .write_slice(&words.map(u64::to_le_bytes).concat(), GuestAddress(TABLE + 16 * part))
+            .unwrap();
+    }
+    guest.memory.write_slice(&good, GuestAddress(BUFFERS)).unwrap();
+    guest.requests.describe(0, (TABLE, 600 * 16, INDIRECT, 0));
+    guest.requests.offer_head(0);
+    guest.requests.kick();
+    assert_eq!(guest.requests.wait_used().1, 0);
     assert_eq!(guest.read_file(&["a"]).unwrap(), b"still here");
-    assert!(guest.fs.counters().counted().errors >= 9);
+    assert!(guest.fs.counters().counted().errors >= 10);
 }
 
 #[test]
