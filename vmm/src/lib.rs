@@ -7,6 +7,7 @@
 
 pub mod boot;
 pub mod bus;
+pub mod confine;
 pub mod console;
 pub mod control;
 pub mod description;

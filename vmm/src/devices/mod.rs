@@ -12,6 +12,7 @@
 //! No device knows another one, or KVM.
 
 pub mod block;
+pub mod fs;
 pub mod net;
 pub mod power;
 pub mod serial;

@@ -1,0 +1,99 @@
+//! Takes away from the process what a monitor does not need, before the first guest instruction.
+//!
+//! The daemon starts the monitor as the VM's own user, with no new privileges and `CAP_SYS_ADMIN` as its only
+//! (ambient) capability. Before the first thread is made the monitor
+//!
+//! 1. opens what it will need of the old root (see `devices::fs::ShareRoot`);
+//! 2. calls [`enter_namespace`]: its root is an empty folder of its own mount namespace from then on. Below it the
+//!    daemon mounts shares later, from outside by setns(2); nothing is ever mounted in the host's namespace, and all
+//!    goes away with the process;
+//! 3. calls [`drop_privileges`]: no capability is left, and Landlock leaves it only what is below that root.
+//!
+//! Each thread gets its system call filter when it begins.
+
+mod landlock;
+mod namespace;
+mod privilege;
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+
+pub use landlock::Landlock;
+pub use namespace::enter_namespace;
+
+/// Why the process could not be confined. What the kernel does not have is none of these: see [`Confinement`].
+#[derive(Debug, thiserror::Error)]
+pub enum ConfineError {
+    /// A system call failed.
+    #[error("Cannot {what}")]
+    System {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel has Landlock, but took the rules badly.
+    #[error("Cannot restrict the process by Landlock")]
+    Landlock(#[from] ::landlock::RulesetError),
+}
+
+/// What was taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Confinement {
+    /// The bounding set is empty. Without `CAP_SETPCAP` the kernel does not let go of it; no new privileges makes up
+    /// for that, since nothing that is executed can gain a capability.
+    pub bounding_set: bool,
+    /// How far Landlock reaches.
+    pub landlock: Landlock,
+}
+
+impl Confinement {
+    /// One line on what is not as tight as it could be, for a person; none if all is.
+    pub fn shortcoming(&self) -> Option<String> {
+        let why = match self.landlock {
+            Landlock::Full => return None,
+            Landlock::Partial => "this kernel's Landlock is older than version 7 and restricts less",
+            Landlock::None => "this kernel has no Landlock (or it is not among its lsm=)",
+        };
+        Some(format!("{why}; the monitor runs confined by the rest"))
+    }
+}
+
+impl fmt::Display for Confinement {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let landlock = match self.landlock {
+            Landlock::Full => "full",
+            Landlock::Partial => "partial",
+            Landlock::None => "none",
+        };
+        let bounding = if self.bounding_set { "empty" } else { "kept" };
+        write!(f, "no capabilities, no new privileges, bounding set {bounding}, Landlock {landlock}")
+    }
+}
+
+/// Gives up every privilege, for good: capabilities, new privileges, being traced or dumped by its own user, and by
+/// Landlock every file but those below `roots`, TCP, and other processes' abstract sockets and signals.
+///
+/// It holds for the calling thread and those that it makes later, so call it before there are others. Descriptors
+/// that are open stay as they are.
+pub fn drop_privileges(roots: &[&File]) -> Result<Confinement, ConfineError> {
+    let bounding_set = privilege::drop_capabilities()?;
+    privilege::forbid_new_privileges()?;
+    privilege::forbid_dumps()?;
+    let landlock = landlock::restrict(roots)?;
+    Ok(Confinement { bounding_set, landlock })
+}
+
+/// What a system call that tells of errors by -1 returned.
+fn check(what: &'static str, returned: libc::c_long) -> Result<libc::c_long, ConfineError> {
+    if returned == -1 {
+        Err(ConfineError::System { what, source: io::Error::last_os_error() })
+    } else {
+        Ok(returned)
+    }
+}
+
+#[cfg(test)]
+mod tests;
