@@ -10,3 +10,5 @@
 //! | `tests.rs` | driven from the guest's side of the queues |
 //!
 //! No device knows another one, or KVM.
+
+pub mod vsock;
