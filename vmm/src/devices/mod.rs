@@ -17,3 +17,4 @@ pub mod net;
 pub mod power;
 pub mod serial;
 pub mod uart;
+pub mod vsock;
