@@ -11,5 +11,6 @@
 //!
 //! No device knows another one, or KVM.
 
+pub mod rng;
 pub mod serial;
 pub mod uart;
