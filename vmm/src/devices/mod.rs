@@ -13,5 +13,6 @@
 
 pub mod i8042;
 pub mod rng;
+pub mod rtc;
 pub mod serial;
 pub mod uart;
