@@ -11,6 +11,7 @@
 //!
 //! No device knows another one, or KVM.
 
+pub mod balloon;
 pub mod i8042;
 pub mod rng;
 pub mod rtc;
