@@ -109,10 +109,11 @@ impl Console {
 
     /// The listener is ready: takes the next client, in the place of one that has gone. True if there is a new one.
     pub fn accept(&mut self) -> bool {
-        let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) else { return false };
+        // The event may be older than a client that came another way: who waits must not be lost.
         if self.client.as_ref().is_some_and(|client| !client.gone) {
             return false;
         }
+        let Some(Ok((stream, _))) = self.listener.as_ref().map(UnixListener::accept) else { return false };
         self.take(stream).inspect_err(|error| eprintln!("catalyst-vmm: a console's client: {error}")).is_ok()
     }
 

@@ -12,6 +12,9 @@ use vm_memory::{
 
 use crate::layout;
 
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+
 /// Guest memory, shared by everything that reads or writes it.
 pub type GuestRam = Arc<GuestMemoryMmap<()>>;
 
@@ -132,6 +135,72 @@ fn advise_huge_pages(region: &MmapRegion<()>) {
     unsafe { libc::madvise(region.as_ptr().cast(), region.size(), libc::MADV_HUGEPAGE) };
 }
 
+/// Why memory was not given back.
+#[derive(Debug, thiserror::Error)]
+pub enum DiscardError {
+    /// Not all of the range is RAM.
+    #[error("Cannot give {length:#x} bytes at guest address {address:#x} back: not all of them are RAM")]
+    NotRam {
+        /// The first address.
+        address: u64,
+        /// Bytes.
+        length: u64,
+    },
+    /// The kernel does not do it.
+    #[error("Cannot give {length:#x} bytes at guest address {address:#x} back to the host")]
+    Io {
+        /// The first address.
+        address: u64,
+        /// Bytes.
+        length: u64,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Gives the host back what stands behind the whole pages (4 KiB) of `length` bytes at guest address `address`, which
+/// must lie in one range of RAM. The guest reads zeros there from now on, and what it writes costs memory again.
+/// Memory in a file that others share is given up in the file, for all of them.
+pub fn discard(memory: &GuestMemoryMmap<()>, address: u64, length: u64) -> Result<(), DiscardError> {
+    let not_ram = DiscardError::NotRam { address, length };
+    let Some((region, offset)) = memory.to_region_addr(GuestAddress(address)) else { return Err(not_ram) };
+    if region.len() - offset.0 < length {
+        return Err(not_ram);
+    }
+    // Regions begin at whole pages of the guest, so inside them pages are where the guest has them.
+    let first = offset.0.next_multiple_of(PAGE);
+    let end = (offset.0 + length) / PAGE * PAGE;
+    let (Ok(first), Ok(size)) = (usize::try_from(first), usize::try_from(end.saturating_sub(first))) else {
+        return Err(not_ram);
+    };
+    if size == 0 {
+        return Ok(());
+    }
+    // What was saved in a file and is mapped by this process alone would come back from the file.
+    let advice = match region.file_offset() {
+        None => Some(libc::MADV_DONTNEED),
+        Some(_) if region.flags() & libc::MAP_TYPE == libc::MAP_SHARED => Some(libc::MADV_REMOVE),
+        Some(_) => None,
+    };
+    // SAFETY: `first` and `size` lie in the region's mapping, as was just checked. Guest memory is used by pointer
+    // only, with content that may change at any time; this is such a change. A new mapping has the old one's place,
+    // length and protection, and goes with it when the region is unmapped.
+    let failed = unsafe {
+        let start: *mut libc::c_void = region.as_ptr().add(first).cast();
+        if let Some(advice) = advice {
+            libc::madvise(start, size, advice) != 0
+        } else {
+            let flags = libc::MAP_FIXED | libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+            libc::mmap(start, size, region.prot(), flags, -1, 0) == libc::MAP_FAILED
+        }
+    };
+    if failed {
+        return Err(DiscardError::Io { address, length, source: io::Error::last_os_error() });
+    }
+    Ok(())
+}
+
 /// Bytes of RAM in `memory`.
 pub fn size(memory: &GuestMemoryMmap<()>) -> u64 {
     memory.iter().map(GuestMemoryRegion::len).sum()
@@ -157,7 +226,7 @@ fn host_mib() -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use vm_memory::Bytes;
 
     use super::*;
@@ -186,5 +255,76 @@ mod tests {
         file.read_exact_at(&mut bytes, 0x2000).unwrap();
         assert_eq!(&bytes, b"hello");
         assert_eq!(size(&memory), 4 << 20);
+    }
+
+    /// Pages of the first MiB that are resident in this process.
+    pub fn resident(memory: &GuestMemoryMmap<()>, pages: usize) -> usize {
+        let mut there = vec![0_u8; pages];
+        let start = memory.get_host_address(GuestAddress(0)).unwrap();
+        // SAFETY: the vector has a byte for each page of the range, which is mapped.
+        assert_eq!(unsafe { libc::mincore(start.cast(), pages << 12, there.as_mut_ptr()) }, 0);
+        there.iter().filter(|page| **page & 1 == 1).count()
+    }
+
+    fn discards(memory: &GuestMemoryMmap<()>) {
+        memory.write_slice(&vec![7; 16 << 12], GuestAddress(0)).unwrap();
+        // Whole pages only: 3 to 9.
+        discard(memory, 0x2001, 0x8000).unwrap();
+        let first = |page: u64| memory.read_obj::<u8>(GuestAddress(page << 12)).unwrap();
+        assert_eq!([first(2), first(10), first(15)], [7, 7, 7]);
+        assert_eq!([first(3), first(9)], [0, 0]);
+        memory.write_obj(9_u8, GuestAddress(0x5000)).unwrap();
+        assert_eq!(first(5), 9);
+    }
+
+    #[test]
+    fn discarded_memory_of_this_process_is_not_resident_and_reads_as_zeros() {
+        let memory = map(4, Backing::Anonymous, false).unwrap();
+        memory.write_slice(&vec![7; 16 << 12], GuestAddress(0)).unwrap();
+        assert_eq!(resident(&memory, 16), 16);
+        discard(&memory, 0, 16 << 12).unwrap();
+        assert_eq!(resident(&memory, 16), 0);
+        discards(&memory);
+    }
+
+    #[test]
+    fn discarded_memory_of_a_shared_file_is_a_hole_in_it() {
+        use std::os::unix::fs::MetadataExt;
+        let file = memfd(c"test").unwrap();
+        let memory = map(4, Backing::Shared(&file), false).unwrap();
+        memory.write_slice(&vec![7; 16 << 12], GuestAddress(0)).unwrap();
+        let before = file.metadata().unwrap().blocks();
+        discard(&memory, 0, 16 << 12).unwrap();
+        assert!(file.metadata().unwrap().blocks() + 16 * 8 <= before);
+        discards(&memory);
+    }
+
+    #[test]
+    fn discarded_memory_of_a_private_file_does_not_come_back_and_the_file_stays() {
+        use std::os::unix::fs::FileExt;
+        let file = memfd(c"test").unwrap();
+        file.write_all_at(&vec![5; 1 << 20], 0).unwrap();
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
+        let region = MmapRegion::build(Some(offset), 1 << 20, protection, libc::MAP_PRIVATE).unwrap();
+        let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+        discards(&memory);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 0x3000).unwrap();
+        assert_eq!(byte, [5]);
+    }
+
+    #[test]
+    fn what_is_not_ram_is_not_discarded() {
+        let memory = map(4, Backing::Anonymous, false).unwrap();
+        memory.write_slice(&vec![7; 16 << 12], GuestAddress(0)).unwrap();
+        for (address, length) in [(4 << 20, 1), (0, (4 << 20) + 1), (u64::MAX, u64::MAX), (0x1000, u64::MAX)]
+        {
+            let refused = discard(&memory, address, length);
+            assert!(matches!(refused, Err(DiscardError::NotRam { .. })), "{address:#x} {length:#x}");
+        }
+        discard(&memory, 0x1fff, 0x1000).unwrap();
+        assert_eq!(resident(&memory, 16), 16);
     }
 }

@@ -11,10 +11,14 @@
 //!
 //! No device knows another one, or KVM.
 
+pub mod balloon;
 pub mod block;
 pub mod fs;
+pub mod i8042;
 pub mod net;
 pub mod power;
+pub mod rng;
+pub mod rtc;
 pub mod serial;
 pub mod uart;
 pub mod vsock;
