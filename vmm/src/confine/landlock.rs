@@ -16,7 +16,7 @@ use super::ConfineError;
 /// How far Landlock reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Landlock {
-    /// As far as this monitor knows it: version 7.
+    /// All that this monitor asks for, which is version 6 or later.
     Full,
     /// The kernel has an older version.
     Partial,

@@ -15,7 +15,6 @@ mod landlock;
 mod namespace;
 mod privilege;
 
-use std::fmt;
 use std::fs::File;
 use std::io;
 
@@ -50,26 +49,14 @@ pub struct Confinement {
 }
 
 impl Confinement {
-    /// One line on what is not as tight as it could be, for a person; none if all is.
-    pub fn shortcoming(&self) -> Option<String> {
+    /// What is not as tight as it could be, for a person; none if all is.
+    fn shortcoming(self) -> Option<String> {
         let why = match self.landlock {
             Landlock::Full => return None,
-            Landlock::Partial => "this kernel's Landlock is older than version 7 and restricts less",
+            Landlock::Partial => "this kernel's Landlock is older than version 6 and restricts less",
             Landlock::None => "this kernel has no Landlock (or it is not among its lsm=)",
         };
         Some(format!("{why}; the monitor runs confined by the rest"))
-    }
-}
-
-impl fmt::Display for Confinement {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let landlock = match self.landlock {
-            Landlock::Full => "full",
-            Landlock::Partial => "partial",
-            Landlock::None => "none",
-        };
-        let bounding = if self.bounding_set { "empty" } else { "kept" };
-        write!(f, "no capabilities, no new privileges, bounding set {bounding}, Landlock {landlock}")
     }
 }
 
@@ -77,13 +64,17 @@ impl fmt::Display for Confinement {
 /// Landlock every file but those below `roots`, TCP, and other processes' abstract sockets and signals.
 ///
 /// It holds for the calling thread and those that it makes later, so call it before there are others. Descriptors
-/// that are open stay as they are.
+/// that are open stay as they are. What the kernel lacks of Landlock is told in one line on stderr.
 pub fn drop_privileges(roots: &[&File]) -> Result<Confinement, ConfineError> {
     let bounding_set = privilege::drop_capabilities()?;
     privilege::forbid_new_privileges()?;
     privilege::forbid_dumps()?;
     let landlock = landlock::restrict(roots)?;
-    Ok(Confinement { bounding_set, landlock })
+    let confinement = Confinement { bounding_set, landlock };
+    if let Some(shortcoming) = confinement.shortcoming() {
+        eprintln!("catalyst-vmm: {shortcoming}");
+    }
+    Ok(confinement)
 }
 
 /// What a system call that tells of errors by -1 returned.

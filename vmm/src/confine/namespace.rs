@@ -22,13 +22,17 @@ const FROM_EMPTY_PATH: libc::c_uint = 4;
 const NOBODY: &CStr = c"65534";
 
 /// Puts the process into a mount namespace of its own, whose root is an empty folder, and returns that folder
-/// (`O_PATH`). Without `CAP_SYS_ADMIN` nothing happens and there is none.
+/// (`O_PATH`). Without `CAP_SYS_ADMIN` there is none, and nothing happens but a line on stderr.
 ///
 /// The folder takes folders and mounts from outside: enter the namespace by setns(2) and `/proc/PID/ns/mnt`. The
 /// monitor itself cannot write there, once it has dropped its capabilities. Call it before there are other threads,
 /// which would stay where they are.
 pub fn enter_namespace() -> Result<Option<File>, ConfineError> {
     if !privilege::has_sys_admin()? {
+        eprintln!(
+            "catalyst-vmm: without CAP_SYS_ADMIN the monitor stays in the host's mount namespace; \
+             no share can be added while it runs"
+        );
         return Ok(None);
     }
     // SAFETY: no memory is involved.

@@ -20,6 +20,7 @@ use fuse_backend_rs::api::filesystem::{
 use fuse_backend_rs::passthrough::PassthroughFs;
 
 use super::ShareRoot;
+use super::root::Owner;
 use crate::virtio::Counters;
 
 /// Descriptors that are left to the rest of the monitor.
@@ -34,6 +35,7 @@ const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
 /// The shared files, as one guest sees them.
 pub(super) struct Files {
     inner: PassthroughFs<()>,
+    owner: Owner,
     session: Mutex<Session>,
     /// Most descriptors for the guest.
     most: usize,
@@ -53,7 +55,7 @@ struct Session {
 impl Files {
     /// At most `most` inodes and handles are open for the guest.
     pub(super) fn new(root: ShareRoot, most: usize, counters: Counters) -> Self {
-        Self { inner: root.0, session: Mutex::default(), most, counters }
+        Self { inner: root.files, owner: root.owner, session: Mutex::default(), most, counters }
     }
 
     /// Whether the guest has the file system mounted.
@@ -92,7 +94,23 @@ impl Files {
         if entry.inode != ROOT_ID {
             *self.session().inodes.entry(entry.inode).or_default() += 1;
         }
-        entry
+        Entry { attr: self.shown(entry.attr), ..entry }
+    }
+
+    /// Attributes as the guest sees them.
+    fn shown(&self, mut attributes: stat64) -> stat64 {
+        let Owner { host, guest } = self.owner;
+        attributes.st_uid = if attributes.st_uid == host.0 { guest.0 } else { attributes.st_uid };
+        attributes.st_gid = if attributes.st_gid == host.1 { guest.1 } else { attributes.st_gid };
+        attributes
+    }
+
+    /// Attributes that the guest sets, as they are meant here.
+    fn meant(&self, mut attributes: stat64) -> stat64 {
+        let Owner { host, guest } = self.owner;
+        attributes.st_uid = if attributes.st_uid == guest.0 { host.0 } else { attributes.st_uid };
+        attributes.st_gid = if attributes.st_gid == guest.1 { host.1 } else { attributes.st_gid };
+        attributes
     }
 
     fn opened(&self, inode: u64, handle: Option<u64>) {
@@ -170,7 +188,8 @@ impl FileSystem for Files {
     }
 
     fn getattr(&self, context: &Context, inode: u64, handle: Option<u64>) -> io::Result<(stat64, Duration)> {
-        self.inner.getattr(context, inode, handle)
+        let (attributes, valid) = self.inner.getattr(context, inode, handle)?;
+        Ok((self.shown(attributes), valid))
     }
 
     fn setattr(
@@ -185,7 +204,9 @@ impl FileSystem for Files {
             let (now, _) = self.inner.getattr(context, inode, None)?;
             check_set_id(now.st_mode & libc::S_IFMT | attributes.st_mode & !libc::S_IFMT)?;
         }
-        self.inner.setattr(context, inode, attributes, handle, valid)
+        let (attributes, timeout) =
+            self.inner.setattr(context, inode, self.meant(attributes), handle, valid)?;
+        Ok((self.shown(attributes), timeout))
     }
 
     fn readlink(&self, context: &Context, inode: u64) -> io::Result<Vec<u8>> {

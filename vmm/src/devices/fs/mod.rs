@@ -1,6 +1,6 @@
 //! File sharing by virtio-fs (virtio 1.2, section 5.11): FUSE messages over a queue, answered in this process.
 //!
-//! The `fuse-backend-rs` crate speaks FUSE and does the file work; [`files`] stands between the two and decides
+//! The `fuse-backend-rs` crate speaks FUSE and does the file work; `files.rs` stands between the two and decides
 //! what a guest may do with the host's files. A guest sees one folder, most often the empty root of the monitor's
 //! own mount namespace (see `confine`); what the daemon mounts below it appears at once.
 //!
@@ -8,7 +8,7 @@
 //!   Names and attributes are valid for no time, and the guest drops cached pages when a file's size or time has
 //!   changed. What has not changed is still read from the guest's cache, and can be mapped.
 //! - **Files belong to the monitor's user.** It cannot switch users; where the owner is somebody else the daemon
-//!   maps IDs in the mount.
+//!   maps IDs in the mount. To the guest they can be shown as a user's of its own ([`ShareRoot::shown_as`]).
 //! - **No extended attributes**: the crate reaches them by a path in /proc, which the monitor does not have; and a
 //!   guest would ask for `security.capability` at every write.
 //! - **No DAX window**, no remote locks (the guest's kernel keeps them among its own processes).

@@ -13,7 +13,19 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use super::FsError;
 
 /// The folder that a device shares, opened.
-pub struct ShareRoot(pub(super) PassthroughFs<()>);
+pub struct ShareRoot {
+    pub(super) files: PassthroughFs<()>,
+    pub(super) owner: Owner,
+}
+
+/// Who the guest takes for the owner of the monitor's own files.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Owner {
+    /// The monitor's own user and group.
+    pub(super) host: (u32, u32),
+    /// What the guest sees instead.
+    pub(super) guest: (u32, u32),
+}
 
 /// What a device needs of /proc, opened while the process still has one.
 ///
@@ -29,7 +41,22 @@ impl ShareRoot {
         // The dot, since a link at the end is not followed.
         let files = set_up(format!("/proc/self/fd/{}/.", folder.as_raw_fd()))?;
         files.import().map_err(FsError::Root)?;
-        Ok(Self(files))
+        Ok(Self::of(files))
+    }
+
+    /// Shows files of the monitor's own user and group as the guest's `uid` and `gid`, who may then use them: the
+    /// guest's kernel checks permissions by what it sees, and the monitor's user is nobody there. Without this they
+    /// are shown as they are.
+    #[must_use]
+    pub fn shown_as(mut self, uid: u32, gid: u32) -> Self {
+        self.owner.guest = (uid, gid);
+        self
+    }
+
+    fn of(files: PassthroughFs<()>) -> Self {
+        // SAFETY: no memory is involved, and neither fails.
+        let own = unsafe { (libc::geteuid(), libc::getegid()) };
+        Self { files, owner: Owner { host: own, guest: own } }
     }
 }
 
@@ -48,7 +75,7 @@ impl Unrooted {
         if (found.st_dev, found.st_ino) != (meant.dev(), meant.ino()) {
             return Err(FsError::NotRoot);
         }
-        Ok(ShareRoot(self.0))
+        Ok(ShareRoot::of(self.0))
     }
 }
 
@@ -78,7 +105,7 @@ fn set_up(root_dir: String) -> Result<PassthroughFs<()>, FsError> {
 
 impl fmt::Debug for ShareRoot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ShareRoot").finish_non_exhaustive()
+        f.debug_struct("ShareRoot").field("owner", &self.owner).finish_non_exhaustive()
     }
 }
 

@@ -183,6 +183,25 @@ fn no_file_gets_to_run_as_its_owner_and_no_device_is_made() {
 }
 
 #[test]
+fn files_of_the_monitors_user_are_shown_as_a_user_of_the_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let own = fs::metadata(folder.path()).unwrap();
+    let root = ShareRoot::folder(&fs::File::open(folder.path()).unwrap()).unwrap().shown_as(1000, 1001);
+    let mut guest = Guest::new(root);
+    guest.mount();
+    let (inode, _) = guest.create(ROOT_ID, "a", libc::O_RDWR, 0o644).unwrap();
+    let entry = guest.lookup(ROOT_ID, "a").unwrap();
+    assert_eq!((entry.attr.uid, entry.attr.gid), (1000, 1001));
+    // Whoever gives it to that user again changes nothing.
+    let fields = SetattrIn { valid: 6, uid: 1000, gid: 1001, ..SetattrIn::default() };
+    guest.ask(Opcode::Setattr, inode, fields.as_slice()).unwrap();
+    let attributes = guest.attributes(inode).unwrap();
+    assert_eq!((attributes.attr.uid, attributes.attr.gid), (1000, 1001));
+    let made = fs::metadata(folder.path().join("a")).unwrap();
+    assert_eq!((made.uid(), made.gid()), (own.uid(), own.gid()));
+}
+
+#[test]
 fn unmounting_and_reset_close_everything() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().canonicalize().unwrap();
