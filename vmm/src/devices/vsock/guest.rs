@@ -33,6 +33,7 @@ pub struct Guest {
     pub tx: DriverQueue,
     pub event: DriverQueue,
     pub host: Host,
+    reactor: Arc<Reactor>,
 }
 
 /// What a test has of the host.
@@ -109,16 +110,17 @@ impl Guest {
 
     /// The same, on a thread of this name.
     pub fn named(thread: &str, buffers: u16) -> Self {
+        raise_descriptor_limit();
         let folder = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(folder.path().join("vsock")).unwrap();
         let (upstream, other) = seqpacket_pair();
         let reactor = Arc::new(Reactor::spawn(thread, || ()).unwrap());
-        let device = Vsock::new(CID, Some(listener), Some(other), reactor);
+        let device = Vsock::new(CID, Some(listener), Some(other), Arc::clone(&reactor));
         let memory = testing::memory();
         let queue = |index| DriverQueue::new(&memory, index, SIZE);
         let (rx, tx, event) = (queue(0), queue(1), queue(2));
         let host = Host { folder, upstream };
-        let mut guest = Self { device, memory, rx, tx, event, host };
+        let mut guest = Self { device, memory, rx, tx, event, host, reactor };
         guest.activate(buffers);
         guest
     }
@@ -183,6 +185,12 @@ impl Guest {
         Some((header, data))
     }
 
+    /// Returns when the device has given what it had to give for the packets that it took.
+    pub fn settle(&self) {
+        self.reactor.pause();
+        self.reactor.resume();
+    }
+
     /// Waits for the next packet.
     pub fn receive(&mut self) -> (Header, Vec<u8>) {
         let mut got = None;
@@ -244,6 +252,17 @@ pub fn keep_all(upstream: &UnixDatagram) {
             Ok((4, Some(stream))) => kept.push(stream),
             _ => return,
         }
+    }
+}
+
+/// Some tests have thousands of descriptors, and others run beside them.
+fn raise_descriptor_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: `limit` is there for the kernel to write and to read.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
+        limit.rlim_cur = limit.rlim_max;
+        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
     }
 }
 

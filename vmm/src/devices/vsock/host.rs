@@ -75,7 +75,7 @@ impl Host {
         let token = CLIENT_TOKEN | self.last_client;
         let good = client
             .set_nonblocking(true)
-            .and_then(|()| registration.watch(client.as_raw_fd(), token, watched()));
+            .and_then(|()| registration.watch(client.as_raw_fd(), token, watched(false)));
         if good.is_err() {
             return;
         }

@@ -137,6 +137,34 @@ fn a_flood_of_requests_is_bounded_in_connections_and_in_resets() {
 }
 
 #[test]
+fn what_waits_for_readers_that_do_not_read_is_bounded_over_all_connections() {
+    let mut guest = Guest::new(64);
+    let chunk = vec![1; 64 << 10];
+    let mut streams = Vec::new();
+    'full: loop {
+        assert!(streams.len() * WINDOW as usize <= 2 * MAX_BUFFERED, "there is no bound");
+        let port = 1000 + u32::try_from(streams.len()).unwrap();
+        guest.send(packet(op::REQUEST, port, 80), &[]);
+        streams.push(guest.host.accept().1);
+        let (mut sent, mut forwarded) = (0, 0);
+        while sent - forwarded + 65_536 <= WINDOW {
+            guest.send_data(packet(op::RW, port, 80), &chunk);
+            sent += 65_536;
+            guest.send(packet(op::CREDIT_REQUEST, port, 80), &[]);
+            guest.settle();
+            while let Some((header, _)) = guest.poll() {
+                match (header.op, header.dst_port == port) {
+                    (op::RST, true) => break 'full,
+                    (_, true) => forwarded = header.fwd_cnt,
+                    other => panic!("{other:?}"),
+                }
+            }
+        }
+    }
+    assert!(streams.len() > MAX_BUFFERED / WINDOW as usize / 2, "it is of use before");
+}
+
+#[test]
 fn a_ring_that_makes_no_sense_ends_the_work_until_the_reset() {
     let mut guest = Guest::new(8);
     let mut stream = guest.connect(1000, 80);

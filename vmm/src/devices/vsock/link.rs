@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Write};
 use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice, WriteVolatile};
@@ -46,6 +47,11 @@ impl Link {
             hung_up: false,
             finished: false,
         }
+    }
+
+    /// Its socket's descriptor.
+    pub fn socket_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
     }
 
     /// Bytes that wait for the host to read.

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 
 use vmm_sys_util::epoll::EventSet;
 
@@ -23,15 +24,18 @@ const _: () = assert!(MAX_CONNECTIONS == 1 << PLACE_BITS);
 /// Host ports of connections to the guest are from here up, as many.
 const FIRST_PORT: u32 = 1 << 30;
 
-/// What a connection's socket is watched for.
-pub fn watched() -> EventSet {
-    EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED
+/// What a socket is watched for: by edges, so that data that cannot be taken yet wakes nobody again and again. Room
+/// to write only while bytes wait for it, since each read at the other end makes some.
+pub fn watched(bytes_wait: bool) -> EventSet {
+    let always = EventSet::IN | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+    if bytes_wait { always | EventSet::OUT } else { always }
 }
 
 /// The connections. Dropped, all are gone, and nobody in the guest was told.
 #[derive(Debug)]
 pub struct Links {
     guest_cid: u64,
+    registration: Arc<Registration>,
     counters: Counters,
     places: Vec<Option<Link>>,
     free: Vec<usize>,
@@ -47,9 +51,10 @@ pub struct Links {
 
 impl Links {
     /// None yet.
-    pub fn new(guest_cid: u32, counters: Counters) -> Self {
+    pub fn new(guest_cid: u32, registration: Arc<Registration>, counters: Counters) -> Self {
         Self {
             guest_cid: u64::from(guest_cid),
+            registration,
             counters,
             places: Vec::new(),
             free: Vec::new(),
@@ -81,7 +86,7 @@ impl Links {
 
     /// Adds a connection to `port` of the guest, from a host port that is free. Its socket is watched already, as
     /// something else.
-    pub fn add_to_guest(&mut self, port: u32, socket: UnixStream, registration: &Registration) {
+    pub fn add_to_guest(&mut self, port: u32, socket: UnixStream) {
         let key = loop {
             // There are more ports than connections, so one is free soon.
             let key = Key { guest: port, host: FIRST_PORT + self.next_port };
@@ -92,18 +97,18 @@ impl Links {
         };
         let fd = socket.as_raw_fd();
         let (place, token) = self.add(Connection::to_guest(key), socket);
-        match registration.change(fd, token, watched()) {
+        match self.registration.change(fd, token, watched(false)) {
             Ok(()) => self.queue(place),
             Err(_) => self.remove(place),
         }
     }
 
     /// Adds a connection that the guest asked for; it is refused if the socket cannot be watched.
-    pub fn add_from_guest(&mut self, request: &Header, socket: UnixStream, registration: &Registration) {
+    pub fn add_from_guest(&mut self, request: &Header, socket: UnixStream) {
         let key = key_of(request);
         let fd = socket.as_raw_fd();
         let (place, token) = self.add(Connection::from_guest(key, request), socket);
-        match registration.watch(fd, token, watched()) {
+        match self.registration.watch(fd, token, watched(false)) {
             Ok(()) => self.queue(place),
             Err(_) => self.reset(place),
         }
@@ -117,8 +122,7 @@ impl Links {
         });
         self.by_key.insert(connection.key(), place);
         self.places[place] = Some(Link::new(connection, socket, self.generation));
-        let number = u32::try_from(place).unwrap_or(0);
-        (place, LINK_TOKEN | self.generation << PLACE_BITS | number)
+        (place, token_of(place, self.generation))
     }
 
     /// A connection's socket is ready.
@@ -190,7 +194,11 @@ impl Links {
     fn settle(&mut self, place: usize, before: usize, failed: bool) {
         let Some(link) = self.link(place) else { return };
         let (after, draining) = (link.waiting(), link.draining);
+        let (fd, token) = (link.socket_fd(), token_of(place, link.generation));
         self.buffered = self.buffered + after - before;
+        // The change itself tells of room that has come meanwhile.
+        let changed = (after > 0) != (before > 0);
+        let failed = failed || (changed && self.registration.change(fd, token, watched(after > 0)).is_err());
         if draining && (failed || after == 0) {
             self.remove(place);
         } else if failed {
@@ -277,6 +285,10 @@ impl Links {
     fn link(&mut self, place: usize) -> Option<&mut Link> {
         self.places.get_mut(place).and_then(Option::as_mut)
     }
+}
+
+fn token_of(place: usize, generation: u32) -> u32 {
+    LINK_TOKEN | generation << PLACE_BITS | u32::try_from(place).unwrap_or(0)
 }
 
 fn key_of(header: &Header) -> Key {

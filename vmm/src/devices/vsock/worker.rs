@@ -41,7 +41,7 @@ pub struct Worker {
 struct Active {
     memory: GuestRam,
     queues: Vec<Virtqueue>,
-    registration: Registration,
+    registration: Arc<Registration>,
     links: Links,
     /// Woken to go on where a batch ended.
     again: EventFd,
@@ -61,11 +61,13 @@ impl Worker {
         registration: Registration,
         again: EventFd,
     ) -> io::Result<()> {
+        let registration = Arc::new(registration);
+        let links = Links::new(self.cid, Arc::clone(&registration), self.counters.clone());
         let active = self.active.insert(Active {
             memory: activation.memory,
             queues: activation.queues,
             registration,
-            links: Links::new(self.cid, self.counters.clone()),
+            links,
             again,
             reset_due: false,
         });
@@ -75,7 +77,7 @@ impl Worker {
 
     /// Stops: no packet is read or written any more, all connections end. Returns what is to be dropped once the
     /// worker is not locked any more.
-    pub fn stop(&mut self) -> Option<Registration> {
+    pub fn stop(&mut self) -> Option<Arc<Registration>> {
         let active = self.active.take()?;
         self.host.drop_clients();
         active.unwatch(&self.host);
@@ -91,7 +93,7 @@ impl Worker {
     pub fn transport_reset(&mut self) {
         self.host.drop_clients();
         if let Some(active) = &mut self.active {
-            active.links = Links::new(self.cid, self.counters.clone());
+            active.links = active.no_links(self.cid, &self.counters);
             active.reset_due = true;
             let result = active.send_event();
             self.end_if_broken(result);
@@ -115,7 +117,7 @@ impl Worker {
         active.queues[index].give_up(&error);
         // The queues stay, to be saved with the rest; nobody looks at them before the reset.
         active.unwatch(&self.host);
-        active.links = Links::new(self.cid, self.counters.clone());
+        active.links = active.no_links(self.cid, &self.counters);
         self.host.drop_clients();
     }
 }
@@ -152,7 +154,7 @@ impl Active {
                 if let Some((port, client)) = host.client(token, events)
                     && !self.links.is_full()
                 {
-                    self.links.add_to_guest(port, client, &self.registration);
+                    self.links.add_to_guest(port, client);
                 }
             }
             _ => {}
@@ -208,7 +210,7 @@ impl Active {
         let request = &packet.header;
         let socket = if self.links.is_full() { None } else { host.connect(request.dst_port).ok() };
         match socket {
-            Some(socket) => self.links.add_from_guest(request, socket, &self.registration),
+            Some(socket) => self.links.add_from_guest(request, socket),
             None => self.links.refuse(request),
         }
     }
@@ -274,6 +276,10 @@ impl Active {
                 return Ok(());
             }
         }
+    }
+
+    fn no_links(&self, cid: u32, counters: &Counters) -> Links {
+        Links::new(cid, Arc::clone(&self.registration), counters.clone())
     }
 
     fn watch(&self, host: &Host) -> io::Result<()> {
