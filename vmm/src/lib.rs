@@ -13,9 +13,25 @@ pub mod control;
 pub mod description;
 pub mod devices;
 pub mod layout;
+pub mod machine;
 pub mod memory;
 pub mod probe;
 pub mod reactor;
+pub mod run;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;
+
+/// An error and its causes, each once, from outside in.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut parts = vec![error.to_string()];
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let text = cause.to_string();
+        if parts.last() != Some(&text) {
+            parts.push(text);
+        }
+        next = cause.source();
+    }
+    parts.join(": ")
+}

@@ -1,9 +1,10 @@
-//! catalyst-vmm: one process is one VM on KVM. Today it answers one question: can this machine's KVM run one?
+//! catalyst-vmm: one process is one VM on KVM.
 
 use std::io::Write as _;
+use std::os::fd::RawFd;
 use std::process::ExitCode;
 
-use catalyst_vmm::probe;
+use catalyst_vmm::{chain, probe, run};
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
@@ -15,6 +16,15 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Runs the machine that a description says, until it ends.
+    ///
+    /// Exit status: 0 the guest switched itself off, 10 it asked for a reset, 11 it met a triple fault, 12 it could not
+    /// go on, 13 asked to quit; 1 the machine could not be built, 2 wrong use.
+    Run {
+        /// The descriptor from which the description is read, as JSON, to its end. It names further descriptors.
+        #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
+        description_fd: RawFd,
+    },
     /// Runs kernel-mode code under /dev/kvm for at most 200 ms at a time and says what it can do.
     ///
     /// The exit code is 0 whatever the verdict is; 1 only if the report could not be written.
@@ -29,7 +39,19 @@ enum Command {
 }
 
 fn main() -> ExitCode {
-    let Command::Probe { json, attempts } = Arguments::parse().command;
+    match Arguments::parse().command {
+        Command::Run { description_fd } => match run::run(description_fd) {
+            Ok(cause) => ExitCode::from(cause.exit_status()),
+            Err(error) => {
+                eprintln!("catalyst-vmm: {}", chain(&error));
+                ExitCode::FAILURE
+            }
+        },
+        Command::Probe { json, attempts } => show_probe(json, attempts),
+    }
+}
+
+fn show_probe(json: bool, attempts: u8) -> ExitCode {
     let report = probe::run_up_to(attempts);
     let text = if json { serde_json::to_string_pretty(&report) } else { Ok(report.to_string()) };
     let written =

@@ -34,6 +34,9 @@ pub struct Platform {
     pub uart: bool,
 }
 
+/// Where the CMOS clock has the century.
+const CENTURY: u8 = 0x32;
+
 /// Bytes of tables.
 #[derive(Debug, Default)]
 pub(super) struct Bytes(pub Vec<u8>);
@@ -95,6 +98,7 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::SlpButton)
         .flag(Flags::Headless);
     fadt.iapc_boot_arch = NO_VGA.into();
+    fadt.century = CENTURY;
     fadt.reset_reg = register(power::RESET);
     fadt.reset_value = power::RESET_VALUE;
     fadt.sleep_control_reg = register(power::SLEEP_CONTROL);

@@ -14,12 +14,14 @@
 mod landlock;
 mod namespace;
 mod privilege;
+mod seccomp;
 
 use std::fs::File;
 use std::io;
 
 pub use landlock::Landlock;
 pub use namespace::enter_namespace;
+pub use seccomp::{Filters, ROLES, Role, SeccompError};
 
 /// Why the process could not be confined. What the kernel does not have is none of these: see [`Confinement`].
 #[derive(Debug, thiserror::Error)]

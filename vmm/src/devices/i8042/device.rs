@@ -1,9 +1,9 @@
 //! The controller's two ports. Nothing of it is saved.
 
-use std::io;
+use std::convert::Infallible;
+use std::fmt::Debug;
 
 use vm_superio::{I8042Device, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
 
@@ -13,23 +13,29 @@ const COMMAND: u64 = 4;
 const OUTPUT_FULL: u8 = 1;
 
 /// The keyboard controller.
-#[derive(Debug)]
 pub struct I8042(I8042Device<Reset>);
 
-#[derive(Debug)]
-struct Reset(EventFd);
+/// Called when the guest asks for a reset.
+struct Reset(Box<dyn Fn() + Send>);
 
 impl Trigger for Reset {
-    type E = io::Error;
-    fn trigger(&self) -> io::Result<()> {
-        self.0.write(1)
+    type E = Infallible;
+    fn trigger(&self) -> Result<(), Infallible> {
+        (self.0)();
+        Ok(())
     }
 }
 
 impl I8042 {
-    /// A controller that writes `reset` when the guest asks for a reset.
-    pub fn new(reset: EventFd) -> Self {
-        Self(I8042Device::new(Reset(reset)))
+    /// A controller that calls `reset` when the guest asks for a reset. It must not block.
+    pub fn new(reset: impl Fn() + Send + 'static) -> Self {
+        Self(I8042Device::new(Reset(Box::new(reset))))
+    }
+}
+
+impl Debug for I8042 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("I8042")
     }
 }
 
@@ -42,7 +48,7 @@ impl BusDevice for I8042 {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         if let (Ok(offset), [value]) = (u8::try_from(offset), data) {
-            // A full counter means that a reset is asked for already.
+            // It cannot fail.
             let _ = self.0.write(offset, *value);
         }
     }

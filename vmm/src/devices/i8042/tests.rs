@@ -3,19 +3,19 @@ use crate::bus::BusDevice;
 
 #[test]
 fn only_the_reset_command_at_the_command_port_resets() {
-    let reset = crate::virtio::event().unwrap();
-    let mut device = I8042::new(reset.try_clone().unwrap());
+    let (tell, resets) = std::sync::mpsc::channel();
+    let mut device = I8042::new(move || tell.send(()).unwrap());
     device.write(0, &[0xfe]);
     device.write(4, &[0xd1]);
     device.write(4, &[0xfe, 0xfe]);
-    assert!(reset.read().is_err());
+    assert!(resets.try_recv().is_err());
     device.write(4, &[0xfe]);
-    assert_eq!(reset.read().unwrap(), 1);
+    resets.try_recv().unwrap();
 }
 
 #[test]
 fn linux_finds_no_controller_soon_and_does_not_wait_before_a_reset() {
-    let mut device = I8042::new(crate::virtio::event().unwrap());
+    let mut device = I8042::new(|| ());
     let mut read = |offset| {
         let mut data = [0xff];
         device.read(offset, &mut data);

@@ -102,6 +102,11 @@ impl Uart {
         self.port().console.attach(stream)
     }
 
+    /// Whether somebody is at the console.
+    pub fn has_client(&self) -> bool {
+        self.port().console.is_connected()
+    }
+
     /// Writes what was gathered; the machine calls it when it ends.
     pub fn flush(&self) {
         self.port().flush();

@@ -1,0 +1,49 @@
+//! What the control socket asks of a machine.
+
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use super::{Ended, Machine};
+use crate::control::Commanded;
+use crate::control::protocol::{Answer, Cause, Command};
+
+/// A machine, for the control server.
+#[expect(missing_debug_implementations, reason = "of a function")]
+pub struct Commands {
+    machine: Arc<Machine>,
+    ended: Ended,
+}
+
+impl Commands {
+    /// Commands for `machine`; `ended` is told of a quit.
+    pub fn new(machine: Arc<Machine>, ended: Ended) -> Self {
+        Self { machine, ended }
+    }
+}
+
+impl Commanded for Commands {
+    fn command(&mut self, command: Command) -> Result<Answer, String> {
+        match command {
+            Command::State => return Ok(Answer::State(self.machine.run_state())),
+            Command::Stats => return Ok(Answer::Stats(Box::new(self.machine.stats()))),
+            Command::Pause => self.machine.pause().map_err(|error| crate::chain(&error))?,
+            Command::Resume => self.machine.resume().map_err(|error| crate::chain(&error))?,
+            Command::PowerButton => self.machine.press_power_button(),
+            Command::Quit => self.quit(),
+            Command::AttachConsole => return Err("This is answered by the connection".into()),
+        }
+        Ok(Answer::Done)
+    }
+
+    fn attach_console(&mut self, stream: UnixStream) -> Result<(), String> {
+        self.machine.devices.attach_console(stream)
+    }
+
+    fn can_attach(&mut self) -> Result<(), String> {
+        self.machine.devices.can_attach_console()
+    }
+
+    fn quit(&mut self) {
+        (self.ended)(Cause::Quit);
+    }
+}
