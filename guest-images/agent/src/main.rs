@@ -6,6 +6,7 @@ mod identity;
 mod notify;
 mod outbox;
 mod port;
+mod power_button;
 mod readiness;
 mod session;
 mod shutdown;
@@ -84,6 +85,9 @@ fn serve(path: &std::path::Path, config: Config) -> io::Result<()> {
     let mut writer = port.writer()?;
     let written = Arc::clone(&outbox);
     thread::spawn(move || written.write_to(&mut writer));
+    if !config.files_only() {
+        power_button::watch();
+    }
     outbox.control(0, &Control::Up);
     let session = Session::new(config, outbox);
     port.read(|event| session.handle(event))?;

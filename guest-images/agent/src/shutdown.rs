@@ -16,6 +16,11 @@ pub fn shut_down(session: &Session, kind: ShutdownKind) {
         eprintln!("catalyst-agent: no shutdown ({kind:?}): --root is given");
         return;
     }
+    ask_init(kind);
+}
+
+/// Asks pid 1 to shut down.
+pub fn ask_init(kind: ShutdownKind) {
     // systemd(1), "Signals": SIGRTMIN+4 starts poweroff.target, SIGRTMIN+5 reboot.target.
     let signal = match kind {
         ShutdownKind::PowerOff => libc::SIGRTMIN() + 4,
