@@ -87,11 +87,15 @@ pub fn default_state_dir(owner: &Owner, own_environment: bool) -> PathBuf {
     }
 }
 
-/// A program of ours: beside this one, as built; in `../lib/catalyst`, as installed; else found in PATH.
+/// A program of ours, as an absolute path: beside this one, as built; in `../lib/catalyst`, as installed; else in a
+/// folder of PATH. Where there is none, it is the first of these.
 pub fn sibling(name: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap_or_default();
     let folder = own.parent().unwrap_or(Path::new("/"));
-    let places = [folder.join(name), folder.join("../lib/catalyst").join(name)];
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = vec![folder.join(name), folder.join("../lib/catalyst").join(name)];
+    places.extend(std::env::split_paths(&path).filter(|path| path.is_absolute()).map(|path| path.join(name)));
     // They may lie where the daemon's owner may not look, such as in root's home.
-    as_root(|| places.into_iter().find(|path| path.exists())).unwrap_or_else(|| Path::new(name).to_owned())
+    let found = as_root(|| places.iter().find(|path| path.exists()).cloned());
+    found.unwrap_or_else(|| folder.join(name))
 }

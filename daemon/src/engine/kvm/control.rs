@@ -35,8 +35,8 @@ pub enum ControlError {
     #[error("the control connection is closed")]
     Closed,
     /// No answer in time, or too many are due.
-    #[error("no answer within {} s", ANSWER_TIMEOUT.as_secs())]
-    Timeout,
+    #[error("no answer within {} s", .0.as_secs())]
+    Timeout(Duration),
     /// The monitor says no.
     #[error("{0}")]
     Refused(String),
@@ -87,12 +87,12 @@ impl Control {
 
     /// Whether the guest runs.
     pub async fn state(&self) -> Result<RunState, ControlError> {
-        within(self.first_state()).await
+        self.state_within(ANSWER_TIMEOUT).await
     }
 
-    /// The same without a limit of time, for a monitor that is starting.
-    pub async fn first_state(&self) -> Result<RunState, ControlError> {
-        match self.ask(Command::State).await? {
+    /// The same with a limit of its own, for a monitor that is starting.
+    pub async fn state_within(&self, limit: Duration) -> Result<RunState, ControlError> {
+        match within(limit, self.ask(Command::State)).await? {
             Answer::State(state) => Ok(state),
             _ => Err(ControlError::Unfit),
         }
@@ -100,7 +100,7 @@ impl Control {
 
     /// A command that is answered with nothing but that it is done.
     pub async fn tell(&self, command: Command) -> Result<(), ControlError> {
-        match within(self.ask(command)).await? {
+        match within(ANSWER_TIMEOUT, self.ask(command)).await? {
             Answer::Done => Ok(()),
             _ => Err(ControlError::Unfit),
         }
@@ -129,7 +129,9 @@ impl Control {
             line.push(b'\n');
             match lock(&self.waiting).as_mut() {
                 None => return Err(ControlError::Closed),
-                Some(queue) if queue.len() >= MAX_WAITING => return Err(ControlError::Timeout),
+                Some(queue) if queue.len() >= MAX_WAITING => {
+                    return Err(ControlError::Timeout(ANSWER_TIMEOUT));
+                }
                 Some(queue) => queue.push_back((request.id, sender)),
             }
             // So few lines fit into the socket's buffer, also where the other side does not read.
@@ -146,8 +148,11 @@ impl Control {
     }
 }
 
-async fn within<T>(asked: impl Future<Output = Result<T, ControlError>>) -> Result<T, ControlError> {
-    tokio::time::timeout(ANSWER_TIMEOUT, asked).await.unwrap_or(Err(ControlError::Timeout))
+async fn within<T>(
+    limit: Duration,
+    asked: impl Future<Output = Result<T, ControlError>>,
+) -> Result<T, ControlError> {
+    tokio::time::timeout(limit, asked).await.unwrap_or(Err(ControlError::Timeout(limit)))
 }
 
 /// The next message; `None` at the end of the connection, and where the other side breaks the protocol.
@@ -296,10 +301,10 @@ mod tests {
     async fn a_peer_that_neither_reads_nor_answers_costs_no_more_than_a_few_requests() {
         let (control, _peer) = pair();
         for _ in 0..3 * MAX_WAITING {
-            let given_up = tokio::time::timeout(Duration::from_millis(1), control.first_state()).await;
-            assert!(matches!(given_up, Err(_) | Ok(Err(ControlError::Timeout))));
+            let given_up = control.state_within(Duration::from_millis(1)).await;
+            assert!(matches!(given_up, Err(ControlError::Timeout(_))));
         }
         assert_eq!(lock(&control.waiting).as_ref().unwrap().len(), MAX_WAITING);
-        assert!(matches!(control.first_state().await, Err(ControlError::Timeout)));
+        assert!(matches!(control.state().await, Err(ControlError::Timeout(_))));
     }
 }

@@ -30,6 +30,8 @@ const CONTROL_SOCKET: &str = "control.sock";
 const VSOCK_SOCKET: &str = "vsock.sock";
 /// How long the monitor may take from its start to its first answer, which is when it has loaded the kernel.
 const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long one that was found again may take.
+const ADOPT_LIMIT: Duration = Duration::from_secs(10);
 /// How long the end of the control connection may come after that of the process.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 
@@ -104,7 +106,7 @@ impl Engine for KvmEngine {
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>> {
         async move {
             let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
-            let control = match connect(&process, &dir).await {
+            let control = match connect(&process, &dir, ADOPT_LIMIT).await {
                 Ok((control, _)) => Ok(control),
                 // It was ending when it was found.
                 Err(EngineError::Died(_)) => return Ok(None),
@@ -119,10 +121,7 @@ impl Engine for KvmEngine {
 /// Waits until a monitor that was just started runs the guest.
 async fn begin(process: &Process, dir: &VmDir) -> Result<Control, EngineError> {
     let what = "start its virtual CPUs";
-    let (control, state) =
-        tokio::time::timeout(START_LIMIT, connect(process, dir)).await.map_err(|_| {
-            EngineError::Refused { what, why: format!("no answer within {} s", START_LIMIT.as_secs()) }
-        })??;
+    let (control, state) = connect(process, dir, START_LIMIT).await?;
     match state {
         RunState::Running => Ok(control),
         RunState::Paused => Err(EngineError::Refused { what, why: "they stand".to_owned() }),
@@ -130,11 +129,15 @@ async fn begin(process: &Process, dir: &VmDir) -> Result<Control, EngineError> {
 }
 
 /// Connects to the control socket and asks for the state: the monitor answers once it has one.
-async fn connect(process: &Process, dir: &VmDir) -> Result<(Control, RunState), EngineError> {
+async fn connect(
+    process: &Process,
+    dir: &VmDir,
+    limit: Duration,
+) -> Result<(Control, RunState), EngineError> {
     folder::first_answer(process, dir, async {
         let stream = sockets::connect(&dir.run(), CONTROL_SOCKET).await.map_err(ControlError::Io)?;
         let control = Control::new(stream);
-        let state = control.first_state().await?;
+        let state = control.state_within(limit).await?;
         Ok::<_, ControlError>((control, state))
     })
     .await
