@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build agent image demo test unit e2e lint licences bench lab install uninstall clean
+.PHONY: help setup build agent image demo test unit e2e e2e-kvm lint licences bench lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -18,7 +18,7 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          cpio:cpio depmod:kmod xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc
 
 help: ## show this
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## install what is missing (Debian packages)
 	@missing=; for need in $(NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
@@ -47,6 +47,12 @@ unit: build ## unit tests
 
 e2e: image ## end-to-end tests on real VMs (root)
 	cargo test --release -p catalyst-tests -- --nocapture
+
+# The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
+KVM_GROUPS ?= crash access bad_input hosts legacy daemons life
+e2e-kvm: export LAB_TIMEOUT ?= 3600
+e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root)
+	tests/lab/e2e '$(KVM_GROUPS)'
 
 test: lint licences unit e2e ## all tests
 

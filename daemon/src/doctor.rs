@@ -7,7 +7,7 @@ use catalyst_api::{Check, CheckStatus, Doctor, EngineName};
 use catalyst_vmm::probe::{ProbeReport, Verdict};
 use tokio::process::Command;
 
-use crate::engine::qemu;
+use crate::engine::{Engines, qemu};
 use crate::http::error::chain;
 use crate::machines::Context;
 use crate::privilege::as_root_blocking;
@@ -20,7 +20,7 @@ const ROOM: u64 = 5 * GIB;
 
 /// Looks at everything.
 pub async fn examine(settings: &Settings, context: &Context) -> Doctor {
-    let engine = context.engine.name();
+    let engines = &context.engines;
     let (probe, qemu, qemu_img, dnsmasq, nft) = tokio::join!(
         crate::probe::run(),
         version_of(qemu::PROGRAM, "--version"),
@@ -28,10 +28,9 @@ pub async fn examine(settings: &Settings, context: &Context) -> Doctor {
         version_of("dnsmasq", "--version"),
         version_of("nft", "--version"),
     );
-    let engine_reason = engine_reason(engine, &probe);
     let mut checks = vec![
-        kvm(&probe, engine),
-        program("QEMU", qemu, "sudo apt-get install qemu-system-x86 qemu-utils"),
+        kvm(&probe, engines),
+        emulator(qemu, engines.name()),
         program("qemu-img", qemu_img, "sudo apt-get install qemu-system-x86 qemu-utils"),
         tun(),
         program("nftables", nft, "sudo apt-get install nftables"),
@@ -43,48 +42,52 @@ pub async fn examine(settings: &Settings, context: &Context) -> Doctor {
     ];
     checks.push(room("room for VMs", &settings.state_dir));
     checks.push(room("room for images", &settings.image_dir));
-    Doctor { engine, engine_reason, checks }
+    Doctor { engine: engines.name(), engine_reason: engines.why().to_owned(), checks }
 }
 
 fn check(name: &str, status: CheckStatus, found: impl Into<String>, remedy: Option<&str>) -> Check {
     Check { name: name.to_owned(), status, found: found.into(), remedy: remedy.map(str::to_owned) }
 }
 
-fn engine_reason(engine: EngineName, probe: &Result<ProbeReport, String>) -> String {
-    let kvm = match probe {
-        Ok(report) => match &report.verdict {
-            Verdict::Usable => {
-                "KVM is usable, but this version of Catalyst has no engine for it yet".to_owned()
-            }
-            _ => report.summary.clone(),
-        },
-        Err(why) => format!("KVM could not be probed: {why}"),
-    };
-    match engine {
-        EngineName::Qemu => format!("{kvm}; VMs run on QEMU's software CPU"),
-        EngineName::Kvm => kvm,
-    }
-}
-
-fn kvm(probe: &Result<ProbeReport, String>, engine: EngineName) -> Check {
+/// KVM as it is now; the engine was chosen when the daemon started.
+fn kvm(probe: &Result<ProbeReport, String>, engines: &Engines) -> Check {
     let report = match probe {
         Ok(report) => report,
-        Err(why) => return check("KVM", CheckStatus::Degraded, why, None),
+        Err(why) => {
+            let remedy = "make build, or make install: catalyst-vmm belongs beside catalyst-daemon";
+            return check("KVM", CheckStatus::Degraded, why, Some(remedy));
+        }
     };
-    let status = match report.verdict {
-        Verdict::Usable if engine == EngineName::Kvm => CheckStatus::Ok,
-        _ => CheckStatus::Degraded,
-    };
-    let remedy = match report.verdict {
-        Verdict::Absent => Some(
-            "switch on virtualization in the firmware, then: sudo modprobe kvm_intel || sudo modprobe kvm_amd",
+    let waits = engines.name() == EngineName::Qemu && !engines.is_named();
+    let (status, remedy) = match report.verdict {
+        Verdict::Usable if waits => (
+            CheckStatus::Degraded,
+            Some("VMs run on qemu, since KVM was not usable when the daemon started: catalyst daemon stop"),
         ),
-        Verdict::Slow { .. } | Verdict::Unusable { .. } => Some(
-            "use a machine with hardware virtualization (nested, if this is a VM); qemu serves until then",
+        Verdict::Usable => (CheckStatus::Ok, None),
+        Verdict::Absent => (
+            CheckStatus::Degraded,
+            Some(
+                "switch on virtualization in the firmware, then: sudo modprobe kvm_intel || sudo modprobe kvm_amd",
+            ),
         ),
-        Verdict::Usable => None,
+        Verdict::Slow { .. } | Verdict::Unusable { .. } => (
+            CheckStatus::Degraded,
+            Some(
+                "use a machine with hardware virtualization (nested, if this is a VM); qemu serves until then",
+            ),
+        ),
     };
     check("KVM", status, report.summary.clone(), remedy)
+}
+
+fn emulator(version: Option<String>, engine: EngineName) -> Check {
+    match (version, engine) {
+        (None, EngineName::Kvm) => {
+            check("QEMU", CheckStatus::Ok, "not installed; VMs run on kvm without it", None)
+        }
+        (version, _) => program("QEMU", version, "sudo apt-get install qemu-system-x86 qemu-utils"),
+    }
 }
 
 /// The first line a program says of its version.
@@ -170,5 +173,48 @@ fn room(name: &str, folder: &Path) -> Check {
         check(name, CheckStatus::Ok, found, None)
     } else {
         check(name, CheckStatus::Degraded, found, Some("free some disk space"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use catalyst_vmm::probe::Device;
+
+    use super::*;
+    use crate::engine::kvm::KvmEngine;
+    use crate::engine::qemu::QemuEngine;
+
+    fn engines(chosen: EngineName, named: bool) -> Engines {
+        let kvm = KvmEngine::new("/no/such/program".into());
+        Engines::new(chosen, String::new(), named, Arc::new(kvm), Arc::new(QemuEngine))
+    }
+
+    fn usable() -> Result<ProbeReport, String> {
+        Ok(ProbeReport {
+            device: Device::Opened,
+            api_version: Some(12),
+            instructions_per_second: Some(1 << 30),
+            checks: Vec::new(),
+            verdict: Verdict::Usable,
+            out_of_time: false,
+            summary: "KVM is usable".to_owned(),
+        })
+    }
+
+    #[test]
+    fn a_usable_kvm_is_well_unless_the_daemon_chose_before_it_was() {
+        assert_eq!(kvm(&usable(), &engines(EngineName::Kvm, false)).status, CheckStatus::Ok);
+        assert_eq!(kvm(&usable(), &engines(EngineName::Qemu, true)).status, CheckStatus::Ok);
+        let late = kvm(&usable(), &engines(EngineName::Qemu, false));
+        assert_eq!(late.status, CheckStatus::Degraded);
+        assert!(late.remedy.unwrap().contains("catalyst daemon stop"));
+    }
+
+    #[test]
+    fn qemu_is_missed_only_where_vms_run_on_it() {
+        assert_eq!(emulator(None, EngineName::Qemu).status, CheckStatus::Missing);
+        assert_eq!(emulator(None, EngineName::Kvm).status, CheckStatus::Ok);
     }
 }

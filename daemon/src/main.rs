@@ -15,17 +15,16 @@ use catalyst_daemon::access::listen::ListenOptions;
 use catalyst_daemon::access::owner::Owner;
 use catalyst_daemon::access::peer::Peer;
 use catalyst_daemon::access_keys::AccessKeys;
-use catalyst_daemon::engine::Engine;
-use catalyst_daemon::engine::qemu::QemuEngine;
+use catalyst_daemon::engine::Engines;
 use catalyst_daemon::events::Events;
 use catalyst_daemon::http::{self, App};
 use catalyst_daemon::images::Images;
 use catalyst_daemon::machines::{Context, Machines};
 use catalyst_daemon::network::{Network, NetworkConfig};
-use catalyst_daemon::privilege;
-use catalyst_daemon::settings::{Args, EngineChoice, Settings, default_state_dir};
+use catalyst_daemon::settings::{Args, Settings, default_state_dir};
 use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;
+use catalyst_daemon::{privilege, probe};
 use catalyst_images::ImageStore;
 use clap::Parser;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -48,8 +47,6 @@ enum StartError {
         "catalyst-daemon needs root to set up networks and to start VM processes; run: sudo {program} --owner {user}"
     )]
     NotRoot { program: String, user: String },
-    #[error("Engine 'kvm' is not in this version of Catalyst yet; leave --engine out")]
-    NoKvm,
     #[error("Cannot make the state folder {path}")]
     StateDir {
         path: String,
@@ -81,9 +78,6 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
     if !rustix::process::geteuid().is_root() {
         let program = std::env::args().next().unwrap_or_default();
         return Err(StartError::NotRoot { program, user: owner.name }.into());
-    }
-    if args.engine == EngineChoice::Kvm {
-        return Err(StartError::NoKvm.into());
     }
     let filter = tracing_subscriber::EnvFilter::try_new(&args.log)?;
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
@@ -122,6 +116,8 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let socket = state_dir.join("catalyst.sock");
     let listener = ListenOptions { tcp: &address, unix: Some(&socket), owner: &owner }.bind()?;
 
+    // Measured beside what else a start does; from the first answer on the daemon knows its engine.
+    let engines = tokio::spawn(Engines::choose(args.engine, probe::run()));
     let events = Events::default();
     let images = ImageStore::open(&args.image_dir);
     let tasks = Tasks::new(events.clone());
@@ -134,10 +130,11 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let network = Network::load(network).await?;
     let serving = network.clone();
     tokio::spawn(async move { serving.keep_serving().await });
-    let engine: Arc<dyn Engine> = Arc::new(QemuEngine);
     let access_keys = AccessKeys::open(&state_dir, &owner.home)?;
     let store = Store::open(&state_dir)?;
-    let context = Context::new(store, images, network, engine, events, owner.clone(), access_keys);
+    let engines = engines.await.map_err(|error| StartError::Runtime(std::io::Error::other(error)))??;
+    tracing::info!(engine = %engines.name(), why = engines.why(), "engine");
+    let context = Context::new(store, images, network, engines, events, owner.clone(), access_keys);
     let machines = Machines::load(context).await?;
 
     let app = App { machines, images: image_tasks, settings, stop: Arc::clone(&stop) };

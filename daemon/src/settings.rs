@@ -6,6 +6,7 @@ use catalyst_api::EngineName;
 use clap::{Parser, ValueEnum};
 
 use crate::access::owner::Owner;
+use crate::privilege::as_root;
 
 /// Where images lie where nothing else is said: shared by all state folders.
 pub const IMAGE_DIR: &str = "/var/lib/catalyst/images";
@@ -29,7 +30,7 @@ pub struct Args {
     /// Folder of the images, shared between state folders
     #[arg(long, value_name = "DIR", env = "CATALYST_IMAGE_DIR", default_value = IMAGE_DIR)]
     pub image_dir: PathBuf,
-    /// The engine VMs are started with
+    /// The engine VMs are started with; auto measures KVM and takes it if it is usable
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub engine: EngineChoice,
     /// Name of the bridge [default: the first free of catalyst0, catalyst1, …]
@@ -86,10 +87,15 @@ pub fn default_state_dir(owner: &Owner, own_environment: bool) -> PathBuf {
     }
 }
 
-/// A program of ours: beside this one, as built; in `../lib/catalyst`, as installed; else found in PATH.
+/// A program of ours, as an absolute path: beside this one, as built; in `../lib/catalyst`, as installed; else in a
+/// folder of PATH. Where there is none, it is the first of these.
 pub fn sibling(name: &str) -> PathBuf {
     let own = std::env::current_exe().unwrap_or_default();
     let folder = own.parent().unwrap_or(Path::new("/"));
-    let places = [folder.join(name), folder.join("../lib/catalyst").join(name)];
-    places.into_iter().find(|path| path.exists()).unwrap_or_else(|| Path::new(name).to_owned())
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut places = vec![folder.join(name), folder.join("../lib/catalyst").join(name)];
+    places.extend(std::env::split_paths(&path).filter(|path| path.is_absolute()).map(|path| path.join(name)));
+    // They may lie where the daemon's owner may not look, such as in root's home.
+    let found = as_root(|| places.iter().find(|path| path.exists()).cloned());
+    found.unwrap_or_else(|| folder.join(name))
 }

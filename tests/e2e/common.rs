@@ -5,6 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use catalyst_tests::world::vm_name;
 use catalyst_tests::{Answer, World};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -14,7 +15,7 @@ pub const VERSION: &str = "0123456789ab";
 /// The statuses that clients of the original understand (AppCatalyst reference section 1.2).
 const LEGACY: [u16; 12] = [400, 401, 403, 404, 405, 406, 408, 409, 415, 500, 503, 504];
 
-/// A world whose image is the tiny one, without a daemon. A VM of it is a real QEMU that costs
+/// A world whose image is the tiny one, without a daemon. A VM of it is a real VM process that costs
 /// no processor time: what these groups test are processes, not guests.
 pub fn quiet() -> World {
     let mut world = World::empty();
@@ -181,18 +182,14 @@ pub fn arguments(pid: u32) -> Vec<String> {
     bytes.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
 }
 
-/// Processes of QEMU in the world's network namespace, by the VM's name.
-pub fn emulators(world: &World) -> Vec<(u32, String)> {
+/// VM processes in the world's network namespace, by the VM's name.
+pub fn vm_processes(world: &World) -> Vec<(u32, String)> {
     let pids = world.command("ip").args(["netns", "pids", world.netns()]).output().expect("ip runs");
     String::from_utf8_lossy(&pids.stdout)
         .lines()
         .filter_map(|line| line.trim().parse().ok())
         .filter(|pid| lives(*pid))
-        .filter_map(|pid| {
-            let words = arguments(pid);
-            let name = words.iter().find_map(|word| word.strip_prefix("guest=")?.split(',').next())?;
-            words[0].contains("qemu").then(|| (pid, name.to_owned()))
-        })
+        .filter_map(|pid| Some((pid, vm_name(pid)?)))
         .collect()
 }
 

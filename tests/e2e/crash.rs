@@ -7,13 +7,13 @@ use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::{HANG, ran, run};
+use catalyst_tests::world::{HANG, ran, run, vm_name};
 use catalyst_tests::{Checks, World};
 use nix::sys::signal::Signal;
 
 use crate::common::{
-    arguments, create, emulators, healthy, legacy_error, lives, power, quiet, running, signal, try_power,
-    v1_error, vm, wait_until,
+    create, healthy, legacy_error, lives, power, quiet, running, signal, try_power, v1_error, vm,
+    vm_processes, wait_until,
 };
 
 /// The group.
@@ -59,7 +59,7 @@ fn daemon_killed(checks: &mut Checks, world: &mut World) {
         // One that was on stays one process.
         power(world, "web1", "on");
         power(world, "web2", "unpause");
-        assert_eq!(emulators(world).len(), 2);
+        assert_eq!(vm_processes(world).len(), 2);
         power(world, "web1", "off");
         world.catalyst(&["vm", "delete", "--force", "web2"]).ok();
         assert!(pids.iter().all(|pid| !lives(*pid)));
@@ -81,7 +81,7 @@ fn daemon_killed(checks: &mut Checks, world: &mut World) {
         signal(pid, Signal::SIGSTOP);
         power(world, "web1", "off");
         power(world, "web3", "off");
-        assert!(emulators(world).is_empty());
+        assert!(vm_processes(world).is_empty());
     });
     checks.check("a VM that ends while no daemon runs is powered off for the next", || {
         power(world, "web1", "on");
@@ -111,7 +111,7 @@ fn killed_while_powering_on(checks: &mut Checks, world: &mut World) {
             world.kill_daemon();
             drop(asked);
             world.start_daemon();
-            let pids: Vec<u32> = emulators(world).iter().map(|(pid, _)| *pid).collect();
+            let pids: Vec<u32> = vm_processes(world).iter().map(|(pid, _)| *pid).collect();
             let state = vm(world, "web1")["state"].clone();
             assert!(state == "powered on" || state == "powered off", "moment {moment}: {state}");
             if state == "powered on" {
@@ -123,7 +123,7 @@ fn killed_while_powering_on(checks: &mut Checks, world: &mut World) {
             }
             power(world, "web1", "on");
             power(world, "web1", "off");
-            assert!(emulators(world).is_empty(), "moment {moment}");
+            assert!(vm_processes(world).is_empty(), "moment {moment}");
         }
         println!("  killed 16 times while powering on: {on} were on after that, {off} off");
     });
@@ -209,17 +209,17 @@ fn vm_killed(checks: &mut Checks, world: &World) {
             std::thread::scope(|scope| {
                 let asked = scope.spawn(|| try_power(world, "web1", "on"));
                 wait_until("its process is there", HANG, || {
-                    !emulators(world).is_empty() || asked.is_finished()
+                    !vm_processes(world).is_empty() || asked.is_finished()
                 });
                 std::thread::sleep(Duration::from_millis(delay));
-                for (pid, _) in emulators(world) {
+                for (pid, _) in vm_processes(world) {
                     signal(pid, Signal::SIGKILL);
                 }
                 asked.join().unwrap();
             });
             world.wait_for_state("web1", "powered off", HANG);
             assert!(vm(world, "web1")["reason"].is_string());
-            assert!(emulators(world).is_empty());
+            assert!(vm_processes(world).is_empty());
         }
     });
     checks.check("dnsmasq that is killed comes back", || {
@@ -270,7 +270,7 @@ fn at_once(checks: &mut Checks, world: &World) {
         world.catalyst(&words).ok();
         let words: Vec<&str> = ["vm", "delete"].into_iter().chain(ids.iter().map(String::as_str)).collect();
         world.catalyst(&words).ok();
-        assert!(emulators(world).is_empty());
+        assert!(vm_processes(world).is_empty());
     });
     checks.check("on, off, delete and create of one VM in a tangle leave it whole or absent", || {
         std::thread::scope(|scope| {
@@ -286,7 +286,7 @@ fn at_once(checks: &mut Checks, world: &World) {
         });
         world.curl("DELETE", "/v1/vms/tangle?force=true", None);
         assert!(!world.vm_dir("tangle").exists());
-        assert!(emulators(world).iter().all(|(_, name)| name != "tangle"));
+        assert!(vm_processes(world).iter().all(|(_, name)| name != "tangle"));
         healthy(world);
     });
     checks.check("a create whose client leaves makes the whole VM or none", || {
@@ -374,8 +374,7 @@ fn folders(checks: &mut Checks, world: &mut World) {
         fs::write(world.state_dir().join("vms/stray"), "file").unwrap();
         world.start_daemon();
         power(world, "moved", "on");
-        let name = format!("guest={}", "moved");
-        assert!(arguments(world.vm_pid("moved").unwrap()).iter().any(|word| word.starts_with(&name)));
+        assert_eq!(vm_name(world.vm_pid("moved").unwrap()).unwrap(), "moved");
         world.catalyst(&["vm", "delete", "-f", "moved"]).ok();
         assert!(
             world.state_dir().join("vms/foreign").exists() && world.state_dir().join("vms/stray").exists()

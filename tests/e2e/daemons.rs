@@ -3,7 +3,7 @@
 use std::process::Command;
 use std::time::Duration;
 
-use catalyst_tests::world::{HANG, Ran, programs, ran};
+use catalyst_tests::world::{HANG, Ran, programs, ran, vm_name};
 use catalyst_tests::{Checks, World};
 
 use crate::common::{create, lives, power, quiet, vm, wait_until};
@@ -40,8 +40,11 @@ fn traces(world: &World) -> Traces {
         forward: text(&["cat", "/proc/sys/net/ipv4/ip_forward"]),
         processes: processes
             .lines()
-            .filter_map(|pid| std::fs::read_to_string(format!("/proc/{}/comm", pid.trim())).ok())
-            .filter(|name| name.starts_with("dnsmasq") || name.starts_with("qemu"))
+            .filter_map(|pid| {
+                let name = std::fs::read_to_string(format!("/proc/{}/comm", pid.trim())).ok()?;
+                let is_vm = vm_name(pid.trim().parse().ok()?).is_some();
+                (name.starts_with("dnsmasq") || is_vm).then_some(name)
+            })
             .collect(),
     }
 }

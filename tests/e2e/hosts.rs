@@ -5,8 +5,8 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use catalyst_tests::world::{Ran, programs, ran};
-use catalyst_tests::{Checks, World};
+use catalyst_tests::world::{Ran, engine, programs, ran};
+use catalyst_tests::{Checks, World, skip};
 
 use crate::common::{create, healthy, legacy_error, power, quiet, try_power, v1_error, wait_until};
 
@@ -16,6 +16,9 @@ const NOBODY: &str = "65534";
 /// The group.
 pub fn hosts(checks: &mut Checks) {
     checks.check("no QEMU: the VM does not start, says the remedy, and the rest goes on", || {
+        if engine() == "kvm" {
+            skip("engine kvm does without it");
+        }
         without_programs(&["qemu-system-x86_64"], |world| {
             create(world, "web1");
             let text = world.catalyst(&["vmpower", "on", "web1"]).error(1).to_owned();
@@ -46,6 +49,8 @@ pub fn hosts(checks: &mut Checks) {
         }
     });
     checks.check("no /dev/net/tun: power-on says the remedy", no_tun);
+    checks.check("no usable KVM: engine kvm is refused with the reason, and measured it is qemu", no_kvm);
+    checks.check("no catalyst-vmm: engine kvm is refused, and measured it is qemu", no_monitor);
     checks.check("a taken port is named with who holds it", taken_port);
     checks.check("only loopback is listened on", || {
         let world = quiet();
@@ -78,7 +83,6 @@ pub fn hosts(checks: &mut Checks) {
             &["--owner", "no-such-user"][..],
             &["--bridge", "much-too-long-a-name-for-a-bridge"],
             &["--bridge", "a/b"],
-            &["--engine", "kvm"],
             &["--log", "=,=,"],
             &["--state-dir", "/dev/null/x"],
         ] {
@@ -154,6 +158,45 @@ fn no_tun() {
     world.start_daemon();
     power(&world, "web1", "on");
     power(&world, "web1", "off");
+}
+
+/// Starts a daemon that is refused engine kvm, then one that measures; the refusal, and the second's reason.
+fn refused_and_measured(mut world: World) -> (String, String) {
+    let mut command = world.daemon_command();
+    command.arg("--state-dir").arg(world.state_dir()).arg("--image-dir").arg(&world.images);
+    command.args(["--engine", "kvm"]);
+    let refused = ran(command).error(1).to_owned();
+    assert!(refused.contains("catalyst doctor"), "{refused}");
+    world.start_daemon_with(&["--engine", "auto"]);
+    let report = world.curl("GET", "/v1/doctor", None).json();
+    assert_eq!(report["engine"], "qemu");
+    assert_eq!(doctor_status(&world, "KVM"), "degraded");
+    create(&world, "web1");
+    assert_eq!(world.curl("GET", "/v1/vms/web1", None).json()["engine"], "qemu");
+    healthy(&world);
+    (refused, report["engine_reason"].as_str().unwrap().to_owned())
+}
+
+fn no_kvm() {
+    let mut world = quiet();
+    let hide = "[ ! -e /dev/kvm ] || mount --bind /dev/null /dev/kvm && exec \"$@\"";
+    world.wrapper = ["unshare", "--mount", "sh", "-c", hide, "sh"].map(OsString::from).to_vec();
+    let (refused, reason) = refused_and_measured(world);
+    assert!(refused.contains("KVM is") || refused.contains("KVM opens"), "{refused}");
+    assert!(reason.contains("KVM") && reason.contains("QEMU"), "{reason}");
+}
+
+fn no_monitor() {
+    let mut world = quiet();
+    // A daemon alone in its folder.
+    let daemon = world.path("catalyst-daemon");
+    fs::copy(programs().join("catalyst-daemon"), &daemon).unwrap();
+    let path = "PATH=/usr/sbin:/usr/bin:/sbin:/bin";
+    world.wrapper = ["env", path, "sh", "-c", "shift; exec \"$0\" \"$@\""].map(OsString::from).to_vec();
+    world.wrapper.push(daemon.into());
+    let (refused, reason) = refused_and_measured(world);
+    assert!(refused.contains("catalyst-vmm"), "{refused}");
+    assert!(reason.contains("catalyst-vmm"), "{reason}");
 }
 
 fn taken_port() {

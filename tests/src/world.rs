@@ -101,6 +101,11 @@ pub fn programs() -> PathBuf {
     folder.expect("catalyst-daemon is built beside the test: make build").to_owned()
 }
 
+/// The engine under test, `qemu` or `kvm`.
+pub fn engine() -> String {
+    std::env::var("CATALYST_TEST_ENGINE").unwrap_or_else(|_| "qemu".to_owned())
+}
+
 /// The folder of the images.
 pub fn image_dir() -> PathBuf {
     std::env::var_os("CATALYST_IMAGE_DIR").map_or_else(|| "/var/lib/catalyst/images".into(), Into::into)
@@ -211,6 +216,9 @@ impl World {
             fs::OpenOptions::new().append(true).create(true).open(self.path("daemon.log")).expect("a log");
         let mut command = self.daemon_command();
         command.arg("--state-dir").arg(self.state_dir()).arg("--image-dir").arg(&self.images);
+        if !args.contains(&"--engine") {
+            command.args(["--engine", &engine()]);
+        }
         command.args(["--log", "info"]).args(args).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("a log")).stderr(log).spawn().expect("the daemon starts")
     }
@@ -422,11 +430,24 @@ fn kill_vm_processes(state_dir: &Path) {
             fs::read_to_string(vm.path().join("run/lock")).ok().and_then(|text| text.trim().parse().ok());
         // The number is this VM's only while its command line names it.
         if let Some(pid) = pid
-            && fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.contains("microvm"))
+            && vm_name(pid.unsigned_abs()).is_some()
         {
             kill(pid);
         }
     }
+}
+
+/// The VM that a process runs, whatever the engine; `None` for other processes.
+pub fn vm_name(pid: u32) -> Option<String> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let text = String::from_utf8_lossy(&bytes);
+    let mut words = text.split('\0');
+    let program = words.next()?;
+    if program.contains("qemu") {
+        let name = words.find_map(|word| word.strip_prefix("guest=")?.split(',').next())?;
+        return Some(name.to_owned());
+    }
+    Some(program.strip_prefix("catalyst-vmm [")?.strip_suffix(']')?.to_owned())
 }
 
 fn kill(pid: i32) {

@@ -4,6 +4,9 @@
 //! and answers with a [`VmProcess`]. Below this line the two engines may differ as they like,
 //! above it there are no special cases.
 
+pub mod choice;
+pub mod folder;
+pub mod kvm;
 pub mod process;
 pub mod qemu;
 pub mod sockets;
@@ -13,10 +16,12 @@ use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use catalyst_api::EngineName;
+use catalyst_vmm::description::DescriptionError;
 use futures_util::future::BoxFuture;
 use thiserror::Error;
 
 use crate::store::VmDir;
+pub use choice::Engines;
 pub use process::Exit;
 
 /// Everything a VM process is made of.
@@ -48,6 +53,13 @@ pub struct StartSpec {
     pub mac: [u8; 6],
     /// User and group the process runs as.
     pub user: u32,
+    /// Context ID of its vsock.
+    pub cid: u32,
+}
+
+/// The low bits of a VM's address, which tell the VMs of a network apart.
+fn low_bits(address: Ipv4Addr) -> u32 {
+    u32::from(address) & 0x000f_ffff
 }
 
 /// The user a VM process runs as: one for each address (its low 20 bits), so that no two VMs of a
@@ -55,18 +67,35 @@ pub struct StartSpec {
 /// the ranges that adduser, subuid(5) and systemd's container users take.
 pub fn vm_user(address: Ipv4Addr) -> u32 {
     const FIRST: u32 = 1_879_113_728;
-    FIRST + (u32::from(address) & 0x000f_ffff)
+    FIRST + low_bits(address)
+}
+
+/// The context ID of a VM's vsock: one for each address, as with [`vm_user`]. Below 3 are the hypervisor's and the
+/// host's (vsock(7)).
+pub fn vm_cid(address: Ipv4Addr) -> u32 {
+    3 + low_bits(address)
 }
 
 /// Why an engine could not do what it was asked.
 #[derive(Debug, Error)]
 pub enum EngineError {
-    /// The program is not there.
-    #[error("Cannot run {program}; install it: {remedy}")]
+    /// The program is not there, or may not be run.
+    #[error("Cannot run {program}; {remedy}")]
     Program {
         /// The program.
         program: String,
-        /// A command.
+        /// What to do.
+        remedy: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// A device of the host does not open.
+    #[error("Cannot open {path}; {remedy}")]
+    Device {
+        /// The device.
+        path: &'static str,
+        /// What to do.
         remedy: &'static str,
         /// Why not.
         #[source]
@@ -81,6 +110,9 @@ pub enum EngineError {
         #[source]
         source: io::Error,
     },
+    /// The VM cannot be described to its monitor.
+    #[error("The monitor has no such VM")]
+    Description(#[from] DescriptionError),
     /// The process ended while it was being started.
     #[error("The VM process ended while starting: {0}")]
     Died(String),
@@ -120,6 +152,9 @@ pub trait Engine: Send + Sync {
 /// A running VM process. Its agent and console sockets are `agent.sock` and `console.sock` in
 /// the VM's `run/` folder, whatever the engine.
 pub trait VmProcess: Send + Sync {
+    /// Whose it is.
+    fn engine(&self) -> EngineName;
+
     /// Process id.
     fn pid(&self) -> u32;
 
@@ -143,4 +178,17 @@ pub trait VmProcess: Send + Sync {
 
     /// Waits for the end of the process. May be called again after it was dropped unfinished.
     fn exited(&self) -> BoxFuture<'_, Exit>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_and_context_ids_differ_with_the_address_and_are_nobody_elses() {
+        let (one, two) = (Ipv4Addr::new(10, 208, 0, 0), Ipv4Addr::new(10, 223, 255, 255));
+        assert_eq!((vm_cid(one), vm_cid(two)), (3, 0x000f_ffff + 3));
+        assert_ne!(vm_user(one), vm_user(two));
+        assert_ne!(vm_cid(Ipv4Addr::new(10, 208, 0, 10)), vm_cid(Ipv4Addr::new(10, 208, 0, 11)));
+    }
 }

@@ -6,18 +6,20 @@
 //! processes that live: the lock says that there is one, the pid says which, and the user it
 //! runs as (no other process has it) guards against a file that was tampered with.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use catalyst_api::EngineName;
 use rustix::fs::FlockOperation;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions};
+use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -26,18 +28,42 @@ use crate::store::files;
 
 /// How long a process may take from fork to the moment at which it has written its pid.
 const PID_LIMIT: Duration = Duration::from_secs(3);
+/// Names the engine of the process beside its lock.
+const ENGINE_NOTE: &str = "engine";
+
+/// A program.
+#[derive(Debug)]
+pub enum Program {
+    /// Found in PATH.
+    InPath(String),
+    /// An open file: whoever runs it needs no way through the folders above it, such as a home.
+    Open {
+        /// The file.
+        file: File,
+        /// Where it was opened, for messages.
+        path: PathBuf,
+        /// What the process list shows.
+        title: String,
+    },
+}
 
 /// What is started, and with which descriptors.
 #[derive(Debug)]
 pub struct Launch {
-    /// Program, found in PATH.
-    pub program: String,
+    /// Whose process it is, for the next daemon.
+    pub engine: EngineName,
+    /// What is run.
+    pub program: Program,
+    /// What to do if it cannot be run.
+    pub remedy: &'static str,
     /// Its arguments.
     pub args: Vec<OsString>,
     /// Descriptors that keep their numbers in the new process.
     pub fds: Vec<OwnedFd>,
-    /// User and group it runs as; it keeps no other group and no capability.
+    /// User and group it runs as; it keeps no other group, and no capability but what `may_mount` gives.
     pub user: u32,
+    /// Leave it `CAP_SYS_ADMIN`, for a mount namespace of its own.
+    pub may_mount: bool,
     /// What it writes on stdout and stderr.
     pub log: File,
 }
@@ -53,6 +79,10 @@ pub enum Exit {
     Unknown,
     /// By itself, because the guest powered off.
     PoweredOff,
+    /// By itself, because the guest asked for a reset: the VM is to be started again.
+    Reset,
+    /// By itself, and this is why.
+    Told(String),
 }
 
 /// A process that runs, by descriptor: its number cannot come to mean another one.
@@ -67,24 +97,24 @@ impl Process {
     /// Starts a process that holds the lock in the folder `run`.
     pub fn spawn(launch: Launch, run: &Path) -> Result<Self, EngineError> {
         let lock = lock_file(run)?;
-        let program = launch.program.clone();
+        note_engine(run, launch.engine)?;
         let inherited: Vec<RawFd> =
             launch.fds.iter().map(AsRawFd::as_raw_fd).chain([lock.as_raw_fd()]).collect();
         let errors = launch.log.try_clone().map_err(EngineError::io("copy a log descriptor"))?;
-        let mut command = Command::new(&launch.program);
+        let mut command = launch.program.command();
         command.args(&launch.args).env_clear().current_dir("/");
         // Without it the program would be looked for in the C library's folders, not where doctor looks.
         if let Some(path) = std::env::var_os("PATH") {
             command.env("PATH", path);
         }
         command.stdin(Stdio::null()).stdout(launch.log).stderr(errors);
-        let (lock_fd, user) = (lock.as_raw_fd(), launch.user);
+        let (lock_fd, user, may_mount) = (lock.as_raw_fd(), launch.user, launch.may_mount);
         // SAFETY: prepare_child only makes system calls and allocates nothing, as what runs
         // between fork and exec of a threaded process must.
-        unsafe { command.pre_exec(move || prepare_child(&inherited, lock_fd, user)) };
+        unsafe { command.pre_exec(move || prepare_child(&inherited, lock_fd, user, may_mount)) };
         let child = command.spawn().map_err(|source| EngineError::Program {
-            program,
-            remedy: "sudo apt-get install qemu-system-x86 qemu-utils",
+            program: launch.program.to_string(),
+            remedy: launch.remedy,
             source,
         })?;
         let pid = Pid::from_child(&child);
@@ -173,6 +203,45 @@ impl Process {
     }
 }
 
+impl Program {
+    fn command(&self) -> Command {
+        match self {
+            Self::InPath(name) => Command::new(name),
+            Self::Open { file, title, .. } => {
+                let mut command = Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()));
+                command.arg0(OsStr::new(title));
+                command
+            }
+        }
+    }
+}
+
+impl std::fmt::Display for Program {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::InPath(name) => f.write_str(name),
+            Self::Open { path, .. } => path.display().fmt(f),
+        }
+    }
+}
+
+/// Notes in `run` whose process it will be. Who calls has the lock: the note of a process that lives is true.
+fn note_engine(run: &Path, engine: EngineName) -> Result<(), EngineError> {
+    let path = run.join(ENGINE_NOTE);
+    let mut options = OpenOptions::new();
+    options.write(true).create(true).truncate(true).mode(0o600).custom_flags(libc::O_NOFOLLOW);
+    let written = options.open(&path).and_then(|mut file| file.write_all(engine.to_string().as_bytes()));
+    written.map_err(EngineError::io(format!("write {}", path.display())))
+}
+
+/// The engine of the process that holds the lock in `run`; that of earlier versions where there is no note.
+pub fn noted_engine(run: &Path) -> EngineName {
+    match files::read_bounded(&run.join(ENGINE_NOTE), 16) {
+        Ok(text) if text == EngineName::Kvm.to_string().as_bytes() => EngineName::Kvm,
+        _ => EngineName::Qemu,
+    }
+}
+
 /// The pid that the holder of the lock has written; `None` if it has ended meanwhile. Between fork
 /// and exec, which takes a moment, there is none yet.
 fn written_pid(path: &Path, held: &dyn Fn() -> bool) -> Result<Option<Pid>, EngineError> {
@@ -221,7 +290,7 @@ fn lock_file(run: &Path) -> Result<File, EngineError> {
 }
 
 /// Runs in the child: own session, descriptors kept, privileges gone, pid into the lock file.
-fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32) -> io::Result<()> {
+fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32, may_mount: bool) -> io::Result<()> {
     let mut digits = [0_u8; 16];
     let mut cursor = io::Cursor::new(&mut digits[..]);
     write!(cursor, "{}", rustix::process::getpid().as_raw_nonzero())?;
@@ -235,14 +304,27 @@ fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32) -> io::Result<()> 
         let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
         if libc::geteuid() == 0 {
+            // Else the change of user takes all capabilities.
+            rustix::thread::set_keep_capabilities(may_mount)?;
             check(libc::setgroups(0, std::ptr::null()))?;
             check(libc::setresgid(user, user, user))?;
             check(libc::setresuid(user, user, user))?;
+            if may_mount {
+                keep_only(CapabilitySet::SYS_ADMIN)?;
+            }
         }
         check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         // Last: whoever reads it finds the process as the user that it is told by.
         check(libc::write(lock, digits.as_ptr().cast(), length))?;
     }
+    Ok(())
+}
+
+/// Gives up all capabilities but one, which also the next program gets (capabilities(7), "Ambient").
+fn keep_only(capability: CapabilitySet) -> io::Result<()> {
+    let sets = CapabilitySets { effective: capability, permitted: capability, inheritable: capability };
+    rustix::thread::set_capabilities(None, sets)?;
+    rustix::thread::configure_capability_in_ambient_set(capability, true)?;
     Ok(())
 }
 
@@ -281,6 +363,8 @@ impl std::fmt::Display for Exit {
             Self::Code(code) => write!(f, "the VM process ended with exit code {code}"),
             Self::Signal(signal) => write!(f, "the VM process was ended by signal {signal}"),
             Self::Unknown => f.write_str("the VM process ended"),
+            Self::Reset => f.write_str("the guest asked for a reset"),
+            Self::Told(why) => f.write_str(why),
         }
     }
 }
@@ -301,10 +385,13 @@ mod tests {
 
     fn launch(folder: &Path, args: &[&str]) -> Launch {
         Launch {
-            program: args[0].to_owned(),
+            engine: EngineName::Kvm,
+            program: Program::InPath(args[0].to_owned()),
+            remedy: "install it: sudo apt-get install it",
             args: args[1..].iter().map(OsString::from).collect(),
             fds: vec![],
             user: 65534,
+            may_mount: false,
             log: File::create(folder.join("log")).unwrap(),
         }
     }
@@ -317,6 +404,7 @@ mod tests {
         let again = Process::adopt(run.path(), 65534).unwrap().unwrap();
         assert_eq!(first.pid(), again.pid());
         assert!(again.started() > 1_600_000_000);
+        assert_eq!(noted_engine(run.path()), EngineName::Kvm);
         let second = Process::spawn(launch(run.path(), &["/bin/sleep", "60"]), run.path());
         assert!(matches!(second, Err(EngineError::Running(pid)) if pid == first.pid()));
         again.kill().unwrap();
@@ -355,5 +443,50 @@ mod tests {
             let text = fs::read_to_string(run.path().join("log")).unwrap();
             assert!(text.starts_with("65534\n65534\n"), "{text}");
         }
+    }
+
+    /// The capability sets of a process that was started so, by name.
+    async fn capabilities(may_mount: bool) -> Vec<(String, String)> {
+        let run = tempfile::tempdir().unwrap();
+        let mut launch = launch(run.path(), &["/bin/grep", "^Cap", "/proc/self/status"]);
+        launch.may_mount = may_mount;
+        let process = Process::spawn(launch, run.path()).unwrap();
+        assert_eq!(process.exited().await, Exit::Code(0));
+        let text = fs::read_to_string(run.path().join("log")).unwrap();
+        let pairs = text.lines().filter_map(|line| line.split_once(":\t"));
+        pairs
+            .filter(|(set, _)| *set != "CapBnd")
+            .map(|(set, bits)| (set.to_owned(), bits.to_owned()))
+            .collect()
+    }
+
+    #[tokio::test]
+    async fn it_keeps_no_capability_or_only_that_to_mount() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIPPED: needs root to have capabilities to give");
+            return;
+        }
+        for (may_mount, wanted) in [(false, "0000000000000000"), (true, "0000000000200000")] {
+            let sets = capabilities(may_mount).await;
+            assert_eq!(sets.len(), 4, "{sets:?}");
+            assert!(sets.iter().all(|(_, bits)| bits == wanted), "{may_mount}: {sets:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn an_open_program_runs_although_its_folder_is_closed_to_its_user() {
+        use std::os::unix::fs::PermissionsExt;
+        let run = tempfile::tempdir().unwrap();
+        let folder = run.path().join("closed");
+        fs::create_dir(&folder).unwrap();
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o700)).unwrap();
+        let path = folder.join("grep");
+        fs::copy("/bin/grep", &path).unwrap();
+        let mut launch = launch(run.path(), &["", "-z", "^web1", "/proc/self/cmdline"]);
+        launch.program =
+            Program::Open { file: File::open(&path).unwrap(), path, title: "web1's program".to_owned() };
+        let process = Process::spawn(launch, run.path()).unwrap();
+        assert_eq!(process.exited().await, Exit::Code(0));
+        assert!(fs::read_to_string(run.path().join("log")).unwrap().starts_with("web1's program"));
     }
 }

@@ -154,9 +154,11 @@ fn store_code(error: &StoreError) -> ErrorCode {
 
 fn engine_code(error: &EngineError) -> ErrorCode {
     match error {
-        EngineError::Program { .. } => ErrorCode::HostUnfit,
+        EngineError::Program { .. } | EngineError::Device { .. } => ErrorCode::HostUnfit,
         EngineError::Io { source, .. } => io_code(source),
-        EngineError::Died(_) | EngineError::Refused { .. } => ErrorCode::Internal,
+        EngineError::Died(_) | EngineError::Refused { .. } | EngineError::Description(_) => {
+            ErrorCode::Internal
+        }
         EngineError::Running(_) => ErrorCode::WrongState,
     }
 }

@@ -32,7 +32,7 @@ pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>) {
         }
         shared.facts().agent = None;
         shared.set_guest(GuestStatus::default());
-        // QEMU gives no sign that it takes the next connection.
+        // A VM process gives no sign that it takes the next connection.
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
     }

@@ -10,6 +10,7 @@
 //! ```
 //! `blocked` is a VM whose file cannot be used; it leaves that state when the file is mended.
 //! While a guest shuts down, commands are still taken: `off` overtakes a `shutdown`.
+//! A process that ends because the guest asked for a reset is followed by the next, as after `on`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,6 +22,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::Instrument;
 
 use super::error::{ChangeError, PowerError};
+use super::resets::Resets;
 use super::shared::Shared;
 use super::{Context, attendant, start};
 use crate::engine::{Exit, VmProcess};
@@ -65,6 +67,7 @@ pub(super) struct Machine {
     shared: Arc<Shared>,
     process: Option<Running>,
     shutdown: Option<Shutdown>,
+    resets: Resets,
 }
 
 struct Running {
@@ -100,7 +103,7 @@ impl Machine {
         commands: mpsc::Receiver<Asked>,
         adopted: Option<oneshot::Sender<()>>,
     ) {
-        let machine = Self { context, shared, process: None, shutdown: None };
+        let machine = Self { context, shared, process: None, shutdown: None, resets: Resets::default() };
         tokio::spawn(machine.run(commands, adopted));
     }
 
@@ -133,6 +136,7 @@ impl Machine {
                     }
                 }
                 Happening::Command(Some((command, span))) => self.obey(command).instrument(span).await,
+                Happening::Exited(Exit::Reset) if self.shutdown.is_none() => self.reset().await,
                 Happening::Exited(exit) => self.ended(&exit.to_string()),
                 Happening::TooSlow => self.shutdown_failed(),
                 Happening::LogCheck => self.bound_logs(),
@@ -174,7 +178,10 @@ impl Machine {
             return Err(PowerError::State { id, state, op });
         }
         match (op, state) {
-            (PowerOp::On, VmState::PoweredOff | VmState::Blocked) => self.start().await,
+            (PowerOp::On, VmState::PoweredOff | VmState::Blocked) => {
+                self.resets = Resets::default();
+                self.start(None).await
+            }
             (PowerOp::On | PowerOp::Unpause, VmState::PoweredOn)
             | (PowerOp::Pause, VmState::Paused)
             | (PowerOp::Off, VmState::PoweredOff | VmState::Blocked) => Ok(()),
@@ -220,9 +227,9 @@ impl Machine {
         action(running.process.as_ref()).await.map_err(|source| PowerError::Engine { id, op, source })
     }
 
-    async fn start(&mut self) -> Result<(), PowerError> {
+    async fn start(&mut self, reason: Option<&str>) -> Result<(), PowerError> {
         self.shared.refresh();
-        self.shared.enter(VmState::PoweringOn, None);
+        self.shared.enter(VmState::PoweringOn, reason.map(str::to_owned));
         let started = Instant::now();
         match start::start(&self.context, &self.shared).await {
             Ok(process) => {
@@ -245,7 +252,7 @@ impl Machine {
         self.shared.facts().unadopted = false;
         let dir = self.shared.dir().clone();
         let user = crate::engine::vm_user(self.shared.address());
-        match self.context.engine.adopt(dir.clone(), user).await {
+        match self.context.engines.adopt(dir.clone(), user).await {
             Ok(Some(process)) => {
                 let state = match process.is_running().await {
                     Ok(false) => VmState::Paused,
@@ -289,8 +296,9 @@ impl Machine {
             let mut facts = self.shared.facts();
             facts.pid = Some(process.pid());
             facts.started = Some(process.started());
-            facts.engine = self.context.engine.name();
+            facts.engine = process.engine();
         }
+        self.resets.started();
         let attendant = tokio::spawn(attendant::attend(Arc::clone(&self.context), Arc::clone(&self.shared)));
         self.process = Some(Running { process, attendant });
     }
@@ -356,20 +364,43 @@ impl Machine {
         Ok(())
     }
 
-    /// The process is gone.
-    fn ended(&mut self, reason: &str) {
+    /// The process ended because the guest asked for a reset: the VM is started again, cold, by its file as it is now.
+    async fn reset(&mut self) {
+        if let Some(reason) = self.resets.too_many() {
+            return self.ended(&reason);
+        }
+        self.release();
+        if let Err(error) = self.start(Some("the guest asked for a reset")).await {
+            let reason = crate::http::error::chain(&error).join(": ");
+            self.keep_reason(&format!("it was not started again after a reset: {reason}"));
+        }
+    }
+
+    /// Forgets the process, which is gone.
+    fn release(&mut self) {
         self.process = None;
         {
             let mut facts = self.shared.facts();
             facts.pid = None;
             facts.started = None;
             facts.agent = None;
+            facts.engine = self.context.engines.name();
         }
         self.shared.set_guest(catalyst_api::GuestStatus::default());
+    }
+
+    /// Keeps why the VM is off, for the next daemon.
+    fn keep_reason(&self, reason: &str) {
         let path = self.shared.dir().reason();
         if let Err(error) = files::write_atomically(&path, reason.as_bytes(), 0o600) {
             tracing::warn!(path = %path.display(), %error, "cannot keep why the VM is off");
         }
+    }
+
+    /// The process is gone, and the VM is off.
+    fn ended(&mut self, reason: &str) {
+        self.release();
+        self.keep_reason(reason);
         self.shared.enter(VmState::PoweredOff, Some(reason.to_owned()));
         for reply in self.shutdown.take().map(|shutdown| shutdown.replies).unwrap_or_default() {
             let _ = reply.send(Ok(()));

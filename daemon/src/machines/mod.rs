@@ -7,6 +7,7 @@ mod attendant;
 pub mod error;
 pub mod guest;
 mod machine;
+mod resets;
 pub mod shared;
 mod start;
 
@@ -21,7 +22,7 @@ use tracing::Instrument;
 
 use crate::access::owner::Owner;
 use crate::access_keys::AccessKeys;
-use crate::engine::Engine;
+use crate::engine::Engines;
 use crate::events::Events;
 use crate::network::{Lease, Mac, Network, NetworkError};
 use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
@@ -43,8 +44,8 @@ pub struct Context {
     pub images: ImageStore,
     /// The VM network.
     pub network: Network,
-    /// What VMs are started with.
-    pub engine: Arc<dyn Engine>,
+    /// What VMs are started with, and may run on.
+    pub engines: Engines,
     /// The event bus.
     pub events: Events,
     /// Who the VMs belong to.
@@ -77,12 +78,12 @@ impl Context {
         store: Store,
         images: ImageStore,
         network: Network,
-        engine: Arc<dyn Engine>,
+        engines: Engines,
         events: Events,
         owner: Owner,
         access_keys: AccessKeys,
     ) -> Self {
-        Self { store, images, network, engine, events, owner, access_keys, vms: RwLock::default() }
+        Self { store, images, network, engines, events, owner, access_keys, vms: RwLock::default() }
     }
 
     fn entries(&self) -> RwLockReadGuard<'_, BTreeMap<VmId, Entry>> {
@@ -145,7 +146,7 @@ impl Machines {
                 tracing::warn!(vm = %id, %error, "cannot keep the address of the VM");
             }
         }
-        let shared = Arc::new(Shared::new(dir, self.0.events.clone(), lease, self.0.engine.name()));
+        let shared = Arc::new(Shared::new(dir, self.0.events.clone(), lease, self.0.engines.name()));
         shared.refresh();
         let (commands, queue) = mpsc::channel(QUEUE);
         Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopt);

@@ -11,7 +11,7 @@ use super::Context;
 use super::error::PowerError;
 use super::shared::Shared;
 use crate::agent;
-use crate::engine::{StartSpec, VmProcess, vm_user};
+use crate::engine::{StartSpec, VmProcess, vm_cid, vm_user};
 use crate::store::disk;
 use crate::store::identity::{Identity, IdentityError};
 
@@ -46,9 +46,10 @@ pub(super) async fn start(
         tap: tap.fd,
         mac: lease.mac.0,
         user: vm_user(lease.address),
+        cid: vm_cid(lease.address),
         dir,
     };
-    context.engine.start(spec).await.map_err(|source| PowerError::Engine {
+    context.engines.chosen().start(spec).await.map_err(|source| PowerError::Engine {
         id,
         op: catalyst_api::PowerOp::On,
         source,

@@ -4,18 +4,15 @@ pub mod command;
 pub mod qmp;
 pub mod tsc;
 
-use std::fs::OpenOptions;
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::AsRawFd;
 
 use catalyst_api::EngineName;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 
-use super::process::{Exit, Launch, Process};
-use super::{Engine, EngineError, StartSpec, VmProcess, sockets};
+use super::process::{Exit, Launch, Process, Program};
+use super::{Engine, EngineError, StartSpec, VmProcess, folder, sockets};
 use crate::store::VmDir;
-use crate::store::files::read_bounded;
 use qmp::{Qmp, QmpError};
 
 /// The program, from Debian's `qemu-system-x86`.
@@ -67,14 +64,7 @@ impl Engine for QemuEngine {
 
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>> {
         async move {
-            let run = dir.run();
-            if !run.join("lock").exists() {
-                return Ok(None);
-            }
-            let process = tokio::task::spawn_blocking(move || Process::adopt(&run, user))
-                .await
-                .map_err(|error| EngineError::Died(error.to_string()))??;
-            let Some(process) = process else { return Ok(None) };
+            let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
             let qmp = match connect(&process, &dir).await {
                 Ok(qmp) => Ok(qmp),
                 // It was ending when it was found.
@@ -88,24 +78,8 @@ impl Engine for QemuEngine {
 }
 
 fn launch(spec: StartSpec) -> Result<Process, EngineError> {
-    let run = spec.dir.run();
-    let listen = |name: &str| {
-        sockets::listen(&run, name)
-            .map_err(EngineError::io(format!("listen on {}", run.join(name).display())))
-    };
-    let append = |path: std::path::PathBuf| {
-        OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW)
-            .open(&path)
-            .map_err(EngineError::io(format!("open the log {}", path.display())))
-    };
-    sockets::make_folder(&run).map_err(EngineError::io(format!("make the folder {}", run.display())))?;
-    let log = append(spec.dir.engine_log())?;
-    let console_log: OwnedFd = append(spec.dir.console_log())?.into();
-    let (agent, console, qmp) = (listen(sockets::AGENT)?, listen(sockets::CONSOLE)?, listen(QMP_SOCKET)?);
+    let folder::Opened { log, console_log, agent, console } = folder::open(&spec.dir)?;
+    let qmp = folder::listen(&spec.dir, QMP_SOCKET)?;
     let descriptors = command::Descriptors {
         kernel: spec.kernel.as_raw_fd(),
         initrd: spec.initrd.as_raw_fd(),
@@ -130,7 +104,9 @@ fn launch(spec: StartSpec) -> Result<Process, EngineError> {
         mac: spec.mac,
     };
     let launch = Launch {
-        program: PROGRAM.to_owned(),
+        engine: EngineName::Qemu,
+        program: Program::InPath(PROGRAM.to_owned()),
+        remedy: "install it: sudo apt-get install qemu-system-x86 qemu-utils",
         args: command::arguments(&machine, descriptors),
         fds: vec![
             spec.kernel,
@@ -144,42 +120,19 @@ fn launch(spec: StartSpec) -> Result<Process, EngineError> {
             qmp,
         ],
         user: spec.user,
+        may_mount: false,
         log,
     };
-    Process::spawn(launch, &run)
+    Process::spawn(launch, &spec.dir.run())
 }
 
-/// Connects to QEMU's control socket; a QEMU that dies meanwhile tells why in its log.
+/// Connects to QEMU's control socket.
 async fn connect(process: &Process, dir: &VmDir) -> Result<Qmp, EngineError> {
-    let handshake = async {
+    folder::first_answer(process, dir, async {
         let stream = sockets::connect(&dir.run(), QMP_SOCKET).await?;
         Qmp::connect(stream).await
-    };
-    let outcome = tokio::select! {
-        exit = process.exited() => return Err(EngineError::Died(last_words(dir, &exit))),
-        outcome = handshake => outcome,
-    };
-    match outcome {
-        Ok(qmp) => Ok(qmp),
-        Err(error) => {
-            // A closed connection is most often a QEMU that is ending with a message.
-            let patience = std::time::Duration::from_secs(2);
-            if let Ok(exit) = tokio::time::timeout(patience, process.exited()).await {
-                return Err(EngineError::Died(last_words(dir, &exit)));
-            }
-            Err(EngineError::Refused { what: "answer on its control socket", why: error.to_string() })
-        }
-    }
-}
-
-/// The last line of QEMU's log, or how it ended.
-fn last_words(dir: &VmDir, exit: &Exit) -> String {
-    let log = read_bounded(&dir.engine_log(), 1 << 20).unwrap_or_default();
-    let text = String::from_utf8_lossy(&log);
-    match text.lines().rev().find(|line| !line.trim().is_empty()) {
-        Some(line) => line.chars().filter(|c| !c.is_control()).take(500).collect(),
-        None => exit.to_string(),
-    }
+    })
+    .await
 }
 
 fn refused(what: &'static str) -> impl FnOnce(QmpError) -> EngineError {
@@ -187,6 +140,10 @@ fn refused(what: &'static str) -> impl FnOnce(QmpError) -> EngineError {
 }
 
 impl VmProcess for QemuVm {
+    fn engine(&self) -> EngineName {
+        EngineName::Qemu
+    }
+
     fn pid(&self) -> u32 {
         self.process.pid()
     }

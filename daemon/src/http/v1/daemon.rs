@@ -32,7 +32,7 @@ async fn version(State(app): State<App>) -> Json<Version> {
         owner: context.owner.name.clone(),
         state_dir: app.settings.state_dir.display().to_string(),
         image_dir: app.settings.image_dir.display().to_string(),
-        engine: context.engine.name(),
+        engine: context.engines.name(),
     })
 }
 

@@ -1,0 +1,137 @@
+//! The monitor's description of a VM, as a function of what the VM is made of.
+
+use std::os::fd::{AsRawFd, RawFd};
+
+use catalyst_vmm::description::{
+    Boot, Console, Description, Disk, Format, Layer, Nic, Port, Protocol, Serial, Share, VERSION, Vsock,
+};
+
+use super::super::StartSpec;
+
+/// The agent's port (docs/AGENT-PROTOCOL.md).
+const AGENT_PORT: &str = "org.catalyst.agent.0";
+/// What guests mount shared folders by.
+const SHARE_TAG: &str = "catalyst";
+
+/// The numbers of the descriptors that the monitor inherits beside those of the VM's specification.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptors {
+    /// `/dev/kvm`.
+    pub kvm: RawFd,
+    /// Listening socket of the control protocol.
+    pub control: RawFd,
+    /// Listening socket of the agent's port.
+    pub agent: RawFd,
+    /// Listening socket of the console.
+    pub console: RawFd,
+    /// Console log, open for appending.
+    pub console_log: RawFd,
+    /// Listening socket of the vsock.
+    pub vsock: RawFd,
+}
+
+/// Describes the VM of `spec`. Values are passed on as they are; [`Description::check`] refuses those that cannot be.
+pub fn describe(spec: &StartSpec, fd: Descriptors) -> Description {
+    let layer = |fd: &std::os::fd::OwnedFd, format| Layer { fd: fd.as_raw_fd(), format };
+    Description {
+        version: VERSION,
+        name: spec.dir.id().to_string(),
+        cpus: u8::try_from(spec.cpus).unwrap_or(u8::MAX),
+        memory_mib: spec.memory_mib,
+        huge_pages: true,
+        memory: None,
+        kvm: fd.kvm,
+        control: fd.control,
+        boot: Boot {
+            kernel: spec.kernel.as_raw_fd(),
+            initrd: Some(spec.initrd.as_raw_fd()),
+            // What a software CPU needs besides is not for this one.
+            command_line: spec.command_line.clone(),
+            protocol: Protocol::Auto,
+        },
+        disks: vec![Disk {
+            layers: vec![layer(&spec.overlay, Format::Qcow2), layer(&spec.base, Format::Raw)],
+            read_only: false,
+            queues: 1,
+            serial: String::new(),
+        }],
+        nics: vec![Nic { tap: spec.tap.as_raw_fd(), mac: spec.mac }],
+        uart: Some(Console { listener: Some(fd.console), log: Some(fd.console_log) }),
+        serial: Some(Serial {
+            console: None,
+            ports: vec![Port { name: AGENT_PORT.to_owned(), listener: fd.agent }],
+        }),
+        rng: true,
+        balloon: true,
+        vsock: Some(Vsock { cid: spec.cid, listener: Some(fd.vsock), upstream: None }),
+        share: Some(Share { tag: SHARE_TAG.to_owned(), folder: None }),
+        generation_id: None,
+        confine: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+    use std::path::Path;
+
+    use super::*;
+    use crate::store::{Store, VmId};
+
+    fn spec() -> StartSpec {
+        let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+        StartSpec {
+            dir: Store::open_existing(Path::new("/nowhere")).dir(&VmId::parse("web1").unwrap()),
+            cpus: 2,
+            memory_mib: 1024,
+            kernel: null(),
+            initrd: null(),
+            command_line: "console=ttyS0 quiet".to_owned(),
+            command_line_software_cpu: "mitigations=off".to_owned(),
+            kernel_hz: 250,
+            base: null(),
+            overlay: null(),
+            tap: null(),
+            mac: [2, 0xca, 0xa5, 1, 2, 3],
+            user: 1_879_113_738,
+            cid: 13,
+        }
+    }
+
+    const FD: Descriptors =
+        Descriptors { kvm: 1001, control: 1002, agent: 1003, console: 1004, console_log: 1005, vsock: 1006 };
+
+    #[test]
+    fn the_monitor_understands_it_and_every_descriptor_is_in_it_once() {
+        let spec = spec();
+        let text = serde_json::to_vec(&describe(&spec, FD)).unwrap();
+        let read = Description::from_json(&text).unwrap();
+        let named: Vec<RawFd> = read.descriptors().into_iter().map(|(_, fd)| fd).collect();
+        let own = [&spec.kernel, &spec.initrd, &spec.base, &spec.overlay, &spec.tap].map(AsRawFd::as_raw_fd);
+        for fd in own.into_iter().chain(1001..=1006) {
+            assert!(named.contains(&fd), "{fd} in {named:?}");
+        }
+        assert_eq!(named.len(), 11);
+    }
+
+    #[test]
+    fn the_overlay_stands_on_the_base_and_nothing_of_a_software_cpu_is_told() {
+        let spec = spec();
+        let described = describe(&spec, FD);
+        let layers = &described.disks[0].layers;
+        assert_eq!((layers[0].fd, layers[0].format), (spec.overlay.as_raw_fd(), Format::Qcow2));
+        assert_eq!((layers[1].fd, layers[1].format), (spec.base.as_raw_fd(), Format::Raw));
+        assert_eq!(described.boot.command_line, "console=ttyS0 quiet");
+        assert_eq!(described.nics[0].mac, spec.mac);
+        assert_eq!(described.vsock.unwrap().cid, 13);
+        assert!(described.confine && described.huge_pages);
+    }
+
+    #[test]
+    fn more_cpus_than_the_monitor_has_are_refused_not_cut() {
+        let many = StartSpec { cpus: 300, ..spec() };
+        let error = describe(&many, FD).check().unwrap_err().to_string();
+        assert!(error.contains("cpus"), "{error}");
+    }
+}

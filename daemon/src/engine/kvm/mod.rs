@@ -1,0 +1,319 @@
+//! Engine `kvm`: our own monitor `catalyst-vmm` on `/dev/kvm`.
+
+pub mod control;
+pub mod description;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Seek, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use catalyst_api::EngineName;
+use catalyst_vmm::control::protocol::{Cause, Command, RunState};
+use catalyst_vmm::description::Description;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use rustix::fs::MemfdFlags;
+
+use super::process::{Exit, Launch, Process, Program};
+use super::{Engine, EngineError, StartSpec, VmProcess, folder, sockets};
+use crate::privilege::as_root;
+use crate::settings::sibling;
+use crate::store::VmDir;
+use control::{Control, ControlError};
+use description::Descriptors;
+
+/// The program, beside the daemon's own or in `../lib/catalyst`.
+pub const PROGRAM: &str = "catalyst-vmm";
+const CONTROL_SOCKET: &str = "control.sock";
+const VSOCK_SOCKET: &str = "vsock.sock";
+/// How long the monitor may take from its start to its first answer, which is when it has loaded the kernel.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// How long one that was found again may take.
+const ADOPT_LIMIT: Duration = Duration::from_secs(10);
+/// How long the end of the control connection may come after that of the process.
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+
+/// See the module.
+#[derive(Debug)]
+pub struct KvmEngine {
+    program: PathBuf,
+}
+
+impl KvmEngine {
+    /// With the monitor at `program`.
+    pub fn new(program: PathBuf) -> Self {
+        Self { program }
+    }
+}
+
+impl Default for KvmEngine {
+    fn default() -> Self {
+        Self::new(sibling(PROGRAM))
+    }
+}
+
+/// A running monitor.
+#[derive(Debug)]
+struct KvmVm {
+    dir: VmDir,
+    process: Process,
+    /// Or why there is none: a process that was found again and does not answer can still be ended.
+    control: Result<Control, String>,
+}
+
+impl KvmVm {
+    /// Asks for something that has no answer but that it is done.
+    async fn tell(&self, what: &'static str, command: Command) -> Result<(), EngineError> {
+        match &self.control {
+            Ok(control) => control.tell(command).await.map_err(refused(what)),
+            Err(why) => Err(EngineError::Refused { what, why: why.clone() }),
+        }
+    }
+}
+
+fn refused(what: &'static str) -> impl FnOnce(ControlError) -> EngineError {
+    move |error| EngineError::Refused { what, why: error.to_string() }
+}
+
+impl Engine for KvmEngine {
+    fn name(&self) -> EngineName {
+        EngineName::Kvm
+    }
+
+    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Box<dyn VmProcess>, EngineError>> {
+        async move {
+            let (dir, program) = (spec.dir.clone(), self.program.clone());
+            let process = tokio::task::spawn_blocking(move || launch(spec, program))
+                .await
+                .map_err(|error| EngineError::Died(error.to_string()))??;
+            match begin(&process, &dir).await {
+                Ok(control) => {
+                    Ok(Box::new(KvmVm { dir, process, control: Ok(control) }) as Box<dyn VmProcess>)
+                }
+                Err(error) => {
+                    // Nobody would know of it any more.
+                    process.kill()?;
+                    process.exited().await;
+                    Err(error)
+                }
+            }
+        }
+        .boxed()
+    }
+
+    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>> {
+        async move {
+            let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
+            let control = match connect(&process, &dir, ADOPT_LIMIT).await {
+                Ok((control, _)) => Ok(control),
+                // It was ending when it was found.
+                Err(EngineError::Died(_)) => return Ok(None),
+                Err(error) => Err(error.to_string()),
+            };
+            Ok(Some(Box::new(KvmVm { dir, process, control }) as Box<dyn VmProcess>))
+        }
+        .boxed()
+    }
+}
+
+/// Waits until a monitor that was just started runs the guest.
+async fn begin(process: &Process, dir: &VmDir) -> Result<Control, EngineError> {
+    let what = "start its virtual CPUs";
+    let (control, state) = connect(process, dir, START_LIMIT).await?;
+    match state {
+        RunState::Running => Ok(control),
+        RunState::Paused => Err(EngineError::Refused { what, why: "they stand".to_owned() }),
+    }
+}
+
+/// Connects to the control socket and asks for the state: the monitor answers once it has one.
+async fn connect(
+    process: &Process,
+    dir: &VmDir,
+    limit: Duration,
+) -> Result<(Control, RunState), EngineError> {
+    folder::first_answer(process, dir, async {
+        let stream = sockets::connect(&dir.run(), CONTROL_SOCKET).await.map_err(ControlError::Io)?;
+        let control = Control::new(stream);
+        let state = control.state_within(limit).await?;
+        Ok::<_, ControlError>((control, state))
+    })
+    .await
+}
+
+fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
+    let program = Program::Open {
+        file: as_root(|| File::open(&program)).map_err(|source| EngineError::Program {
+            program: program.display().to_string(),
+            remedy: REMEDY,
+            source,
+        })?,
+        path: program,
+        title: format!("{PROGRAM} [{}]", spec.dir.id()),
+    };
+    let kvm = open_kvm()?;
+    let folder::Opened { log, console_log, agent, console } = folder::open(&spec.dir)?;
+    let control = folder::listen(&spec.dir, CONTROL_SOCKET)?;
+    let vsock = folder::listen(&spec.dir, VSOCK_SOCKET)?;
+    let descriptors = Descriptors {
+        kvm: kvm.as_raw_fd(),
+        control: control.as_raw_fd(),
+        agent: agent.as_raw_fd(),
+        console: console.as_raw_fd(),
+        console_log: console_log.as_raw_fd(),
+        vsock: vsock.as_raw_fd(),
+    };
+    let described = description::describe(&spec, descriptors);
+    described.check()?;
+    let described = memfd(&described).map_err(EngineError::io("write the description of the VM"))?;
+    let launch = Launch {
+        engine: EngineName::Kvm,
+        program,
+        remedy: REMEDY,
+        args: ["run", "--description-fd", &described.as_raw_fd().to_string()].map(Into::into).to_vec(),
+        fds: vec![
+            described,
+            kvm,
+            control,
+            agent,
+            console,
+            console_log,
+            vsock,
+            spec.kernel,
+            spec.initrd,
+            spec.base,
+            spec.overlay,
+            spec.tap,
+        ],
+        user: spec.user,
+        // The folder of shares lies in a mount namespace of the monitor's own.
+        may_mount: true,
+        log,
+    };
+    Process::spawn(launch, &spec.dir.run())
+}
+
+const REMEDY: &str = "it belongs beside catalyst-daemon (make build) or in ../lib/catalyst (make install), \
+                      readable and executable for all";
+
+fn open_kvm() -> Result<OwnedFd, EngineError> {
+    const PATH: &str = "/dev/kvm";
+    let opened = as_root(|| OpenOptions::new().read(true).write(true).open(PATH));
+    opened.map(OwnedFd::from).map_err(|source| EngineError::Device {
+        path: PATH,
+        remedy: "see: catalyst doctor",
+        source,
+    })
+}
+
+/// The description in a file without a name, to be read from its beginning.
+fn memfd(description: &Description) -> io::Result<OwnedFd> {
+    let mut file = File::from(rustix::fs::memfd_create("description", MemfdFlags::CLOEXEC)?);
+    file.write_all(&serde_json::to_vec(description)?)?;
+    file.rewind()?;
+    Ok(file.into())
+}
+
+/// How the process ended: what its status says or, where that is not known, what it told before. `words` are the
+/// last of its log.
+fn outcome(exit: Exit, told: Option<Cause>, words: impl FnOnce(&Exit) -> String) -> Exit {
+    let cause = match exit {
+        Exit::Code(code) => Cause::from_exit_status(code),
+        Exit::Unknown => told,
+        _ => None,
+    };
+    match cause {
+        None => exit,
+        Some(Cause::PowerOff) => Exit::PoweredOff,
+        Some(Cause::Reset) => Exit::Reset,
+        Some(Cause::TripleFault) => Exit::Told("the guest crashed (triple fault)".to_owned()),
+        Some(Cause::Failure) => Exit::Told(format!("the VM process could not go on: {}", words(&exit))),
+        Some(Cause::Quit) => Exit::Told("the VM process was told to end".to_owned()),
+    }
+}
+
+impl VmProcess for KvmVm {
+    fn engine(&self) -> EngineName {
+        EngineName::Kvm
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid()
+    }
+
+    fn started(&self) -> u64 {
+        self.process.started()
+    }
+
+    fn is_running(&self) -> BoxFuture<'_, Result<bool, EngineError>> {
+        async {
+            let what = "tell its state";
+            match &self.control {
+                Ok(control) => {
+                    control.state().await.map(|state| state == RunState::Running).map_err(refused(what))
+                }
+                Err(why) => Err(EngineError::Refused { what, why: why.clone() }),
+            }
+        }
+        .boxed()
+    }
+
+    fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.tell("pause", Command::Pause).boxed()
+    }
+
+    fn resume(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.tell("go on", Command::Resume).boxed()
+    }
+
+    fn power_button(&self) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.tell("press the power button", Command::PowerButton).boxed()
+    }
+
+    fn kill(&self) -> Result<(), EngineError> {
+        self.process.kill()
+    }
+
+    fn exited(&self) -> BoxFuture<'_, Exit> {
+        async {
+            let exit = self.process.exited().await;
+            let mut told = None;
+            if let (Exit::Unknown, Ok(control)) = (&exit, &self.control) {
+                // The process is gone; only one that gave its connection away could keep it open.
+                let _ = tokio::time::timeout(DRAIN_LIMIT, control.drained()).await;
+                told = control.exit();
+            }
+            outcome(exit, told, |exit| folder::last_words(&self.dir, exit))
+        }
+        .boxed()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(exit: Exit, told: Option<Cause>) -> Exit {
+        outcome(exit, told, |_| "disk0: no space".to_owned())
+    }
+
+    #[test]
+    fn each_exit_status_is_what_the_guest_or_the_monitor_did() {
+        let status = |cause: Cause| Exit::Code(i32::from(cause.exit_status()));
+        assert_eq!(of(status(Cause::PowerOff), None), Exit::PoweredOff);
+        assert_eq!(of(status(Cause::Reset), None), Exit::Reset);
+        assert!(of(status(Cause::TripleFault), None).to_string().contains("crashed"));
+        assert!(of(status(Cause::Failure), None).to_string().ends_with("could not go on: disk0: no space"));
+        assert!(of(status(Cause::Quit), None).to_string().contains("told to end"));
+        assert_eq!(of(Exit::Code(101), Some(Cause::PowerOff)), Exit::Code(101));
+    }
+
+    #[test]
+    fn without_a_status_the_event_says_how_it_ended_and_against_one_it_does_not_count() {
+        assert_eq!(of(Exit::Unknown, Some(Cause::Reset)), Exit::Reset);
+        assert_eq!(of(Exit::Unknown, None), Exit::Unknown);
+        assert_eq!(of(Exit::Signal(9), Some(Cause::PowerOff)), Exit::Signal(9));
+    }
+}
