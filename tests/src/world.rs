@@ -426,11 +426,11 @@ fn namespace_cookie(name: &str) -> Option<u64> {
 fn kill_vm_processes(state_dir: &Path) {
     let vms = fs::read_dir(state_dir.join("vms")).into_iter().flatten().flatten();
     for vm in vms {
-        let pid =
+        let pid: Option<i32> =
             fs::read_to_string(vm.path().join("run/lock")).ok().and_then(|text| text.trim().parse().ok());
         // The number is this VM's only while its command line names it.
         if let Some(pid) = pid
-            && vm_name(pid.unsigned_abs()).is_some()
+            && vm_name(i32::unsigned_abs(pid)).is_some()
         {
             kill(pid);
         }
