@@ -191,8 +191,8 @@ mod tests {
         Engines::new(chosen, String::new(), named, Arc::new(kvm), Arc::new(QemuEngine))
     }
 
-    fn usable() -> Result<ProbeReport, String> {
-        Ok(ProbeReport {
+    fn usable() -> ProbeReport {
+        ProbeReport {
             device: Device::Opened,
             api_version: Some(12),
             instructions_per_second: Some(1 << 30),
@@ -200,14 +200,14 @@ mod tests {
             verdict: Verdict::Usable,
             out_of_time: false,
             summary: "KVM is usable".to_owned(),
-        })
+        }
     }
 
     #[test]
     fn a_usable_kvm_is_well_unless_the_daemon_chose_before_it_was() {
-        assert_eq!(kvm(&usable(), &engines(EngineName::Kvm, false)).status, CheckStatus::Ok);
-        assert_eq!(kvm(&usable(), &engines(EngineName::Qemu, true)).status, CheckStatus::Ok);
-        let late = kvm(&usable(), &engines(EngineName::Qemu, false));
+        assert_eq!(kvm(&Ok(usable()), &engines(EngineName::Kvm, false)).status, CheckStatus::Ok);
+        assert_eq!(kvm(&Ok(usable()), &engines(EngineName::Qemu, true)).status, CheckStatus::Ok);
+        let late = kvm(&Ok(usable()), &engines(EngineName::Qemu, false));
         assert_eq!(late.status, CheckStatus::Degraded);
         assert!(late.remedy.unwrap().contains("catalyst daemon stop"));
     }

@@ -134,8 +134,8 @@ mod tests {
 
     use super::*;
 
-    fn report(verdict: Verdict) -> Result<ProbeReport, String> {
-        Ok(ProbeReport {
+    fn report(verdict: Verdict) -> ProbeReport {
+        ProbeReport {
             device: Device::Opened,
             api_version: Some(12),
             instructions_per_second: None,
@@ -143,7 +143,7 @@ mod tests {
             verdict,
             out_of_time: false,
             summary: "KVM is as it is".to_owned(),
-        })
+        }
     }
 
     fn slow() -> Verdict {
@@ -162,9 +162,11 @@ mod tests {
     #[tokio::test]
     async fn measured_it_is_kvm_only_where_that_is_usable() {
         use EngineChoice::Auto;
-        assert_eq!(chosen(Auto, report(Verdict::Usable)).await.unwrap().0, EngineName::Kvm);
+        assert_eq!(chosen(Auto, Ok(report(Verdict::Usable))).await.unwrap().0, EngineName::Kvm);
         let lack = Verdict::Unusable { reason: "why".to_owned() };
-        for probe in [report(slow()), report(Verdict::Absent), report(lack), Err("no probe".to_owned())] {
+        for probe in
+            [Ok(report(slow())), Ok(report(Verdict::Absent)), Ok(report(lack)), Err("no probe".to_owned())]
+        {
             let (name, why) = chosen(Auto, probe).await.unwrap();
             assert_eq!(name, EngineName::Qemu);
             assert!(why.starts_with("KVM ") && why.contains("QEMU"), "{why}");
@@ -174,9 +176,9 @@ mod tests {
     #[tokio::test]
     async fn a_named_kvm_may_be_slow_but_what_it_cannot_do_is_refused_with_the_reason() {
         use EngineChoice::Kvm;
-        assert_eq!(chosen(Kvm, report(Verdict::Usable)).await.unwrap().0, EngineName::Kvm);
-        assert!(chosen(Kvm, report(slow())).await.unwrap().1.contains("although KVM is as it is"));
-        let refused = chosen(Kvm, report(Verdict::Absent)).await.unwrap_err();
+        assert_eq!(chosen(Kvm, Ok(report(Verdict::Usable))).await.unwrap().0, EngineName::Kvm);
+        assert!(chosen(Kvm, Ok(report(slow()))).await.unwrap().1.contains("although KVM is as it is"));
+        let refused = chosen(Kvm, Ok(report(Verdict::Absent))).await.unwrap_err();
         assert!(refused.contains("KVM is as it is") && refused.contains("catalyst doctor"), "{refused}");
         assert!(chosen(Kvm, Err("no such file".to_owned())).await.unwrap_err().contains("no such file"));
     }

@@ -46,7 +46,8 @@ pub enum ControlError {
 }
 
 /// Requests that wait for their answers, in their order; `None` once none will come.
-type Waiting = Arc<Mutex<Option<VecDeque<(u64, oneshot::Sender<Outcome>)>>>>;
+type Queue = Option<VecDeque<(u64, oneshot::Sender<Outcome>)>>;
+type Waiting = Arc<Mutex<Queue>>;
 
 /// A control connection.
 #[derive(Debug)]
@@ -70,7 +71,7 @@ enum Message {
     Reply(Reply),
 }
 
-fn lock(waiting: &Waiting) -> MutexGuard<'_, Option<VecDeque<(u64, oneshot::Sender<Outcome>)>>> {
+fn lock(waiting: &Waiting) -> MutexGuard<'_, Queue> {
     // Nothing panics while it holds the lock; if it did, the queue would still be whole.
     waiting.lock().unwrap_or_else(PoisonError::into_inner)
 }
