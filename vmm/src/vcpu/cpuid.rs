@@ -32,8 +32,8 @@ const MASKED: &[Mask] = &[
     (6, 0, Ecx, u32::MAX),
     // SGX.
     (7, 0, Ebx, 1 << 2),
-    // SGX launch configuration.
-    (7, 0, Ecx, 1 << 30),
+    // SGX launch configuration; five-level paging, whose walks are longer and which so little memory has no use for.
+    (7, 0, Ecx, 1 << 30 | 1 << 16),
     // AMX-BF16, AMX-TILE, AMX-INT8.
     (7, 0, Edx, 1 << 22 | 1 << 24 | 1 << 25),
     // AMX-FP16.

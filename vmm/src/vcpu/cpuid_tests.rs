@@ -58,7 +58,7 @@ fn a_guest_sees_a_hypervisor_and_none_of_what_it_cannot_use() {
     assert_eq!((one.ecx >> 5 & 1, one.ecx >> 3 & 1, one.ecx >> 15 & 1), (0, 0, 0), "VMX, MONITOR, PDCM");
     assert_eq!(one.ecx >> 24 & 1, 1, "TSC deadline");
     let seven = find(&leaves, 7, 0).unwrap();
-    assert_eq!((seven.ebx >> 2 & 1, seven.ecx >> 30 & 1), (0, 0), "SGX");
+    assert_eq!((seven.ebx >> 2 & 1, seven.ecx >> 30 & 1, seven.ecx >> 16 & 1), (0, 0, 0), "SGX, LA57");
     assert_eq!(seven.edx & (1 << 22 | 1 << 24 | 1 << 25), 0, "AMX");
     for function in [0xa, 0x12, 0x1d] {
         assert!(leaves.iter().all(|leaf| leaf.function != function), "{function:#x}");

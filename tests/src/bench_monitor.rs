@@ -1,0 +1,206 @@
+//! Our monitor beside QEMU, where there is a genuine /dev/kvm: `make bench-monitor` runs it in the lab.
+//!
+//! Each figure is the median of runs that alternate between the two. The last line is the ratio of the boots; the exit
+//! status is 1 if a promise of docs/SPECIFICATION.md is broken.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use catalyst_tests::monitor::machine::Extras;
+use catalyst_tests::monitor::{Machine, Which, guest};
+use catalyst_tests::world::{programs, ran};
+
+const RUNS: usize = 5;
+/// Runs of disk and network, which take longer.
+const LONG_RUNS: usize = 3;
+const RAM: u64 = 256 << 20;
+/// How much slower than QEMU's a median may be and still count as equal.
+const NOISE: f64 = 0.95;
+
+/// What a table row says.
+struct Row {
+    what: String,
+    ours: f64,
+    qemu: Option<f64>,
+    unit: &'static str,
+    promise: String,
+    holds: bool,
+}
+
+fn main() -> ExitCode {
+    let folder = tempfile::tempdir().unwrap();
+    let initrd = guest::write_initrd(folder.path());
+    let mut rows = Vec::new();
+    let ratio = boot(folder.path(), &initrd, &mut rows);
+    rows.push(binary());
+    io(folder.path(), &initrd, &mut rows);
+    println!("| what | ours | QEMU | promise | |\n|---|---:|---:|---|---|");
+    for Row { what, ours, qemu, unit, promise, holds } in &rows {
+        let qemu = qemu.map_or_else(String::new, |qemu| format!("{qemu:.2} {unit}"));
+        let verdict = if *holds { "holds" } else { "BROKEN" };
+        println!("| {what} | {ours:.2} {unit} | {qemu} | {promise} | {verdict} |");
+    }
+    println!("ratio boot OURS/QEMU {ratio:.2}");
+    ExitCode::from(u8::from(rows.iter().any(|row| !row.holds)))
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// Time to the guest's first line, and memory at that moment.
+fn boot(folder: &Path, initrd: &Path, rows: &mut Vec<Row>) -> f64 {
+    let (mut times, mut memory) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    for run in 0..RUNS {
+        for (at, which) in [Which::Ours, Which::Qemu].into_iter().enumerate() {
+            let mut machine = Machine::start(which, folder, initrd, Extras::default());
+            let (seconds, _) = machine.wait_for(guest::MARKER);
+            eprintln!("boot {run} {which:?}: {seconds:.2} s");
+            times[at].push(seconds);
+            memory[at].push(mib(machine.overhead_kib(RAM)));
+        }
+    }
+    let extras = Extras { everything: true, ..Extras::default() };
+    let mut full = Machine::start(Which::Ours, folder, initrd, extras);
+    full.wait_for(guest::MARKER);
+    let all_devices = mib(full.overhead_kib(RAM));
+    let [ours, qemu] = times.map(median);
+    let ratio = ours / qemu;
+    rows.push(Row {
+        what: "process start to the guest's first line, 1 vCPU, 256 MiB".into(),
+        ours,
+        qemu: Some(qemu),
+        unit: "s",
+        promise: "at most half".into(),
+        holds: ratio <= 0.5,
+    });
+    let [ours, qemu] = memory.map(median);
+    for (what, ours, qemu) in [("a serial port", ours, Some(qemu)), ("every device", all_devices, None)] {
+        rows.push(Row {
+            what: format!("resident memory besides RAM, with {what}"),
+            ours,
+            qemu,
+            unit: "MiB",
+            promise: "at most 4 MiB".into(),
+            holds: ours <= 4.0,
+        });
+    }
+    ratio
+}
+
+#[expect(clippy::cast_precision_loss, reason = "small figures")]
+fn mib(kib: u64) -> f64 {
+    kib as f64 / 1024.0
+}
+
+fn binary() -> Row {
+    let folder = tempfile::tempdir().unwrap();
+    let stripped = folder.path().join("stripped");
+    let mut strip = Command::new("strip");
+    strip.arg("-o").arg(&stripped).arg(programs().join("catalyst-vmm"));
+    ran(strip).ok();
+    let size = stripped.metadata().unwrap().len();
+    #[expect(clippy::cast_precision_loss, reason = "a small figure")]
+    let ours = size as f64 / 1e6;
+    Row {
+        what: "program, stripped".into(),
+        ours,
+        qemu: None,
+        unit: "MB",
+        promise: "at most 6 MB".into(),
+        holds: ours <= 6.0,
+    }
+}
+
+/// What the guest measured: the name, requests of 4 KiB a second, interrupts and (ours) kicks a request.
+struct Measured {
+    name: String,
+    rate: f64,
+    interrupts: f64,
+}
+
+/// Disk and network, as the guest sees them.
+fn io(folder: &Path, initrd: &Path, rows: &mut Vec<Row>) {
+    let base = folder.join("base.raw");
+    let mut dd = Command::new("dd");
+    dd.args(["if=/dev/urandom", "bs=1M", "count=256", "status=none", &format!("of={}", base.display())]);
+    ran(dd).ok();
+    let mut ip = Command::new("sh");
+    ip.args([
+        "-c",
+        "ip tuntap add dev bench0 mode tap vnet_hdr && ip address add 192.0.2.1/24 dev bench0 && ip link set bench0 up",
+    ]);
+    ran(ip).ok();
+    std::thread::spawn(sink);
+    let mut all: [Vec<Measured>; 2] = Default::default();
+    for run in 0..LONG_RUNS {
+        for (at, which) in [Which::Ours, Which::Qemu].into_iter().enumerate() {
+            let measured = io_run(which, folder, initrd, &base);
+            for one in &measured {
+                eprintln!(
+                    "io {run} {which:?} {}: {:.0}/s, {:.2} interrupts",
+                    one.name, one.rate, one.interrupts
+                );
+            }
+            all[at].extend(measured);
+        }
+    }
+    for name in ["seq-write", "seq-read", "rand-write", "rand-read", "net-send"] {
+        let of = |at: usize, value: fn(&Measured) -> f64| {
+            median(all[at].iter().filter(|one| one.name == name).map(value).collect())
+        };
+        let (ours, qemu) = (of(0, |one| one.rate), of(1, |one| one.rate));
+        rows.push(Row {
+            what: format!("{name}, 4 KiB units"),
+            ours,
+            qemu: Some(qemu),
+            unit: "/s",
+            promise: "at least QEMU's".into(),
+            holds: ours >= qemu * NOISE,
+        });
+        let (ours, qemu) = (of(0, |one| one.interrupts), of(1, |one| one.interrupts));
+        rows.push(Row {
+            what: format!("{name}, interrupts a unit"),
+            ours,
+            qemu: Some(qemu),
+            unit: "",
+            promise: "at most QEMU's".into(),
+            holds: ours * NOISE <= qemu + 0.01,
+        });
+    }
+}
+
+fn io_run(which: Which, folder: &Path, initrd: &Path, base: &Path) -> Vec<Measured> {
+    let overlay = folder.join("overlay.qcow2");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(base).arg(&overlay);
+    ran(create).ok();
+    let extras =
+        Extras { work: "block,net", disk: Some((&overlay, base)), tap: Some("bench0"), everything: false };
+    let mut machine = Machine::start(which, folder, initrd, extras);
+    let mut measured = Vec::new();
+    for _ in 0..5 {
+        let (_, line) = machine.wait_for("RESULT");
+        let words: Vec<&str> = line.split_whitespace().skip_while(|word| *word != "RESULT").collect();
+        let number = |at: usize| words[at].parse::<f64>().unwrap();
+        let (units, seconds) = (number(2), (number(4) - number(3)).max(0.01));
+        let interrupts = number(5) / units;
+        measured.push(Measured { name: words[1].to_owned(), rate: units / seconds, interrupts });
+    }
+    measured
+}
+
+/// Takes what guests send, and looks at none of it.
+fn sink() {
+    let listener = TcpListener::bind((guest::HOST, guest::PORT)).unwrap();
+    for stream in listener.incoming().flatten() {
+        std::thread::spawn(move || {
+            let mut stream = stream;
+            let _ = std::io::copy(&mut stream, &mut std::io::sink());
+        });
+    }
+}
