@@ -9,6 +9,8 @@ mod dsdt;
 mod linux64;
 mod map;
 mod pvh;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};

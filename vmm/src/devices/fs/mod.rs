@@ -17,6 +17,8 @@
 
 mod device;
 mod files;
+#[cfg(any(test, feature = "testing"))]
+pub mod mounting;
 mod request;
 mod root;
 mod state;
@@ -55,7 +57,5 @@ pub enum FsError {
 mod confined_tests;
 #[cfg(test)]
 mod guest;
-#[cfg(test)]
-mod mounting;
 #[cfg(test)]
 mod tests;

@@ -30,7 +30,7 @@ struct Attributes {
 /// A detached mount of `folder`, without what is mounted below it. With `owner` and `monitor`, files of the user
 /// `owner` are seen as the user `monitor`'s, and what that one makes belongs to `owner`; an error of `EINVAL` says
 /// that the file system cannot do it.
-pub(super) fn clone_mount(folder: &Path, map: Option<(u32, u32)>) -> io::Result<File> {
+pub fn clone_mount(folder: &Path, map: Option<(u32, u32)>) -> io::Result<File> {
     let path = CString::new(folder.as_os_str().as_bytes())?;
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: the path is a string.
@@ -57,7 +57,7 @@ pub(super) fn clone_mount(folder: &Path, map: Option<(u32, u32)>) -> io::Result<
 }
 
 /// Puts `tree` at the folder `name`, which is made, of the namespace's root.
-pub(super) fn attach(tree: &File, namespace: &File, name: &CStr) -> io::Result<()> {
+pub fn attach(tree: &File, namespace: &File, name: &CStr) -> io::Result<()> {
     let tree = tree.as_raw_fd();
     in_namespace(namespace, || {
         // SAFETY: both paths are strings.
@@ -78,7 +78,7 @@ pub(super) fn attach(tree: &File, namespace: &File, name: &CStr) -> io::Result<(
 }
 
 /// Takes the share away, whoever has files of it open.
-pub(super) fn detach(namespace: &File, name: &CStr) -> io::Result<()> {
+pub fn detach(namespace: &File, name: &CStr) -> io::Result<()> {
     // SAFETY: the path is a string.
     in_namespace(namespace, || unsafe {
         if libc::umount2(name.as_ptr(), libc::MNT_DETACH) == -1 {
