@@ -4,7 +4,6 @@
 //! each access to a register, each interrupt and each instruction is a real one of a virtual CPU.
 
 use std::cell::Cell;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
@@ -49,7 +48,7 @@ mod mailbox {
 std::arch::global_asm!(
     ".pushsection .rodata.kvm_guest, \"a\"",
     ".balign 16",
-    ".globl kvm_guest_begin, kvm_guest_end, kvm_guest_stubs, kvm_guest_read8, kvm_guest_read32, kvm_guest_read64, kvm_guest_write8, kvm_guest_write32, kvm_guest_in8, kvm_guest_out8, kvm_guest_out_bytes, kvm_guest_read_many, kvm_guest_load_idt, kvm_guest_halt, kvm_guest_int3, kvm_guest_triple_fault",
+    ".globl kvm_guest_begin, kvm_guest_end, kvm_guest_stubs, kvm_guest_read32, kvm_guest_read64, kvm_guest_write8, kvm_guest_write32, kvm_guest_in8, kvm_guest_out8, kvm_guest_out_bytes, kvm_guest_read_many, kvm_guest_load_idt, kvm_guest_int3, kvm_guest_triple_fault",
     "kvm_guest_begin:",
     "mov ebx, 0x300000",
     "mov esp, 0x2f0000",
@@ -66,8 +65,6 @@ std::arch::global_asm!(
     "mov rax, [rbx]",
     "mov [rbx + 8], rax",
     "jmp 2b",
-    "kvm_guest_read8: movzx eax, byte ptr [rdx]",
-    "ret",
     "kvm_guest_read32: mov eax, [rdx]",
     "ret",
     "kvm_guest_read64: mov rax, [rdx]",
@@ -96,8 +93,6 @@ std::arch::global_asm!(
     "ret",
     "kvm_guest_load_idt: lidt [rdx]",
     "sti",
-    "ret",
-    "kvm_guest_halt: hlt",
     "ret",
     "kvm_guest_int3: int3",
     "ret",
@@ -141,7 +136,6 @@ symbols!(
     kvm_guest_begin,
     kvm_guest_end,
     kvm_guest_stubs,
-    kvm_guest_read8,
     kvm_guest_read32,
     kvm_guest_read64,
     kvm_guest_write8,
@@ -151,7 +145,6 @@ symbols!(
     kvm_guest_out_bytes,
     kvm_guest_read_many,
     kvm_guest_load_idt,
-    kvm_guest_halt,
     kvm_guest_int3,
     kvm_guest_triple_fault
 );
@@ -171,7 +164,6 @@ fn in_guest(symbol: *const u8) -> u64 {
 /// What the guest can be told to do.
 #[derive(Clone, Copy, Debug)]
 pub enum Routine {
-    Read8,
     Read32,
     Read64,
     Write8,
@@ -181,7 +173,6 @@ pub enum Routine {
     OutBytes,
     ReadMany,
     LoadIdt,
-    Halt,
     Int3,
     TripleFault,
 }
@@ -189,7 +180,6 @@ pub enum Routine {
 impl Routine {
     fn address(self) -> u64 {
         in_guest(match self {
-            Self::Read8 => &raw const kvm_guest_read8,
             Self::Read32 => &raw const kvm_guest_read32,
             Self::Read64 => &raw const kvm_guest_read64,
             Self::Write8 => &raw const kvm_guest_write8,
@@ -199,7 +189,6 @@ impl Routine {
             Self::OutBytes => &raw const kvm_guest_out_bytes,
             Self::ReadMany => &raw const kvm_guest_read_many,
             Self::LoadIdt => &raw const kvm_guest_load_idt,
-            Self::Halt => &raw const kvm_guest_halt,
             Self::Int3 => &raw const kvm_guest_int3,
             Self::TripleFault => &raw const kvm_guest_triple_fault,
         })
@@ -339,11 +328,6 @@ impl Guest {
         let mut bytes = vec![0; length];
         self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
         bytes
-    }
-
-    /// A handle of its memory.
-    pub fn share(&self) -> GuestRam {
-        Arc::clone(&self.memory)
     }
 }
 

@@ -6,7 +6,6 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 
 use catalyst_vmm::boot::testing::elf;
 use catalyst_vmm::control::protocol::{Answer, Cause, Event, Outcome, Reply, RunState, Stats};
@@ -316,9 +315,4 @@ pub fn read_exact(mut from: impl Read, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     from.read_exact(&mut bytes).unwrap();
     bytes
-}
-
-/// Both see one memory.
-pub fn same(one: &GuestRam, other: &GuestRam) -> bool {
-    Arc::ptr_eq(one, other)
 }
