@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build agent image demo test unit e2e e2e-kvm lint licences bench lab install uninstall clean
+.PHONY: help setup build agent image demo test unit e2e e2e-kvm lint licences bench bench-monitor lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -15,7 +15,7 @@ PREFIX ?= /usr/local
 # Programs that are needed, each with the Debian package it comes from.
 NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-base nft:nftables \
          mmdebstrap:mmdebstrap busybox:busybox-static mke2fs:e2fsprogs ssh:openssh-client ip:iproute2 \
-         cpio:cpio depmod:kmod xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc
+         cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +65,10 @@ licences: setup ## licences and advisories of all dependencies
 
 bench: image ## the promises of docs/SPECIFICATION.md, measured
 	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')
+
+bench-monitor: export LAB_TIMEOUT ?= 900
+bench-monitor: image ## our monitor beside QEMU, in the lab
+	tests/lab/run 'CATALYST_BIN=$$PWD/$(RELEASE) CATALYST_IMAGE_DIR=$(IMAGE_DIR) $(RELEASE)/bench-monitor'
 
 lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm
 	tests/lab/run '$(CMD)'
