@@ -116,6 +116,7 @@ fn map_range(
     let size = usize::try_from(length)
         .map_err(|_| MemoryError::Assemble { mib, why: "it is longer than an address".into() })?;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
+    let _around = aligned_gap(size);
     match backing {
         Backing::Anonymous => {
             let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
@@ -127,6 +128,48 @@ fn map_range(
             MmapRegion::build(Some(FileOffset::new(file, offset)), size, protection, flags).map_err(error)
         }
     }
+}
+
+/// Address space that is held for a moment. Dropping it gives it back.
+struct Reserved {
+    start: *mut u8,
+    length: usize,
+}
+
+impl Reserved {
+    fn new(length: usize) -> Option<Self> {
+        let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping where the kernel likes it, that nobody reads or writes.
+        let start = unsafe { libc::mmap(std::ptr::null_mut(), length, libc::PROT_NONE, flags, -1, 0) };
+        (start != libc::MAP_FAILED).then_some(Self { start: start.cast(), length })
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.length > 0 {
+            // SAFETY: the range is a mapping of this value's own, which nothing points into.
+            unsafe { libc::munmap(self.start.cast(), self.length) };
+        }
+    }
+}
+
+/// Leaves one gap of exactly `size` bytes in the address space, at a multiple of a large page, and holds what lies around
+/// it: the kernel puts the next mapping of that size there. KVM maps by large pages only what lies at the same offset in
+/// such a page for the guest and for the host, and kernels before 6.7 do not see to it. Where it does not come out so
+/// (another gap fits as well), the guest merely runs on small pages.
+fn aligned_gap(size: usize) -> Option<[Reserved; 2]> {
+    const LARGE: usize = 2 << 20;
+    if size < LARGE {
+        return None;
+    }
+    let mut before = Reserved::new(size.checked_add(LARGE)?)?;
+    let skip = before.start.align_offset(LARGE);
+    let gap = before.start.wrapping_add(skip);
+    let after = Reserved { start: gap.wrapping_add(size), length: before.length - skip - size };
+    before.length = skip;
+    drop(Reserved { start: gap, length: size });
+    Some([before, after])
 }
 
 /// Only advice: a kernel without large pages goes on with small ones.
@@ -236,6 +279,19 @@ pub(crate) mod tests {
         assert_eq!(ranges(256 << 20), [(0, 256 << 20)]);
         assert_eq!(ranges(3 << 30), [(0, 3 << 30)]);
         assert_eq!(ranges(5 << 30), [(0, 3 << 30), (4 << 30, 2 << 30)]);
+    }
+
+    #[test]
+    fn ranges_lie_at_multiples_of_a_large_page() {
+        let file = memfd(c"test").unwrap();
+        for backing in [Backing::Anonymous, Backing::Shared(&file)] {
+            let aligned = || {
+                let memory = map(3080, backing, true).unwrap();
+                memory.iter().all(|region| region.as_ptr() as usize % (2 << 20) == 0)
+            };
+            // Another test's thread may take the gap; a monitor has one thread when it maps memory.
+            assert!((0..5).any(|_| aligned()), "{backing:?}");
+        }
     }
 
     #[test]
