@@ -68,6 +68,7 @@ bench: image ## the promises of docs/SPECIFICATION.md, measured
 
 bench-monitor: export LAB_TIMEOUT ?= 900
 bench-monitor: image ## our monitor beside QEMU, in the lab
+	rustc --edition 2024 -O -C target-feature=+crt-static -o $(RELEASE)/guest-io tests/src/monitor/guest_io.rs
 	tests/lab/run 'CATALYST_BIN=$$PWD/$(RELEASE) CATALYST_IMAGE_DIR=$(IMAGE_DIR) $(RELEASE)/bench-monitor'
 
 lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm

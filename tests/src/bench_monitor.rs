@@ -52,14 +52,20 @@ fn median(mut values: Vec<f64>) -> f64 {
     values[values.len() / 2]
 }
 
-/// Time to the guest's first line, and memory at that moment.
+/// Time to the guest's first line, and memory at that moment. Machines have no PCI: ours tells its guest so, QEMU as its
+/// manual starts it lets the guest search for it, and a third run shows what that alone makes.
 fn boot(folder: &Path, initrd: &Path, rows: &mut Vec<Row>) -> f64 {
-    let (mut times, mut memory) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    let sorts = [(Which::Ours, false), (Which::Qemu, false), (Which::Qemu, true)];
+    let (mut times, mut memory) = ([const { Vec::new() }; 3], [const { Vec::new() }; 3]);
     for run in 0..RUNS {
-        for (at, which) in [Which::Ours, Which::Qemu].into_iter().enumerate() {
-            let mut machine = Machine::start(which, folder, initrd, Extras::default());
+        for (at, (which, told_no_pci)) in sorts.into_iter().enumerate() {
+            let extras = Extras { told_no_pci, ..Extras::default() };
+            let mut machine = Machine::start(which, folder, initrd, extras);
             let (seconds, _) = machine.wait_for(guest::MARKER);
-            eprintln!("boot {run} {which:?}: {seconds:.2} s");
+            eprintln!(
+                "boot {run} {which:?}{}: {seconds:.2} s",
+                if told_no_pci { ", told of no PCI" } else { "" }
+            );
             times[at].push(seconds);
             memory[at].push(mib(machine.overhead_kib(RAM)));
         }
@@ -68,17 +74,15 @@ fn boot(folder: &Path, initrd: &Path, rows: &mut Vec<Row>) -> f64 {
     let mut full = Machine::start(Which::Ours, folder, initrd, extras);
     full.wait_for(guest::MARKER);
     let all_devices = mib(full.overhead_kib(RAM));
-    let [ours, qemu] = times.map(median);
+    let [ours, qemu, told] = times.map(median);
     let ratio = ours / qemu;
-    rows.push(Row {
-        what: "process start to the guest's first line, 1 vCPU, 256 MiB".into(),
-        ours,
-        qemu: Some(qemu),
-        unit: "s",
-        promise: "at most half".into(),
-        holds: ratio <= 0.5,
-    });
-    let [ours, qemu] = memory.map(median);
+    let mut row = |what: &str, qemu, promise: &str, holds| {
+        let what = format!("process start to the guest's first line, 1 vCPU, 256 MiB{what}");
+        rows.push(Row { what, ours, qemu: Some(qemu), unit: "s", promise: promise.into(), holds });
+    };
+    row("", qemu, "at most half", ratio <= 0.5);
+    row(", QEMU's guest told that there is no PCI", told, "less", ours < told);
+    let [ours, qemu, _] = memory.map(median);
     for (what, ours, qemu) in [("a serial port", ours, Some(qemu)), ("every device", all_devices, None)] {
         rows.push(Row {
             what: format!("resident memory besides RAM, with {what}"),
@@ -180,15 +184,15 @@ fn io_run(which: Which, folder: &Path, initrd: &Path, base: &Path) -> Vec<Measur
     create.args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"]).arg(base).arg(&overlay);
     ran(create).ok();
     let extras =
-        Extras { work: "block,net", disk: Some((&overlay, base)), tap: Some("bench0"), everything: false };
+        Extras { work: "block,net", disk: Some((&overlay, base)), tap: Some("bench0"), ..Extras::default() };
     let mut machine = Machine::start(which, folder, initrd, extras);
     let mut measured = Vec::new();
     for _ in 0..5 {
         let (_, line) = machine.wait_for("RESULT");
         let words: Vec<&str> = line.split_whitespace().skip_while(|word| *word != "RESULT").collect();
         let number = |at: usize| words[at].parse::<f64>().unwrap();
-        let (units, seconds) = (number(2), (number(4) - number(3)).max(0.01));
-        let interrupts = number(5) / units;
+        let (units, seconds) = (number(2), number(3).max(0.01));
+        let interrupts = number(4) / units;
         measured.push(Measured { name: words[1].to_owned(), rate: units / seconds, interrupts });
     }
     measured

@@ -23,7 +23,7 @@ pub type GuestRam = Arc<GuestMemoryMmap<()>>;
 pub enum Backing<'a> {
     /// Pages of this process alone.
     Anonymous,
-    /// A file, most often a memfd, that other processes may map as well.
+    /// A file, most often a memfd, that other processes may map as well. What it held is lost: memory begins as zeros.
     Shared(&'a File),
 }
 
@@ -87,7 +87,9 @@ pub fn map(mib: u64, backing: Backing<'_>, huge_pages: bool) -> Result<GuestRam,
     }
     let bytes = mib << 20;
     if let Backing::Shared(file) = backing {
-        file.set_len(bytes).map_err(|source| MemoryError::Resize { mib, source })?;
+        file.set_len(0)
+            .and_then(|()| file.set_len(bytes))
+            .map_err(|source| MemoryError::Resize { mib, source })?;
     }
     let mut regions = Vec::new();
     let mut offset = 0;

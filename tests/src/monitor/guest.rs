@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use crate::world::image_dir;
+use crate::world::{image_dir, programs};
 
 /// The guest's first line.
 pub const MARKER: &str = "CATALYST-GUEST-INIT";
@@ -25,39 +25,18 @@ $b mkdir -p /proc /sys
 $b mount -t proc proc /proc
 $b mount -t devtmpfs dev /dev
 words=$($b sed -n 's/.*guest\.do=\([^ ]*\).*/\1/p' /proc/cmdline | $b tr , ' ')
+$b mount -t sysfs sys /sys
 [ -z "$words" ] || while read -r m; do $b insmod /modules/$m; done </modules/order
-interrupts() { $b awk '/virtio/ {s += $2} END {print s + 0}' /proc/interrupts; }
-dd_line() { # NAME COUNT ARGUMENTS: requests of 4 KiB a second
-  name=$1; count=$2; shift 2
-  i0=$(interrupts); t0=$($b cut -d' ' -f1 /proc/uptime)
-  "$@" 2>/dev/null
-  t1=$($b cut -d' ' -f1 /proc/uptime); i1=$(interrupts)
-  echo "RESULT $name $count $t0 $t1 $((i1 - i0))"
-}
-random() { # OPERATION COUNT: single requests all over the disk
-  n=0; x=12345
-  while [ $n -lt $2 ]; do
-    x=$(((x * 1103515245 + 12345) & 0x7fffffff)); at=$((x % 60000))
-    if [ $1 = read ]; then $b dd if=/dev/vda of=/dev/null bs=4k count=1 skip=$at iflag=direct
-    else $b dd if=/dev/zero of=/dev/vda bs=4k count=1 seek=$at oflag=direct conv=notrunc; fi
-    n=$((n + 1))
-  done
-}
 for word in $words; do
-  case $word in
-    block)
-      dd_line seq-write 4096 $b dd if=/dev/zero of=/dev/vda bs=4k count=4096 oflag=direct conv=notrunc
-      dd_line seq-read 4096 $b dd if=/dev/vda of=/dev/null bs=4k count=4096 iflag=direct
-      dd_line rand-write 200 random write 200
-      dd_line rand-read 200 random read 200 ;;
-    net)
-      $b ip link set eth0 up; $b ip address add 192.0.2.2/24 dev eth0
-      dd_line net-send 16384 sh -c "$b dd if=/dev/zero bs=64k count=1024 | $b nc 192.0.2.1 5001" ;;
-  esac
+  [ $word != net ] || { $b ip link set eth0 up; $b ip address add 192.0.2.2/24 dev eth0; }
+  /guest-io $word
 done
 echo CATALYST-GUEST-DONE
 while :; do $b sleep 1000; done
 "#;
+
+/// Where [`INIT`] finds `guest_io.rs`, compiled; the benchmark's makefile rule compiles it beside our programs.
+const WORK: &str = "guest-io";
 
 /// The image's kernel.
 pub fn kernel() -> PathBuf {
@@ -75,8 +54,9 @@ pub fn write_initrd(folder: &Path) -> PathBuf {
     fs::create_dir_all(&files).unwrap();
     fs::write(files.join("init"), INIT).unwrap();
     fs::set_permissions(files.join("init"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::copy(programs().join(WORK), files.join(WORK)).expect("guest-io: make bench-monitor compiles it");
     let archive = Command::new("sh")
-        .args(["-c", "echo init | cpio -o -H newc --quiet"])
+        .args(["-c", "printf 'init\\nguest-io\\n' | cpio -o -H newc --quiet"])
         .current_dir(&files)
         .stderr(Stdio::inherit())
         .output()

@@ -29,6 +29,8 @@ pub enum Which {
 pub struct Extras<'a> {
     /// What the guest does (`guest.do=`).
     pub work: &'a str,
+    /// QEMU only: that there is no PCI, which our machines are always told, as the daemon does.
+    pub told_no_pci: bool,
     /// A qcow2 and the raw base below it.
     pub disk: Option<(&'a Path, &'a Path)>,
     /// The name of a tap.
@@ -55,7 +57,8 @@ impl Machine {
     /// # Panics
     /// If it cannot be started.
     pub fn start(which: Which, folder: &Path, initrd: &Path, extras: Extras<'_>) -> Self {
-        let line = format!("console=ttyS0 quiet panic=-1 tsc=reliable guest.do={}", extras.work);
+        let pci = if which == Which::Ours || extras.told_no_pci { "pci=off " } else { "" };
+        let line = format!("console=ttyS0 quiet panic=-1 tsc=reliable {pci}guest.do={}", extras.work);
         match which {
             Which::Ours => ours(folder, initrd, &line, extras),
             Which::Qemu => qemu(initrd, &line, extras),

@@ -6,6 +6,7 @@
 
 pub mod acpi;
 mod dsdt;
+mod image;
 mod linux64;
 mod map;
 mod pvh;
@@ -98,7 +99,8 @@ struct Initrd {
 
 /// Loads the kernel and everything it is told. `acpi` is what lies at [`layout::ACPI`]; the RSDP is its beginning.
 pub fn load(memory: &GuestMemoryMmap<()>, kernel: Kernel, acpi: &[u8]) -> Result<Entry, BootError> {
-    let Kernel { mut image, initrd, command_line, protocol } = kernel;
+    let Kernel { image, initrd, command_line, protocol } = kernel;
+    let mut image = image::Image::new(image).map_err(|error| BootError::Read("kernel", error))?;
     let loaded = load_image(memory, &mut image, protocol)?;
     let initrd = initrd.map(|file| load_initrd(memory, file, &loaded)).transpose()?;
     write(memory, "ACPI tables", layout::ACPI, acpi)?;
@@ -114,7 +116,7 @@ pub fn load(memory: &GuestMemoryMmap<()>, kernel: Kernel, acpi: &[u8]) -> Result
 
 fn load_image(
     memory: &GuestMemoryMmap<()>,
-    image: &mut File,
+    image: &mut image::Image,
     protocol: Protocol,
 ) -> Result<Loaded, BootError> {
     let ram = crate::memory::size(memory) >> 20;
@@ -141,7 +143,7 @@ fn load_image(
 }
 
 /// The loader copies what is in the file and does not look at how much memory a segment wants beyond that.
-fn check_segments(memory: &GuestMemoryMmap<()>, image: &mut File) -> Result<(), BootError> {
+fn check_segments(memory: &GuestMemoryMmap<()>, image: &mut image::Image) -> Result<(), BootError> {
     const LOAD: u32 = 1;
     let read = |error| BootError::Read("kernel", error);
     let mut header = [0; 64];
