@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build agent image demo test unit e2e e2e-kvm lint licences bench bench-monitor lab install uninstall clean
+.PHONY: help setup build lean image demo test unit e2e e2e-kvm lint licences bench bench-monitor lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -27,14 +27,19 @@ setup: ## install what is missing (Debian packages)
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
 
-build: setup agent ## build everything into target/release
-	cargo build --release --workspace --exclude catalyst-agent
+build: setup lean ## build everything into target/release
+	cargo build --release --workspace --exclude catalyst-agent --exclude catalyst-vmm
 
-# The agent runs in guests, whatever C library they have: it is linked statically.
-agent:
-	RUSTFLAGS="-C target-feature=+crt-static -C strip=symbols" cargo build --release --target $(GNU) --target-dir target/guest -p catalyst-agent
-	@mkdir -p $(RELEASE) && cmp -s target/guest/$(GNU)/release/catalyst-agent $(RELEASE)/catalyst-agent-static || \
-	  install -m 755 target/guest/$(GNU)/release/catalyst-agent $(RELEASE)/catalyst-agent-static
+# Two programs are linked statically and as small as they go: the agent runs in guests, whatever C library they have, and
+# every VM has a monitor of its own. They are put where the others are; what Cargo's own tests leave there is replaced.
+lean:
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile lean --target $(GNU) --target-dir target/lean -p catalyst-agent -p catalyst-vmm
+	@$(PLACE_LEAN)
+
+LEAN := target/lean/$(GNU)/lean
+PLACE_LEAN := mkdir -p $(RELEASE); \
+  place() { cmp -s $(LEAN)/$$1 $(RELEASE)/$$2 || install -m 755 $(LEAN)/$$1 $(RELEASE)/$$2; }; \
+  place catalyst-agent catalyst-agent-static && place catalyst-vmm catalyst-vmm
 
 image: build ## build the bundled image lumen, unless it is there
 	$(SUDO) $(RELEASE)/catalyst-image build --store $(IMAGE_DIR)
@@ -46,6 +51,7 @@ unit: build ## unit tests
 	cargo test --release --workspace --exclude catalyst-tests
 
 e2e: image ## end-to-end tests on real VMs (root)
+	@$(PLACE_LEAN)
 	cargo test --release -p catalyst-tests -- --nocapture
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
