@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build lean image demo test unit e2e e2e-kvm lint licences bench bench-monitor lab install uninstall clean
+.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full lint licences bench bench-monitor lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -34,12 +34,12 @@ build: setup lean ## build everything into target/release
 # every VM has a monitor of its own. They are put where the others are; what Cargo's own tests leave there is replaced.
 lean:
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --profile lean --target $(GNU) --target-dir target/lean -p catalyst-agent -p catalyst-vmm
-	@$(PLACE_LEAN)
+	@$(MAKE) -s place
 
 LEAN := target/lean/$(GNU)/lean
-PLACE_LEAN := mkdir -p $(RELEASE); \
-  place() { cmp -s $(LEAN)/$$1 $(RELEASE)/$$2 || install -m 755 $(LEAN)/$$1 $(RELEASE)/$$2; }; \
-  place catalyst-agent catalyst-agent-static && place catalyst-vmm catalyst-vmm
+place:
+	@mkdir -p $(RELEASE); place() { cmp -s $(LEAN)/$$1 $(RELEASE)/$$2 || install -m 755 $(LEAN)/$$1 $(RELEASE)/$$2; }; \
+	place catalyst-agent catalyst-agent-static && place catalyst-vmm catalyst-vmm
 
 image: build ## build the bundled image lumen, unless it is there
 	$(SUDO) $(RELEASE)/catalyst-image build --store $(IMAGE_DIR)
@@ -51,7 +51,7 @@ unit: build ## unit tests
 	cargo test --release --workspace --exclude catalyst-tests
 
 e2e: image ## end-to-end tests on real VMs (root)
-	@$(PLACE_LEAN)
+	@$(MAKE) -s place
 	cargo test --release -p catalyst-tests -- --nocapture
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
@@ -60,7 +60,13 @@ e2e-kvm: export LAB_TIMEOUT ?= 3600
 e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root)
 	tests/lab/e2e '$(KVM_GROUPS)'
 
-test: lint licences unit e2e ## all tests
+# What of them needs a genuine KVM and is quick.
+e2e-lab: image
+	tests/lab/sample
+
+test: lint licences unit e2e e2e-lab ## all tests, but for those that take hours
+
+test-full: test e2e-kvm bench-monitor ## those too
 
 lint: setup ## formatting and clippy
 	cargo fmt --all --check

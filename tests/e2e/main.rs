@@ -9,6 +9,7 @@
 mod access;
 mod bad_input;
 mod common;
+mod cpus;
 mod crash;
 mod daemons;
 mod hosts;
@@ -25,6 +26,7 @@ const GROUPS: &[Group] = &[
     ("many", many::many),
     ("life", life::life),
     ("owner", owner::owner),
+    ("cpus", cpus::cpus),
     ("crash", crash::crash),
     ("access", access::access),
     ("bad_input", bad_input::bad_input),

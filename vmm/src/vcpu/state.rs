@@ -111,3 +111,65 @@ fn get_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Vec<kvm_msr_entry>, VmError> {
     }
     Ok(values)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+
+    use super::*;
+    use crate::memory::{Backing, map};
+    use crate::vcpu::{cpuid, msrs};
+    use crate::vm::{Vm, take_kvm};
+
+    /// Registers that go on by themselves, or hold a time.
+    const CLOCKS: [u32; 2] = [0x10, 0x3b];
+    const KERNEL_GS_BASE: u32 = 0xc000_0102;
+
+    fn made(kvm: &Kvm) -> (Vm, VcpuFd) {
+        let vm = Vm::new(kvm, map(2, Backing::Anonymous, false).unwrap()).unwrap();
+        (vm.fd().create_vcpu(0).map(|vcpu| (vm, vcpu))).unwrap()
+    }
+
+    #[test]
+    fn a_virtual_cpu_is_the_same_after_it_was_saved_as_text_and_restored_into_another_vm() {
+        let Ok(file) = OpenOptions::new().read(true).write(true).open("/dev/kvm") else {
+            eprintln!("SKIPPED: /dev/kvm does not open");
+            return;
+        };
+        let kvm = take_kvm(file).unwrap();
+        let (_vm, vcpu) = made(&kvm);
+        vcpu.set_cpuid2(&cpuid::Template::new(&kvm, 1).unwrap().for_vcpu(0).unwrap()).unwrap();
+        msrs::set_boot_msrs(&kvm, &vcpu).unwrap();
+        vcpu.set_regs(&kvm_regs {
+            rax: 1,
+            r15: 0x1234_5678_9abc,
+            rip: 0x7c00,
+            rflags: 2,
+            ..kvm_regs::default()
+        })
+        .unwrap();
+        let gs = kvm_msr_entry { index: KERNEL_GS_BASE, data: 0x7777_0000, ..kvm_msr_entry::default() };
+        assert_eq!(set_msrs(&vcpu, &[gs]).unwrap(), 1);
+        let mut lapic = vcpu.get_lapic().unwrap();
+        // The task priority (SDM 3A, table 11-1).
+        lapic.regs[0x80] = 0x20;
+        vcpu.set_lapic(&lapic).unwrap();
+        let saved = VcpuState::save(&kvm, &vcpu).unwrap();
+        assert!(
+            saved.msrs.iter().any(|msr| (msr.index, msr.data) == (gs.index, gs.data)),
+            "{:x?}",
+            saved.msrs
+        );
+
+        let text = serde_json::to_string(&saved).unwrap();
+        let (_vm, other) = made(&kvm);
+        serde_json::from_str::<VcpuState>(&text).unwrap().restore(&other).unwrap();
+        let [before, after] = [saved, VcpuState::save(&kvm, &other).unwrap()].map(|mut state| {
+            state.msrs.retain(|msr| !CLOCKS.contains(&msr.index));
+            serde_json::to_value(state).unwrap()
+        });
+        for (part, value) in before.as_object().unwrap() {
+            assert_eq!(value, &after[part], "{part}");
+        }
+    }
+}
