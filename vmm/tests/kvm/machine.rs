@@ -237,13 +237,13 @@ impl Machine {
         (ended.unwrap(), self.said())
     }
 
-    /// What it said on standard error so far.
+    /// What it said on standard error so far, but for what it says of an old kernel before all else.
     pub fn said(&self) -> String {
         let mut text = String::new();
         let mut file = self.stderr.try_clone().unwrap();
         file.rewind().unwrap();
         file.read_to_string(&mut text).unwrap();
-        text
+        text.split_inclusive('\n').filter(|line| !line.contains("Landlock")).collect()
     }
 
     /// Expects that it ends for this cause: event and exit status.
