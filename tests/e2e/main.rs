@@ -18,6 +18,7 @@ mod legacy;
 mod life;
 mod many;
 mod owner;
+mod pair;
 
 use catalyst_tests::harness::{self, Group};
 
@@ -26,6 +27,7 @@ const GROUPS: &[Group] = &[
     ("many", many::many),
     ("life", life::life),
     ("owner", owner::owner),
+    ("pair", pair::pair),
     ("cpus", cpus::cpus),
     ("crash", crash::crash),
     ("access", access::access),
