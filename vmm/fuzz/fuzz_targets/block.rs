@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use catalyst_vmm::description::Format;
 use catalyst_vmm::devices::block::{Block, Image};
-use catalyst_vmm_fuzz::{Guest, Message, OVERLAY, OVERLAY_SIZE, Op, memfd, threads};
+use catalyst_vmm_fuzz::{All, Data, Few, Guest, Message, OVERLAY, OVERLAY_SIZE, Op, memfd, threads};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 
@@ -15,14 +15,14 @@ use libfuzzer_sys::fuzz_target;
 struct Input {
     qcow2: bool,
     read_only: bool,
-    ops: Vec<Op<Request>>,
+    ops: All<Op<Request>>,
 }
 
 /// A request: header, then ranges or data.
 #[derive(Arbitrary, Debug)]
 enum Request {
-    Sectors { queue: u8, kind: u8, sector: u16, ranges: Vec<(u16, u32, u8)>, data: u16 },
-    Plain(u32, u64, Vec<u8>),
+    Sectors { queue: u8, kind: u8, sector: u16, ranges: Few<(u16, u32, u8)>, data: u16 },
+    Plain(u32, u64, Data),
 }
 
 impl Message for Request {
@@ -36,7 +36,7 @@ impl Message for Request {
             Self::Sectors { kind, sector, ranges, data, .. } => {
                 let kind = [0, 1, 4, 8, 11, 13][usize::from(kind % 6)];
                 let mut bytes = header(kind, u64::from(*sector) % 2100);
-                for (sector, sectors, flags) in ranges.iter().take(20) {
+                for (sector, sectors, flags) in &ranges.0 {
                     bytes.extend(u64::from(*sector).to_le_bytes());
                     bytes.extend(sectors.to_le_bytes());
                     bytes.extend(u32::from(*flags).to_le_bytes());
@@ -46,7 +46,7 @@ impl Message for Request {
                 }
                 bytes
             }
-            Self::Plain(kind, sector, rest) => [header(*kind, *sector), rest.clone()].concat(),
+            Self::Plain(kind, sector, rest) => [header(*kind, *sector), rest.0.clone()].concat(),
         }
     }
 }
@@ -64,7 +64,7 @@ fuzz_target!(|input: Input| {
     };
     let image = Image::open(layers, input.read_only).unwrap();
     let reactors = vec![Arc::clone(&threads().reactor); 2];
-    Guest::new(Block::new(image, "fuzz", reactors)).run(&input.ops, |disk, _, _| {
+    Guest::new(Block::new(image, "fuzz", reactors)).run(&input.ops.0, |disk, _, _| {
         let _ = disk.image().flush();
     });
 });

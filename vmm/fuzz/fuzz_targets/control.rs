@@ -52,6 +52,7 @@ fn talk(address: &SocketAddr, data: &[u8]) {
     }
     // It may have closed already.
     let _ = client.shutdown(Shutdown::Write);
+    threads().reactor.resume();
     let mut answers = Vec::new();
     let ended = client.read_to_end(&mut answers);
     if let Err(error) = &ended {

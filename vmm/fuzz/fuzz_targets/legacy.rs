@@ -10,7 +10,7 @@ use catalyst_vmm::console::Console;
 use catalyst_vmm::devices::i8042::I8042;
 use catalyst_vmm::devices::rtc::{Rtc, RtcState};
 use catalyst_vmm::devices::uart::Uart;
-use catalyst_vmm_fuzz::{Act, Door, threads};
+use catalyst_vmm_fuzz::{Act, All, Door, threads};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -49,7 +49,7 @@ impl Port {
     }
 }
 
-fuzz_target!(|accesses: Vec<Access>| {
+fuzz_target!(|accesses: All<Access>| {
     let (listener, mut door) = Door::new();
     let interrupt = EventFd::new(EFD_NONBLOCK).unwrap();
     let uart = Uart::new(Console::new(Some(listener), None), interrupt, &threads().reactor).unwrap();
@@ -58,7 +58,7 @@ fuzz_target!(|accesses: Vec<Access>| {
     bus.attach(0x3f8, 8, uart.clone()).unwrap();
     bus.attach(0x60, 5, Arc::new(Mutex::new(I8042::new(|| ())))).unwrap();
     bus.attach(0x70, 2, Arc::new(Mutex::new(Rtc::new(RtcState::default())))).unwrap();
-    for access in accesses.iter().take(512) {
+    for access in &accesses.0 {
         match access {
             Access::Read { port, width } => {
                 bus.read(port.number(), &mut [0; 8][..=usize::from(width % 8)]);

@@ -11,7 +11,7 @@ use catalyst_vmm::devices::rng::Rng;
 use catalyst_vmm::virtio::VirtioDevice;
 use catalyst_vmm::virtio::mmio::Transport;
 use catalyst_vmm::virtio::testing;
-use catalyst_vmm_fuzz::{MOST_OPS, Place, threads};
+use catalyst_vmm_fuzz::{All, Data, Place, threads};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vm_memory::{Bytes, GuestAddress};
@@ -40,7 +40,7 @@ enum Access {
     },
     /// Status up to this step.
     Steps(u8),
-    Memory(Place, Vec<u8>),
+    Memory(Place, Data),
     Settle,
 }
 
@@ -53,7 +53,7 @@ fn drive<D: VirtioDevice>(device: D, accesses: &[Access]) {
     let put = |transport: &mut Transport<D>, offset: u16, value: u32| {
         transport.write(offset.into(), &value.to_le_bytes());
     };
-    for access in accesses.iter().take(2 * MOST_OPS) {
+    for access in accesses {
         match access {
             Access::Read { offset, width } => {
                 transport.read((*offset).into(), &mut [0xff; 8][..=usize::from(width % 8)]);
@@ -80,22 +80,20 @@ fn drive<D: VirtioDevice>(device: D, accesses: &[Access]) {
                     put(&mut transport, 0x70, status);
                 }
             }
-            Access::Memory(place, bytes) => drop(memory.write_slice(bytes, GuestAddress(place.address()))),
+            Access::Memory(place, bytes) => drop(memory.write_slice(&bytes.0, GuestAddress(place.address()))),
             Access::Settle => threads().settle(),
         }
     }
     threads().settle();
-    threads().reactor.pause();
     let saved = serde_json::to_vec(&transport.save()).unwrap();
-    threads().reactor.resume();
     assert!(!saved.is_empty());
 }
 
-fuzz_target!(|input: (bool, Vec<Access>)| {
+fuzz_target!(|input: (bool, All<Access>)| {
     let reactor = Arc::clone(&threads().reactor);
     if input.0 {
-        drive(Rng::new(reactor), &input.1);
+        drive(Rng::new(reactor), &input.1.0);
     } else {
-        drive(Balloon::new(reactor), &input.1);
+        drive(Balloon::new(reactor), &input.1.0);
     }
 });

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Arc, LazyLock};
 
 use catalyst_vmm::devices::net::Net;
-use catalyst_vmm_fuzz::{Act, Guest, Op, Plain, threads};
+use catalyst_vmm_fuzz::{Act, All, Guest, Op, Plain, threads};
 use libfuzzer_sys::fuzz_target;
 
 /// The tap, and a packet socket at its other end.
@@ -63,7 +63,7 @@ fn world() -> io::Result<World> {
     Ok(World { tap, peer: peer.into() })
 }
 
-fuzz_target!(|ops: Vec<Op<Plain>>| {
+fuzz_target!(|ops: All<Op<Plain>>| {
     static WORLD: LazyLock<World> = LazyLock::new(|| {
         world().unwrap_or_else(|error| {
             // Not by `exit`, which libFuzzer takes for a crash.
@@ -76,11 +76,11 @@ fuzz_target!(|ops: Vec<Op<Plain>>| {
     let World { tap, peer } = &*WORLD;
     let mac = [2, 0, 0, 0, 0, 1];
     let device = Net::new(tap.try_clone().unwrap(), mac, Arc::clone(&threads().reactor)).unwrap();
-    Guest::new(device).run(&ops, |device, which, act| {
+    Guest::new(device).run(&ops.0, |device, which, act| {
         match act {
             // A frame that is too short or too long is refused.
             Act::Send(bytes) => {
-                let frame = [&mac[..], &[2, 0, 0, 0, 0, 2, 0x88, 0xb5], bytes]
+                let frame = [&mac[..], &[2, 0, 0, 0, 0, 2, 0x88, 0xb5], &bytes.0]
                     .concat()
                     .repeat(1 + usize::from(which % 8));
                 let _ = (&*peer).write(&frame);

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Arc;
 
 use catalyst_vmm::devices::vsock::Vsock;
-use catalyst_vmm_fuzz::{Act, Door, Guest, Message, Number, Op, act_on, seqpacket, threads};
+use catalyst_vmm_fuzz::{Act, All, Data, Door, Guest, Message, Number, Op, act_on, seqpacket, threads};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -18,8 +18,8 @@ const CID: u64 = 42;
 /// A packet: the header, and data.
 #[derive(Arbitrary, Debug)]
 enum Packet {
-    Good { op: u8, guest: u8, host: Number, flags: u8, buf_alloc: u32, fwd_cnt: u32, data: Vec<u8> },
-    Odd { cids: (u64, u64), ports: (u32, u32), len: u32, kind: u16, op: u16, flags: u32, data: Vec<u8> },
+    Good { op: u8, guest: u8, host: Number, flags: u8, buf_alloc: u32, fwd_cnt: u32, data: Data },
+    Odd { cids: (u64, u64), ports: (u32, u32), len: u32, kind: u16, op: u16, flags: u32, data: Data },
 }
 
 impl Message for Packet {
@@ -38,7 +38,16 @@ impl Message for Packet {
                 };
                 let ports = (ours as u32, theirs as u32);
                 let credit = (*buf_alloc, *fwd_cnt);
-                ((CID, 2), ports, data.len() as u32, 1, u16::from(op % 9), u32::from(flags % 4), credit, data)
+                (
+                    (CID, 2),
+                    ports,
+                    data.0.len() as u32,
+                    1,
+                    u16::from(op % 9),
+                    u32::from(flags % 4),
+                    credit,
+                    data,
+                )
             }
             Self::Odd { cids, ports, len, kind, op, flags, data } => {
                 (*cids, *ports, *len, *kind, *op, *flags, (0, 0), data)
@@ -55,7 +64,7 @@ impl Message for Packet {
             &flags.to_le_bytes(),
             &credit.0.to_le_bytes(),
             &credit.1.to_le_bytes(),
-            data,
+            &data.0,
         ]
         .concat()
     }
@@ -75,19 +84,19 @@ fn accept(upstream: &UnixDatagram) -> Option<UnixStream> {
     Some(stream)
 }
 
-fuzz_target!(|ops: Vec<Op<Packet>>| {
+fuzz_target!(|ops: All<Op<Packet>>| {
     let (listener, mut door) = Door::new();
     let (upstream, other) = seqpacket();
     let mut accepted: Vec<UnixStream> = Vec::new();
     let device = Vsock::new(CID as u32, Some(listener), Some(other), Arc::clone(&threads().reactor));
-    Guest::new(device).run(&ops, |device, which, act| {
+    Guest::new(device).run(&ops.0, |device, which, act| {
         let upper = usize::from(which / 2);
         match act {
             Act::Other(0) => device.transport_reset(),
             Act::Other(port) => {
                 door.act(which, &Act::Connect);
                 let last = u8::try_from(door.clients.len() - 1).unwrap();
-                door.act(last, &Act::Send(format!("CONNECT {port}\n").into_bytes()));
+                door.act(last, &Act::Send(Data(format!("CONNECT {port}\n").into_bytes())));
             }
             act if which % 2 == 0 => door.act(which / 2, act),
             Act::Connect => accepted.extend(accept(&upstream)),

@@ -19,7 +19,7 @@ use catalyst_vmm::reactor::{EventHandler, Reactor, Registration};
 use catalyst_vmm::virtio::VirtioDevice;
 use catalyst_vmm::virtio::mmio::Transport;
 use catalyst_vmm::virtio::testing::{self, BUFFERS, DriverQueue, RINGS};
-use libfuzzer_sys::arbitrary::{self, Arbitrary};
+use libfuzzer_sys::arbitrary::{self, Arbitrary, Unstructured};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -33,7 +33,8 @@ pub const MOST_OPS: usize = 64;
 const SLOT: u64 = 0x2000;
 const SLOTS: u64 = 64;
 
-/// The device threads of this process: one, with a handler that tells when all before it were called.
+/// The device threads of this process: one, which stands but for [`Threads::settle`], with a handler that tells when
+/// all before it were called.
 #[derive(Debug)]
 pub struct Threads {
     /// Devices work on it.
@@ -66,21 +67,62 @@ pub fn threads() -> &'static Threads {
         let handler = Fence { event: fence.try_clone().unwrap(), passed: tell };
         let registration = reactor.register(Arc::new(Mutex::new(handler)));
         registration.watch(fence.as_raw_fd(), 0, EventSet::IN).unwrap();
+        reactor.pause();
         Threads { reactor, fence, passed: Mutex::new(passed), _registration: registration }
     });
     &THREADS
 }
 
 impl Threads {
-    /// Returns when the thread has taken all that was ready before. epoll(7) gives what is ready in turn; the second
-    /// time is for what a handler left to its next turn.
+    /// Lets the thread run until it has taken all that is ready. Else it stands, so that an input does the same each
+    /// time. epoll(7) gives what is ready in turn; the second time is for what a handler left to its next turn.
     pub fn settle(&self) {
+        self.reactor.resume();
         for _ in 0..2 {
             self.fence.write(1).unwrap();
             self.passed.lock().unwrap().recv_timeout(PATIENCE).expect("the device's thread hangs");
         }
         self.reactor.pause();
-        self.reactor.resume();
+    }
+}
+
+/// As many of them as an input gives. The crate's own `Vec` ends after each element with a chance of one in two.
+#[derive(Debug)]
+pub struct All<T>(pub Vec<T>);
+
+impl<'a, T: Arbitrary<'a>> Arbitrary<'a> for All<T> {
+    fn arbitrary(input: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
+        let mut all = Vec::new();
+        while !input.is_empty() && all.len() < MOST_OPS {
+            all.push(T::arbitrary(input)?);
+        }
+        Ok(Self(all))
+    }
+}
+
+/// A few of them.
+#[derive(Debug)]
+pub struct Few<T>(pub Vec<T>);
+
+impl<'a, T: Arbitrary<'a>> Arbitrary<'a> for Few<T> {
+    fn arbitrary(input: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
+        let count = u8::arbitrary(input)? % 24;
+        (0..count).map(|_| T::arbitrary(input)).collect::<arbitrary::Result<_>>().map(Self)
+    }
+}
+
+/// Bytes, often few and at most 4 KiB.
+#[derive(Debug)]
+pub struct Data(pub Vec<u8>);
+
+impl<'a> Arbitrary<'a> for Data {
+    fn arbitrary(input: &mut Unstructured<'a>) -> arbitrary::Result<Self> {
+        let length = match usize::from(u8::arbitrary(input)?) {
+            length @ 0..0xf0 => length,
+            high => (high - 0xef) << 8,
+        };
+        let length = length.min(input.len());
+        Ok(Self(input.bytes(length)?.to_vec()))
     }
 }
 
@@ -96,7 +138,7 @@ pub trait Message {
 #[derive(Arbitrary, Debug)]
 pub struct Plain {
     queue: u8,
-    bytes: Vec<u8>,
+    bytes: Data,
 }
 
 impl Message for Plain {
@@ -104,7 +146,7 @@ impl Message for Plain {
         self.queue
     }
     fn bytes(&self, _: &[u64]) -> Vec<u8> {
-        self.bytes.clone()
+        self.bytes.0.clone()
     }
 }
 
@@ -158,12 +200,30 @@ impl Number {
 /// What guest and host do.
 #[derive(Arbitrary, Debug)]
 pub enum Op<M> {
-    /// A message in a chain as drivers make it, in two pieces if `cut` is within it, with `room` for an answer.
-    Message { message: M, cut: u16, room: u16, wait: bool },
+    /// A message in a chain as drivers make it, with room for an answer.
+    Message {
+        /// What it says.
+        message: M,
+        /// It is in two pieces if this is within it.
+        cut: u16,
+        /// Bytes for the answer; a page of them most often.
+        room: u16,
+        /// The device sees it later if this is high.
+        hold: u8,
+    },
     /// A buffer for the device to fill.
-    Room { queue: u8, length: u16, wait: bool },
+    Room { queue: u8, length: u16, hold: u8 },
+    /// Something at the host's end.
+    Host { which: u8, act: Act },
+    /// What drivers do rarely, or never.
+    Odd(Odd),
+}
+
+/// What drivers do rarely, or never.
+#[derive(Arbitrary, Debug)]
+pub enum Odd {
     /// A chain of these parts: address, length, whether the device writes.
-    Chain { queue: u8, parts: Vec<(Place, u32, bool)>, wait: bool },
+    Chain { queue: u8, parts: Few<(Place, u32, bool)>, hold: u8 },
     /// One descriptor.
     Describe { queue: u8, index: u16, place: Place, length: u32, flags: u8, next: u16 },
     /// The chain that begins at this descriptor.
@@ -171,18 +231,22 @@ pub enum Op<M> {
     /// The available ring's index.
     AvailIndex { queue: u8, index: u16 },
     /// Bytes of guest memory.
-    Write { place: Place, bytes: Vec<u8> },
-    /// A notification; `wait` until the device has taken it.
-    Kick { queue: u8, wait: bool },
+    Write { place: Place, bytes: Data },
+    /// A notification.
+    Kick { queue: u8, hold: u8 },
     /// Configuration is read.
     ReadConfig { offset: u16, length: u8 },
     /// Configuration is written.
     WriteConfig { offset: u16, bytes: [u8; 8], length: u8 },
-    /// A reset, after which the driver takes these features and leaves these queues out.
+    /// A reset, after which the driver takes these features and leaves this queue out.
     Reset { features: u64, left_out: Option<u8> },
-    /// Something at the host's end.
-    Host { which: u8, act: Act },
 }
+
+/// From here on a notification is held back: the device sees it with the next one.
+const HOLD: u8 = 192;
+/// Where the device's answers hold numbers that a driver uses again, 8 bytes each: FUSE's nodes and handles, also those
+/// of a file that was made, and vsock's ports.
+const NUMBERS: [u64; 2] = [16, 144];
 
 /// What somebody at the host's end of a device does.
 #[derive(Arbitrary, Debug)]
@@ -190,7 +254,7 @@ pub enum Act {
     /// Comes.
     Connect,
     /// Says something.
-    Send(Vec<u8>),
+    Send(Data),
     /// Listens.
     Receive,
     /// Says nothing more.
@@ -272,59 +336,66 @@ impl<D: VirtioDevice> Guest<D> {
 
     /// Does all of it, then waits until the device has, and looks at what would be saved.
     pub fn run<M: Message>(&mut self, ops: &[Op<M>], mut host: impl FnMut(&mut D, u8, &Act)) {
-        for op in ops.iter().take(MOST_OPS) {
-            self.step(op, &mut host);
+        for op in ops {
+            match op {
+                Op::Message { message, cut, room, hold } => {
+                    self.send(message, *cut, *room);
+                    self.kick(message.queue(), *hold);
+                }
+                Op::Room { queue, length, hold } => {
+                    let at = self.slot();
+                    self.clear(at);
+                    self.queue(*queue).offer(&[(at, room(*length), true)]);
+                    self.rooms.push(at);
+                    self.kick(*queue, *hold);
+                }
+                Op::Host { which, act } => host(self.transport.device_mut(), *which, act),
+                Op::Odd(odd) => self.step(odd),
+            }
         }
         self.settle();
-        threads().reactor.pause();
         let _ = self.transport.save();
-        threads().reactor.resume();
     }
 
-    fn step<M: Message>(&mut self, op: &Op<M>, host: &mut impl FnMut(&mut D, u8, &Act)) {
-        match *op {
-            Op::Message { ref message, cut, room, wait } => {
-                self.send(message, cut, room);
-                self.kick(message.queue(), wait);
-            }
-            Op::Room { queue, length, wait } => {
-                let at = self.slot();
-                let length = u32::from(length) % 0x1001;
-                self.queue(queue).offer(&[(at, length, true)]);
-                self.rooms.push(at);
-                self.kick(queue, wait);
-            }
-            Op::Chain { queue, ref parts, wait } => {
+    fn step(&mut self, odd: &Odd) {
+        match *odd {
+            Odd::Chain { queue, ref parts, hold } => {
                 let parts: Vec<_> =
-                    parts.iter().take(32).map(|&(at, length, write)| (at.address(), length, write)).collect();
+                    parts.0.iter().map(|&(at, length, write)| (at.address(), length, write)).collect();
                 if !parts.is_empty() {
                     self.queue(queue).offer(&parts);
-                    self.kick(queue, wait);
+                    self.kick(queue, hold);
                 }
             }
-            Op::Describe { queue, index, place, length, flags, next } => {
+            Odd::Describe { queue, index, place, length, flags, next } => {
                 let index = index % 1024;
                 self.queue(queue).describe(index, (place.address(), length, flags.into(), next));
             }
-            Op::Head { queue, head } => self.queue(queue).offer_head(head),
-            Op::AvailIndex { queue, index } => {
+            Odd::Head { queue, head } => self.queue(queue).offer_head(head),
+            Odd::AvailIndex { queue, index } => {
                 let at = self.queue(queue).avail + 2;
                 self.memory.write_obj(index, GuestAddress(at)).unwrap();
             }
-            Op::Write { place, ref bytes } => {
+            Odd::Write { place, ref bytes } => {
                 // What does not fit is not written.
-                let _ = self.memory.write_slice(bytes, GuestAddress(place.address()));
+                let _ = self.memory.write_slice(&bytes.0, GuestAddress(place.address()));
             }
-            Op::Kick { queue, wait } => self.kick(queue, wait),
-            Op::ReadConfig { offset, length } => {
+            Odd::Kick { queue, hold } => self.kick(queue, hold),
+            Odd::ReadConfig { offset, length } => {
                 let mut data = vec![0xff; usize::from(length % 8) + 1];
                 self.transport.read(0x100 + u64::from(offset), &mut data);
             }
-            Op::WriteConfig { offset, bytes, length } => {
+            Odd::WriteConfig { offset, bytes, length } => {
                 self.transport.write(0x100 + u64::from(offset), &bytes[..=usize::from(length % 8)]);
             }
-            Op::Reset { features, left_out } => self.set_up(features, left_out),
-            Op::Host { which, ref act } => host(self.transport.device_mut(), which, act),
+            Odd::Reset { features, left_out } => self.set_up(features, left_out),
+        }
+    }
+
+    /// Makes sure that no number stands where an answer is going to be.
+    fn clear(&self, at: u64) {
+        for offset in NUMBERS {
+            self.memory.write_obj(0_u64, GuestAddress(at + offset)).unwrap();
         }
     }
 
@@ -345,11 +416,13 @@ impl<D: VirtioDevice> Guest<D> {
         self.memory.write_slice(&bytes, GuestAddress(at)).unwrap();
         let length = u32::try_from(bytes.len()).unwrap();
         let first = u32::from(cut).min(length);
-        let room = u32::from(room) % 0x1001;
         let answer = at + 0x1000;
-        self.memory.write_obj(0_u64, GuestAddress(answer + 16)).unwrap();
-        let pieces =
-            [(at, first, false), (at + u64::from(first), length - first, false), (answer, room, true)];
+        self.clear(answer);
+        let pieces = [
+            (at, first, false),
+            (at + u64::from(first), length - first, false),
+            (answer, self::room(room), true),
+        ];
         let pieces: Vec<_> = pieces.into_iter().filter(|(_, length, _)| *length > 0).collect();
         if !pieces.is_empty() {
             self.queue(message.queue()).offer(&pieces);
@@ -357,28 +430,30 @@ impl<D: VirtioDevice> Guest<D> {
         }
     }
 
-    fn kick(&mut self, queue: u8, wait: bool) {
+    fn kick(&mut self, queue: u8, hold: u8) {
         let kicks = self.transport.kicks();
         kicks[usize::from(queue) % kicks.len()].write(1).unwrap();
-        if wait {
+        if hold < HOLD {
             self.settle();
         }
     }
 
-    /// Waits for the device, and learns the numbers that it gave: FUSE's nodes and handles, and vsock's ports, follow
-    /// 16 bytes of header.
+    /// Lets the device work, and learns the numbers that it gave.
     fn settle(&mut self) {
         threads().settle();
         let memory = &self.memory;
         let known = &mut self.known;
         self.rooms.retain(|room| {
-            let number: u64 = memory.read_obj(GuestAddress(room + 16)).unwrap();
-            if number != 0 {
-                known.push(number);
-            }
-            number == 0
+            let numbers = NUMBERS.map(|offset| memory.read_obj::<u64>(GuestAddress(room + offset)).unwrap());
+            known.extend(numbers.iter().filter(|number| **number != 0));
+            numbers[0] == 0
         });
     }
+}
+
+/// Length of a buffer: a page in half of all cases.
+fn room(length: u16) -> u32 {
+    if length < 0x8000 { 0x1000 } else { u32::from(length) % 0x1000 }
 }
 
 /// A listener at a name of its own, and what connected to it.
@@ -422,7 +497,7 @@ impl Door {
 /// False if the stream is to be closed. Errors are the other end's affair.
 pub fn act_on(mut stream: &UnixStream, act: &Act) -> bool {
     match act {
-        Act::Send(bytes) => drop(stream.write(bytes)),
+        Act::Send(bytes) => drop(stream.write(&bytes.0)),
         Act::Receive => drop(stream.read(&mut [0; 1 << 14])),
         Act::Shutdown => drop(stream.shutdown(Shutdown::Write)),
         Act::Close => return false,
