@@ -42,7 +42,7 @@ impl Message for Request {
                     bytes.extend(u32::from(*flags).to_le_bytes());
                 }
                 if kind == 1 {
-                    bytes.resize(16 + (usize::from(*data) % 8 << 9), 7);
+                    bytes.resize(16 + 512 * (usize::from(*data) % 8), 7);
                 }
                 bytes
             }

@@ -59,8 +59,11 @@ fn talk(address: &SocketAddr, data: &[u8]) {
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset, "neither answered nor closed");
     }
     let whole = answers.rsplitn(2, |byte| *byte == b'\n').nth(1).unwrap_or_default();
-    let lines = whole.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
-    let count = lines.map(|line| serde_json::from_slice::<serde_json::Value>(line).unwrap()).count();
+    let mut count = 0;
+    for line in whole.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+        serde_json::from_slice::<serde_json::Value>(line).expect("an answer is no JSON");
+        count += 1;
+    }
     let asked = bytes.split(|byte| *byte == b'\n').count();
     assert!(count <= asked, "{count} answers to {asked} lines");
 }
