@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full lint licences bench bench-monitor lab install uninstall clean
+.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full lint licences fuzz fuzz-short bench bench-monitor lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -64,7 +64,7 @@ e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root
 e2e-lab: image
 	tests/lab/sample
 
-test: lint licences unit e2e e2e-lab ## all tests, but for those that take hours
+test: lint licences unit e2e e2e-lab fuzz-short ## all tests, but for those that take hours
 
 test-full: test e2e-kvm bench-monitor ## those too
 
@@ -74,6 +74,12 @@ lint: setup ## formatting and clippy
 
 licences: setup ## licences and advisories of all dependencies
 	tests/licences
+
+fuzz: ## fuzz the monitor: TARGET=name for one, SECONDS=600 each
+	vmm/fuzz/run $(or $(SECONDS),600) $(TARGET)
+
+fuzz-short: ## every fuzz target of the monitor for 10 seconds
+	vmm/fuzz/run $${FUZZ_SECONDS:-10}
 
 bench: image ## the promises of docs/SPECIFICATION.md, measured
 	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')
