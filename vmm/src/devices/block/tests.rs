@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
@@ -445,6 +446,59 @@ fn a_device_that_comes_back_serves_what_nobody_notifies_it_of() {
     let activation = testing::activation(&guest.memory, &[&queue], 0, guest.block.counters());
     guest.block.activate(activation).unwrap();
     assert_eq!(queue.wait_used().1, 513);
+}
+
+/// Another CPU of the guest: writes descriptors, headers and the ring's index, over and over, until it is told to end.
+#[expect(clippy::cast_possible_truncation, reason = "any bits of a random word will do")]
+fn scribble(memory: &GuestRam, end: &AtomicBool) {
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut next = || {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        random
+    };
+    let addresses = [HEADER, STATUS, DATA, testing::RINGS, u64::MAX, (4 << 20) - 8];
+    let lengths = [16_u32, 1, 512, 4096, 0, u32::MAX];
+    while !end.load(Ordering::Relaxed) {
+        let word = next();
+        let pick = |count: usize, shift: u32| (word >> shift) as usize % count;
+        let descriptor = testing::RINGS + 16 * (word >> 32 & 15);
+        memory.write_obj(addresses[pick(addresses.len(), 0)], GuestAddress(descriptor)).unwrap();
+        memory.write_obj(lengths[pick(lengths.len(), 8)], GuestAddress(descriptor + 8)).unwrap();
+        memory.write_obj(word as u32 & 0x000f_0007, GuestAddress(descriptor + 12)).unwrap();
+        memory.write_obj((word >> 16) as u32 & 15, GuestAddress(HEADER)).unwrap();
+        memory.write_obj(word >> 40 & 0xfff, GuestAddress(HEADER + 8)).unwrap();
+        if word >> 60 == 0 {
+            memory.write_obj(word as u16, GuestAddress(testing::RINGS + 0x8002)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn chains_that_change_while_they_are_read_do_not_stop_the_device() {
+    let mut guest = disk();
+    let features = guest.block.features();
+    for _ in 0..20 {
+        let end = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let memory = Arc::clone(&guest.memory);
+            let end = &end;
+            scope.spawn(move || scribble(&memory, end));
+            for head in 0..200 {
+                guest.queues[0].offer_head(head % 16);
+                guest.queues[0].kick();
+                std::thread::yield_now();
+            }
+            end.store(true, Ordering::Relaxed);
+        });
+        guest.block.reset();
+        guest.activate(features);
+        assert_eq!(guest.write(0, &[1; 512]), OK);
+        assert_eq!(guest.read(0, 512), vec![1; 512]);
+    }
+    let counted = guest.block.counters().counted();
+    assert!(counted.requests > 100, "the device took next to nothing: {counted:?}");
 }
 
 proptest! {
