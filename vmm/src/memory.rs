@@ -289,7 +289,7 @@ pub(crate) mod tests {
         for backing in [Backing::Anonymous, Backing::Shared(&file)] {
             let aligned = || {
                 let memory = map(3080, backing, true).unwrap();
-                memory.iter().all(|region| region.as_ptr() as usize % (2 << 20) == 0)
+                memory.iter().all(|region| (region.as_ptr() as usize).is_multiple_of(2 << 20))
             };
             // Another test's thread may take the gap; a monitor has one thread when it maps memory.
             assert!((0..5).any(|_| aligned()), "{backing:?}");
