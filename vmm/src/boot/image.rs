@@ -14,6 +14,9 @@ use vm_memory::{
 /// What is looked at, and copied or not, at once: half a page stays in the processor's first cache.
 const PIECE: usize = 2048;
 
+/// A longer file is read as far as the loader asks for it only: nothing says that it is a kernel.
+const READ_AHEAD: usize = 256 << 20;
+
 /// A mapped file with a position. A file that another process cuts short meanwhile ends this one (SIGBUS), which is not
 /// running a guest yet.
 pub struct Image {
@@ -29,7 +32,8 @@ impl Image {
         if length == 0 {
             return Ok(Self { map: None, length, at: 0 });
         }
-        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | libc::MAP_POPULATE;
+        let ahead = if length <= READ_AHEAD { libc::MAP_POPULATE } else { 0 };
+        let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE | ahead;
         let map = MmapRegion::build(Some(FileOffset::new(file, 0)), length, libc::PROT_READ, flags)
             .map_err(io::Error::other)?;
         Ok(Self { map: Some(map), length, at: 0 })
