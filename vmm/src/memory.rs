@@ -135,14 +135,15 @@ fn map_range(
     };
     // What came to lie elsewhere is kept until the end, so that its place is taken for the next attempt.
     let mut elsewhere = Vec::new();
-    loop {
+    while size >= LARGE && elsewhere.len() < PLACES {
         let _around = aligned_gap(size);
         let region = attempt()?;
-        if region.as_ptr().align_offset(LARGE) == 0 || size < LARGE || elsewhere.len() == PLACES {
+        if region.as_ptr().align_offset(LARGE) == 0 {
             return Ok(region);
         }
         elsewhere.push(region);
     }
+    attempt()
 }
 
 /// Address space that is held for a moment. Dropping it gives it back.
@@ -174,9 +175,6 @@ impl Drop for Reserved {
 /// pages only what lies at the same offset in such a page for the guest and for the host, and kernels before 6.7 do not see
 /// to that.
 fn aligned_gap(size: usize) -> Option<[Reserved; 2]> {
-    if size < LARGE {
-        return None;
-    }
     let mut before = Reserved::new(size.checked_add(LARGE)?)?;
     let skip = before.start.align_offset(LARGE);
     let gap = before.start.wrapping_add(skip);
@@ -284,6 +282,8 @@ fn host_mib() -> u64 {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use std::ops::Range;
+
     use vm_memory::Bytes;
 
     use super::*;
@@ -325,12 +325,12 @@ pub(crate) mod tests {
         assert_eq!(size(&memory), 4 << 20);
     }
 
-    /// Pages of the first MiB that are resident in this process.
-    pub fn resident(memory: &GuestMemoryMmap<()>, pages: usize) -> usize {
-        let mut there = vec![0_u8; pages];
-        let start = memory.get_host_address(GuestAddress(0)).unwrap();
+    /// How many of these pages are resident in this process.
+    pub fn resident(memory: &GuestMemoryMmap<()>, pages: Range<u64>) -> usize {
+        let mut there = vec![0_u8; pages.clone().count()];
+        let start = memory.get_host_address(GuestAddress(pages.start << 12)).unwrap();
         // SAFETY: the vector has a byte for each page of the range, which is mapped.
-        assert_eq!(unsafe { libc::mincore(start.cast(), pages << 12, there.as_mut_ptr()) }, 0);
+        assert_eq!(unsafe { libc::mincore(start.cast(), there.len() << 12, there.as_mut_ptr()) }, 0);
         there.iter().filter(|page| **page & 1 == 1).count()
     }
 
@@ -349,9 +349,9 @@ pub(crate) mod tests {
     fn discarded_memory_of_this_process_is_not_resident_and_reads_as_zeros() {
         let memory = map(4, Backing::Anonymous, false).unwrap();
         memory.write_slice(&vec![7; 16 << 12], GuestAddress(0)).unwrap();
-        assert_eq!(resident(&memory, 16), 16);
+        assert_eq!(resident(&memory, 0..16), 16);
         discard(&memory, 0, 16 << 12).unwrap();
-        assert_eq!(resident(&memory, 16), 0);
+        assert_eq!(resident(&memory, 0..16), 0);
         discards(&memory);
     }
 
@@ -393,6 +393,6 @@ pub(crate) mod tests {
             assert!(matches!(refused, Err(DiscardError::NotRam { .. })), "{address:#x} {length:#x}");
         }
         discard(&memory, 0x1fff, 0x1000).unwrap();
-        assert_eq!(resident(&memory, 16), 16);
+        assert_eq!(resident(&memory, 0..16), 16);
     }
 }

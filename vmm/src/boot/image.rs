@@ -122,7 +122,7 @@ mod tests {
         bytes[16 * PAGE + 6] = 2;
         let memory = map(1, Backing::Anonymous, false).unwrap();
         assert_eq!(copy(&mut image(&bytes), &memory, bytes.len()), bytes.len());
-        assert_eq!(resident(&memory, 17), 3);
+        assert_eq!(resident(&memory, 0..17), 3);
         let mut found = vec![9; bytes.len()];
         memory.read_slice(&mut found, GuestAddress(0)).unwrap();
         assert_eq!(found, bytes);

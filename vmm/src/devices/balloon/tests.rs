@@ -45,7 +45,7 @@ impl Guest {
 
     /// Resident pages of the second MiB.
     fn resident(&self) -> usize {
-        resident(&self.memory, 512) - resident(&self.memory, 256)
+        resident(&self.memory, 256..512)
     }
 
     fn first(&self, page: u32) -> u8 {
