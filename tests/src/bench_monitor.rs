@@ -120,7 +120,7 @@ fn binary() -> Row {
     }
 }
 
-/// What the guest measured: the name, requests of 4 KiB a second, interrupts and (ours) kicks a request.
+/// What the guest measured: the name, units of 4 KiB a second, interrupts a unit.
 struct Measured {
     name: String,
     rate: f64,

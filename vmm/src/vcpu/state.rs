@@ -127,7 +127,8 @@ mod tests {
 
     fn made(kvm: &Kvm) -> (Vm, VcpuFd) {
         let vm = Vm::new(kvm, map(2, Backing::Anonymous, false).unwrap()).unwrap();
-        (vm.fd().create_vcpu(0).map(|vcpu| (vm, vcpu))).unwrap()
+        let vcpu = vm.fd().create_vcpu(0).unwrap();
+        (vm, vcpu)
     }
 
     #[test]

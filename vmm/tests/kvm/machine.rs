@@ -243,7 +243,7 @@ impl Machine {
         let mut file = self.stderr.try_clone().unwrap();
         file.rewind().unwrap();
         file.read_to_string(&mut text).unwrap();
-        text.split_inclusive('\n').filter(|line| !line.contains("Landlock")).collect()
+        text.split_inclusive('\n').filter(|line| !line.contains("Landlock is older than")).collect()
     }
 
     /// Expects that it ends for this cause: event and exit status.
