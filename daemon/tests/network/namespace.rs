@@ -18,14 +18,14 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// A new one, its loopback up.
+    /// A new one: its loopback is up, and it does not forward, whatever the machine does of which it has its settings.
     pub fn new() -> Self {
         let file = std::thread::spawn(|| {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             File::open("/proc/thread-self/ns/net").unwrap()
         });
         let namespace = Self { file: file.join().unwrap() };
-        namespace.run("ip link set lo up");
+        namespace.run("ip link set lo up && echo 0 > /proc/sys/net/ipv4/ip_forward");
         namespace
     }
 
