@@ -132,6 +132,8 @@ impl World {
             user: None,
         };
         run(world.command("ip").args(["link", "set", "lo", "up"]));
+        // A new namespace does what the machine does.
+        run(world.command("sh").args(["-c", "echo 0 > /proc/sys/net/ipv4/ip_forward"]));
         world
     }
 
