@@ -15,7 +15,7 @@ PREFIX ?= /usr/local
 # Programs that are needed, each with the Debian package it comes from.
 NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-base nft:nftables \
          mmdebstrap:mmdebstrap busybox:busybox-static mke2fs:e2fsprogs ssh:openssh-client ip:iproute2 \
-         cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc
+         cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

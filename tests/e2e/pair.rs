@@ -1,4 +1,7 @@
-//! Two VMs that are on at once and send to each other at the same time.
+//! Two VMs that are on at once and send to each other at the same time; how they are shut down.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use catalyst_tests::{Checks, World};
 
@@ -12,7 +15,27 @@ const SEND: &str =
 const TAKEN: &str = "while [ ! -e /run/in/done ]; do sleep 0.1; done; md5sum </run/in/file";
 
 pub fn pair(checks: &mut Checks) {
-    let world = World::new();
+    let mut world = World::new();
+    talk(checks, &world);
+    checks.check("one is shut down by its agent", || {
+        world.catalyst(&["vmpower", "shutdown", VMS[1]]).ok();
+        world.wait_for_state(VMS[1], "powered off", Duration::from_mins(1));
+    });
+    checks.check("the other, whose agent cannot be reached, by the power button", || {
+        world.kill_daemon();
+        // A port takes one client at a time.
+        let _first = UnixStream::connect(world.vm_dir(VMS[0]).join("run/agent.sock")).unwrap();
+        world.start_daemon();
+        let shown = world.curl("GET", "/v1/vms/web1", None).json();
+        assert_eq!((&shown["state"], &shown["guest"]["agent"]), (&"powered on".into(), &false.into()), "{shown}");
+        world.catalyst(&["vmpower", "shutdown", VMS[0]]).ok();
+        world.wait_for_state(VMS[0], "powered off", Duration::from_mins(1));
+        let shown = world.curl("GET", "/v1/vms/web1", None).json();
+        assert!(shown["reason"].as_str().unwrap().contains("guest"), "{shown}");
+    });
+}
+
+fn talk(checks: &mut Checks, world: &World) {
     let inside = |vm: &str, script: &str, argument: &str| {
         let ran =
             world.catalyst(&["guest", "exec", vm, "--timeout", "120", "--", "bash", "-c", script, argument]);

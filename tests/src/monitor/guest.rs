@@ -9,6 +9,8 @@ use crate::world::{image_dir, programs};
 
 /// The guest's first line.
 pub const MARKER: &str = "CATALYST-GUEST-INIT";
+/// When its drivers are there and its work begins.
+pub const BEGINS: &str = "CATALYST-GUEST-BEGINS";
 /// Its last, before it goes to sleep.
 pub const DONE: &str = "CATALYST-GUEST-DONE";
 /// The host's end of the network, as the guest knows it.
@@ -27,6 +29,7 @@ $b mount -t devtmpfs dev /dev
 words=$($b sed -n 's/.*guest\.do=\([^ ]*\).*/\1/p' /proc/cmdline | $b tr , ' ')
 $b mount -t sysfs sys /sys
 [ -z "$words" ] || while read -r m; do $b insmod /modules/$m; done </modules/order
+echo CATALYST-GUEST-BEGINS
 for word in $words; do
   [ $word != net ] || { $b ip link set eth0 up; $b ip address add 192.0.2.2/24 dev eth0; }
   /guest-io $word
