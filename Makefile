@@ -85,9 +85,9 @@ bench: image ## the promises of docs/SPECIFICATION.md, measured
 	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')
 
 bench-monitor: export LAB_TIMEOUT ?= 900
-bench-monitor: image ## our monitor beside QEMU, in the lab
+bench-monitor: image ## our monitor beside QEMU, in the lab (BENCH='boot block net')
 	rustc --edition 2024 -O -C target-feature=+crt-static -o $(RELEASE)/guest-io tests/src/monitor/guest_io.rs
-	tests/lab/run 'CATALYST_BIN=$$PWD/$(RELEASE) CATALYST_IMAGE_DIR=$(IMAGE_DIR) $(RELEASE)/bench-monitor'
+	tests/lab/run 'CATALYST_BIN=$$PWD/$(RELEASE) CATALYST_IMAGE_DIR=$(IMAGE_DIR) $(RELEASE)/bench-monitor $(BENCH)'
 
 lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm
 	tests/lab/run '$(CMD)'

@@ -27,7 +27,11 @@ pub fn pair(checks: &mut Checks) {
         let _first = UnixStream::connect(world.vm_dir(VMS[0]).join("run/agent.sock")).unwrap();
         world.start_daemon();
         let shown = world.curl("GET", "/v1/vms/web1", None).json();
-        assert_eq!((&shown["state"], &shown["guest"]["agent"]), (&"powered on".into(), &false.into()), "{shown}");
+        assert_eq!(
+            (&shown["state"], &shown["guest"]["agent"]),
+            (&"powered on".into(), &false.into()),
+            "{shown}"
+        );
         world.catalyst(&["vmpower", "shutdown", VMS[0]]).ok();
         world.wait_for_state(VMS[0], "powered off", Duration::from_mins(1));
         let shown = world.curl("GET", "/v1/vms/web1", None).json();

@@ -34,8 +34,9 @@ pub const MAX_FRAME: usize = HEADER + 18 + (64 << 10);
 
 /// Frames that are sent, and frames that are received, before the other direction and other devices have a turn.
 const BUDGET: usize = 64;
-/// After so many bytes the driver is told, so that its TCP sees them before a whole batch is through.
-const ANNOUNCE_BYTES: usize = 64 << 10;
+/// After so many bytes, four of the longest frames, the driver is told, so that its TCP sees them before a whole batch is
+/// through.
+const ANNOUNCE_BYTES: usize = 256 << 10;
 
 /// Why a tap cannot serve as a NIC.
 #[derive(Debug, thiserror::Error)]
