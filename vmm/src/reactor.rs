@@ -204,8 +204,14 @@ impl Gate {
     }
 
     fn leave(&self) {
-        lock(&self.state).inside = false;
-        self.changed.notify_all();
+        let mut state = lock(&self.state);
+        state.inside = false;
+        let awaited = state.closed;
+        drop(state);
+        // Telling nobody would be a system call too, for each round of events.
+        if awaited {
+            self.changed.notify_all();
+        }
     }
 
     fn close(&self) {
