@@ -72,5 +72,7 @@ pub const ACPI: u64 = 0xe_0000;
 pub const ACPI_END: u64 = 0x10_0000;
 /// The page of the VM generation ID, at the end of what is kept for ACPI.
 pub const GENERATION_ID: u64 = 0xf_f000;
+/// Where a PC's firmware begins, in the page of the generation ID: some kernels jump there for a reset.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// First address of the kernel and of RAM above 1 MiB.
 pub const HIGH_RAM: u64 = 0x10_0000;

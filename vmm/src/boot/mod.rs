@@ -81,6 +81,10 @@ pub enum BootError {
     Table(&'static str),
 }
 
+/// What stands in place of firmware: `mov al, 0xfe; out 0x64, al; hlt; jmp` to the halt, which asks the keyboard controller for
+/// a reset. Linux without EFI jumps there where ACPI is hardware-reduced, unless it is told `reboot=acpi`.
+const RESET: [u8; 7] = [0xb0, 0xfe, 0xe6, 0x64, 0xf4, 0xeb, 0xfd];
+
 /// What a kernel image turned out to be.
 struct Loaded {
     entry: Entry,
@@ -104,6 +108,7 @@ pub fn load(memory: &GuestMemoryMmap<()>, kernel: Kernel, acpi: &[u8]) -> Result
     let loaded = load_image(memory, &mut image, protocol)?;
     let initrd = initrd.map(|file| load_initrd(memory, file, &loaded)).transpose()?;
     write(memory, "ACPI tables", layout::ACPI, acpi)?;
+    write(memory, "reset vector", layout::RESET_VECTOR, &RESET)?;
     let mut line = command_line.into_bytes();
     line.push(0);
     write(memory, "command line", layout::COMMAND_LINE, &line)?;

@@ -41,6 +41,14 @@ fn the_keyboard_controller_resets() {
 }
 
 #[test]
+fn a_jump_to_the_reset_vector_resets() {
+    let Some(plan) = Plan::new() else { return };
+    let machine = plan.start();
+    machine.guest.ask(Routine::ResetVector, 0, 0, 0);
+    machine.ends(Cause::Reset);
+}
+
+#[test]
 fn a_triple_fault_ends_the_machine() {
     let Some(plan) = Plan::new() else { return };
     let machine = plan.start();

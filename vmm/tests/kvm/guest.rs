@@ -175,6 +175,8 @@ pub enum Routine {
     LoadIdt,
     Int3,
     TripleFault,
+    /// What stands in place of firmware.
+    ResetVector,
 }
 
 impl Routine {
@@ -191,6 +193,7 @@ impl Routine {
             Self::LoadIdt => &raw const kvm_guest_load_idt,
             Self::Int3 => &raw const kvm_guest_int3,
             Self::TripleFault => &raw const kvm_guest_triple_fault,
+            Self::ResetVector => return layout::RESET_VECTOR,
         })
     }
 }
