@@ -70,8 +70,12 @@ impl Server {
             Self { listener, registration: None, clients: HashMap::new(), last: LISTENER, commanded };
         let server = Arc::new(Mutex::new(server));
         let registration = reactor.register(server.clone());
-        registration.watch(fd, LISTENER, EventSet::IN)?;
-        server.lock().unwrap_or_else(PoisonError::into_inner).registration = Some(registration);
+        {
+            // Locked, so that a client which waits already is not met before there is a registration to watch it.
+            let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
+            registration.watch(fd, LISTENER, EventSet::IN)?;
+            server.registration = Some(registration);
+        }
         Ok(server)
     }
 

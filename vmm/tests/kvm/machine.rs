@@ -362,6 +362,8 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         if std::thread::panicking() {
+            // Perhaps it is just about to say why.
+            std::thread::sleep(std::time::Duration::from_millis(200));
             println!("the monitor: {:?}, it said: {}", self.child.try_wait(), self.said());
         }
         let _ = self.child.kill();
