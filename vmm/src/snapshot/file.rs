@@ -69,7 +69,7 @@ pub fn encode(state: &MachineState) -> Result<Vec<u8>, StateError> {
 }
 
 /// Puts a header before content.
-pub(super) fn seal(content: &[u8]) -> Result<Vec<u8>, StateError> {
+pub fn seal(content: &[u8]) -> Result<Vec<u8>, StateError> {
     let length = content.len() as u64;
     if length > MAX_LENGTH {
         return Err(StateError::TooLong(length));

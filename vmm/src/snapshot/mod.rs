@@ -15,6 +15,8 @@ use crate::devices::uart::UartState;
 use crate::vcpu::VcpuState;
 use crate::vm::ChipsState;
 
+#[cfg(any(test, feature = "testing"))]
+pub use file::seal;
 pub use file::{MAX_LENGTH, StateError, VERSION, decode, encode, read};
 
 /// A machine. Whatever is added, taken away or understood otherwise takes another [`VERSION`].

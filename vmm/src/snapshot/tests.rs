@@ -1,6 +1,5 @@
 use std::io::Write;
 
-use super::file::seal;
 use super::*;
 
 fn said(bytes: &[u8]) -> String {

@@ -12,7 +12,6 @@ use super::{Vm, VmError, call};
 /// PIC, IOAPIC and PIT.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-#[expect(clippy::unsafe_derive_deserialize, reason = "every content is plain data; KVM checks it")]
 pub struct ChipsState {
     /// The first PIC.
     pub master: kvm_irqchip,
