@@ -1,9 +1,11 @@
 //! Machines that are saved, and others that go on from there.
 
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use catalyst_vmm::control::protocol::{Answer, Cause, Outcome, RunState};
-use catalyst_vmm::description::{Disk, Format, Layer, Port, Serial, Vsock};
+use catalyst_vmm::description::{Disk, Format, Layer, Nic, Port, Serial, Vsock};
 use catalyst_vmm::devices::power::{NEW_GENERATION, POWER_BUTTON};
 use catalyst_vmm::{layout, snapshot};
 use vm_memory::GuestAddress;
@@ -195,7 +197,7 @@ fn the_serial_port_goes_on() {
 fn disk(plan: &mut Plan, byte: u8) -> tempfile::NamedTempFile {
     let image = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(image.path(), vec![byte; 1 << 20]).unwrap();
-    let fd = plan.give(std::fs::File::options().read(true).write(true).open(image.path()).unwrap());
+    let fd = plan.give(File::options().read(true).write(true).open(image.path()).unwrap());
     let layers = vec![Layer { fd, format: Format::Raw }];
     plan.description.disks = vec![Disk { layers, read_only: false, queues: 1, serial: "disk".into() }];
     image
@@ -272,6 +274,59 @@ fn queues_go_on_and_a_chain_that_was_offered_before_is_used_after() {
     machine.command("quit");
     clone.command("quit");
     assert_eq!([machine.ends(Cause::Quit), clone.ends(Cause::Quit)], ["", ""]);
+}
+
+/// A new tap as the monitor wants it, which goes when it is closed.
+fn tap() -> std::io::Result<File> {
+    const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
+    let file = File::options().read(true).write(true).open("/dev/net/tun")?;
+    // struct ifreq; the kernel gives it a name. IFF_TAP, IFF_NO_PI, IFF_VNET_HDR.
+    let mut request = [0_u8; 40];
+    request[16..18].copy_from_slice(&(2_u16 | 0x1000 | 0x4000).to_ne_bytes());
+    // SAFETY: the request is as long as struct ifreq.
+    match unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, request.as_mut_ptr()) } {
+        0 => Ok(file),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+fn add_nic(plan: &mut Plan, link_up: Option<bool>) {
+    let (tap, mac) = (plan.give(tap().unwrap()), [2, 0, 0, 0, 0, 1]);
+    plan.description.nics = vec![Nic { tap, mac, link_up }];
+}
+
+#[test]
+fn a_link_goes_down_and_up_and_stays_as_it_was_saved_where_nothing_else_is_said() {
+    let Some(mut plan) = Plan::new() else { return };
+    if let Err(error) = tap() {
+        println!("SKIPPED: no tap can be made here: {error}");
+        return;
+    }
+    add_nic(&mut plan, None);
+    let mut machine = plan.start();
+    machine.guest.enable_interrupts();
+    let nic = Driver::new(&machine, 0, 1);
+    let (_receive, _send) = (nic.queue(0), nic.queue(1));
+    nic.ready();
+    // Its configuration: six bytes of address, two of status.
+    let is_up = |machine: &Machine| Driver::again(machine, 0).read(0x104) >> 16 == 1;
+    let interrupts = |machine: &Machine| machine.guest.interrupts(layout::VIRTIO_FIRST_GSI);
+    assert!(is_up(&machine));
+    machine.command(r#"{"set-link":false}"#);
+    until("the driver is told", || interrupts(&machine) == 1);
+    assert!(!is_up(&machine));
+    let snapshot = machine.save();
+    for (said, up) in [(None, false), (Some(false), false), (Some(true), true)] {
+        let mut plan = Plan::restoring(&snapshot);
+        add_nic(&mut plan, said);
+        let mut clone = plan.go_on(&machine.guest);
+        clone.command("resume");
+        assert_eq!(is_up(&clone), up, "{said:?}");
+        // The one that was not acknowledged comes again, in any case.
+        until("the driver is told", || interrupts(&clone) >= 2);
+        clone.command(r#"{"set-link":true}"#);
+        assert!(is_up(&clone));
+    }
 }
 
 #[test]
