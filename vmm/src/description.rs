@@ -40,15 +40,24 @@ pub struct Description {
     /// Let the kernel use huge pages for RAM.
     #[serde(default)]
     pub huge_pages: bool,
-    /// A file for RAM that others may map too, such as a memfd; without it RAM is this process's alone.
+    /// A file for RAM that others may map too, such as a memfd; without it RAM is this process's alone. With `restore`:
+    /// the file of the RAM that was saved, which is only read, as long as RAM to the byte, and must not change as long as
+    /// the machine runs.
     #[serde(default)]
     pub memory: Option<RawFd>,
     /// `/dev/kvm`, for reading and writing.
     pub kvm: RawFd,
     /// Listening Unix stream socket of the control protocol.
     pub control: RawFd,
-    /// What is started.
-    pub boot: Boot,
+    /// What is started. This or `restore`.
+    #[serde(default)]
+    pub boot: Option<Boot>,
+    /// What was saved (control command `save`), a file open for reading: the machine goes on from there.
+    #[serde(default)]
+    pub restore: Option<RawFd>,
+    /// Build the machine and let it stand until it is told to resume.
+    #[serde(default)]
+    pub paused: bool,
     /// Disks: the first is `vda`.
     #[serde(default)]
     pub disks: Vec<Disk>,
@@ -73,7 +82,8 @@ pub struct Description {
     /// A shared file system.
     #[serde(default)]
     pub share: Option<Share>,
-    /// The 16 bytes of the VM generation ID; a random one if it is left out.
+    /// The 16 bytes of the VM generation ID; a random one if it is left out. A guest that is restored is told that it is
+    /// new.
     #[serde(default)]
     pub generation_id: Option<[u8; 16]>,
     /// Confine the process before the guest starts. Off only for debugging.
@@ -162,8 +172,11 @@ pub enum Format {
 pub struct Nic {
     /// A tap, open, with `IFF_TAP`, `IFF_NO_PI` and `IFF_VNET_HDR`.
     pub tap: RawFd,
-    /// MAC address.
+    /// MAC address. A guest that is restored keeps the one that it was saved with.
     pub mac: [u8; 6],
+    /// Whether the link is up; if it is left out, as it was saved, and up where nothing was.
+    #[serde(default)]
+    pub link_up: Option<bool>,
 }
 
 /// Where a console goes.
@@ -282,7 +295,11 @@ impl Description {
         };
         within("cpus", (1..=MAX_CPUS).contains(&self.cpus), format!("1 to {MAX_CPUS}"))?;
         within("memory_mib", self.memory_mib >= 16, "at least 16 MiB".into())?;
-        let line = &self.boot.command_line;
+        let one = self.boot.is_some() != self.restore.is_some();
+        within("boot", one, "it takes either this or restore".into())?;
+        let has_memory = self.restore.is_none() || self.memory.is_some();
+        within("memory", has_memory, "with restore it takes the file of the saved memory".into())?;
+        let line = self.boot.as_ref().map_or("", |boot| &boot.command_line);
         let most = crate::layout::COMMAND_LINE_MAX - 1;
         within(
             "boot.command_line",
@@ -326,13 +343,24 @@ impl Description {
         Ok(())
     }
 
+    /// The names of its virtio devices, in the order in which the guest finds them.
+    pub fn virtio_devices(&self) -> Vec<String> {
+        let disks = (0..self.disks.len()).map(|index| format!("disk{index}"));
+        let nics = (0..self.nics.len()).map(|index| format!("nic{index}"));
+        let others = [
+            ("serial", self.serial.is_some()),
+            ("rng", self.rng),
+            ("balloon", self.balloon),
+            ("vsock", self.vsock.is_some()),
+            ("share", self.share.is_some()),
+        ];
+        let others = others.into_iter().filter(|(_, is_there)| *is_there).map(|(name, _)| name.to_owned());
+        disks.chain(nics).chain(others).collect()
+    }
+
     /// Every descriptor that it names, with the field's name.
     pub fn descriptors(&self) -> Vec<(String, RawFd)> {
-        let mut all = vec![
-            ("kvm".to_owned(), self.kvm),
-            ("control".to_owned(), self.control),
-            ("boot.kernel".to_owned(), self.boot.kernel),
-        ];
+        let mut all = vec![("kvm".to_owned(), self.kvm), ("control".to_owned(), self.control)];
         let mut add = |field: &str, fd: Option<RawFd>| all.extend(fd.map(|fd| (field.to_owned(), fd)));
         let mut console = |field: &str, console: Option<&Console>| {
             add(&format!("{field}.listener"), console.and_then(|console| console.listener));
@@ -341,7 +369,9 @@ impl Description {
         console("uart", self.uart.as_ref());
         console("serial.console", self.serial.as_ref().and_then(|serial| serial.console.as_ref()));
         add("memory", self.memory);
-        add("boot.initrd", self.boot.initrd);
+        add("restore", self.restore);
+        add("boot.kernel", self.boot.as_ref().map(|boot| boot.kernel));
+        add("boot.initrd", self.boot.as_ref().and_then(|boot| boot.initrd));
         add("vsock.listener", self.vsock.and_then(|vsock| vsock.listener));
         add("vsock.upstream", self.vsock.and_then(|vsock| vsock.upstream));
         add("share.folder", self.share.as_ref().and_then(|share| share.folder));
@@ -380,6 +410,18 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_is_booted_or_restored_and_the_latter_takes_its_memory() {
+        let restored =
+            |more: &str| Description::from_json(SMALLEST.replace(r#""boot":{"kernel":5}"#, more).as_bytes());
+        let description = restored(r#""restore":5,"memory":6,"paused":true"#).unwrap();
+        assert!(description.paused && description.boot.is_none());
+        let fields: Vec<_> = description.descriptors().into_iter().map(|(field, _)| field).collect();
+        assert_eq!(fields, ["kvm", "control", "memory", "restore"]);
+        assert!(restored(r#""restore":5"#).unwrap_err().to_string().contains("memory"));
+        assert!(restored(r#""paused":true"#).unwrap_err().to_string().contains("boot"));
+    }
+
+    #[test]
     fn what_cannot_be_is_refused_by_name() {
         let refused = |extra: &str| with(extra).unwrap_err().to_string();
         let disk = |layers: &str| format!(r#""disks":[{{"layers":[{layers}]}}]"#);
@@ -388,6 +430,7 @@ mod tests {
         assert!(refused(&disk(r#"{"fd":0,"format":"raw"}"#)).contains("disks[0].layers[0].fd"));
         assert!(refused(r#""vsock":{"cid":2}"#).contains("vsock.cid"));
         assert!(refused(r#""share":{"tag":""}"#).contains("share.tag"));
+        assert!(refused(r#""restore":6,"memory":7"#).contains("either this or restore"));
         assert!(matches!(with(r#""colour":1"#), Err(DescriptionError::Json(_))));
         let newer = SMALLEST.replace("\"version\":1", "\"version\":2,\"colour\":1");
         assert!(matches!(Description::from_json(newer.as_bytes()), Err(DescriptionError::Version(2))));

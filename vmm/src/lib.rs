@@ -3,7 +3,7 @@
 //! From outside in: [`description`] says what a VM is made of; [`machine`] builds it from that and runs it; [`boot`]
 //! puts a kernel and tables into guest memory; [`vcpu`] runs it; [`bus`] leads its accesses to [`devices`], most of
 //! which speak [`virtio`]; [`reactor`] is the threads on which they work; [`control`] is how the caller speaks to
-//! it all; [`confine`] takes away what none of it needs. [`probe`] stands apart: what is this machine's KVM worth?
+//! it all; [`snapshot`] is what is saved of it; [`confine`] takes away what none of it needs. [`probe`] stands apart: what is this machine's KVM worth?
 
 pub mod boot;
 pub mod bus;
@@ -18,6 +18,7 @@ pub mod memory;
 pub mod probe;
 pub mod reactor;
 pub mod run;
+pub mod snapshot;
 pub mod vcpu;
 pub mod virtio;
 pub mod vm;

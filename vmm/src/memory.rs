@@ -29,6 +29,9 @@ pub enum Backing<'a> {
     Anonymous,
     /// A file, most often a memfd, that other processes may map as well. What it held is lost: memory begins as zeros.
     Shared(&'a File),
+    /// What a file holds, exactly as long as the memory, as it was when it was saved. What is written is this process's
+    /// alone: the file stays as it is, and must, since what was not written is read from it at any time.
+    Private(&'a File),
 }
 
 /// Why there is no guest memory.
@@ -62,6 +65,21 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// A file of saved memory that is not as long as the memory.
+    #[error(
+        "The file of guest memory has {length} bytes, and {mib} MiB of it were to be restored, {wanted} bytes"
+    )]
+    Length {
+        /// What the file has.
+        length: u64,
+        /// What was asked for.
+        mib: u64,
+        /// The same in bytes.
+        wanted: u64,
+    },
+    /// A file whose length is not known.
+    #[error("Cannot tell how long the file of guest memory is")]
+    Look(#[source] io::Error),
     /// The ranges cannot be put together.
     #[error("Cannot put guest memory of {mib} MiB together: {why}")]
     Assemble {
@@ -90,10 +108,17 @@ pub fn map(mib: u64, backing: Backing<'_>, huge_pages: bool) -> Result<GuestRam,
         return Err(MemoryError::Size { mib, max });
     }
     let bytes = mib << 20;
-    if let Backing::Shared(file) = backing {
-        file.set_len(0)
+    match backing {
+        Backing::Anonymous => {}
+        Backing::Shared(file) => file
+            .set_len(0)
             .and_then(|()| file.set_len(bytes))
-            .map_err(|source| MemoryError::Resize { mib, source })?;
+            .map_err(|source| MemoryError::Resize { mib, source })?,
+        // Pages beyond its end would be there, and whoever touches one would die of it (SIGBUS).
+        Backing::Private(file) => match file.metadata().map_err(MemoryError::Look)?.len() {
+            length if length == bytes => {}
+            length => return Err(MemoryError::Length { length, mib, wanted: bytes }),
+        },
     }
     let mut regions = Vec::new();
     let mut offset = 0;
@@ -127,9 +152,10 @@ fn map_range(
             let flags = libc::MAP_ANONYMOUS | libc::MAP_PRIVATE | libc::MAP_NORESERVE;
             MmapRegion::build(None, size, protection, flags).map_err(error)
         }
-        Backing::Shared(file) => {
+        Backing::Shared(file) | Backing::Private(file) => {
             let file = file.try_clone().map_err(|source| error(MmapRegionError::Mmap(source)))?;
-            let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+            let shared = matches!(backing, Backing::Shared(_));
+            let flags = if shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE } | libc::MAP_NORESERVE;
             MmapRegion::build(Some(FileOffset::new(file, offset)), size, protection, flags).map_err(error)
         }
     };
@@ -368,15 +394,37 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn memory_of_a_private_file_is_the_files_until_it_is_written_and_the_file_never_sees_that() {
+        use std::os::unix::fs::FileExt;
+        let file = memfd(c"test").unwrap();
+        file.write_all_at(&vec![5; 4 << 20], 0).unwrap();
+        let memory = map(4, Backing::Private(&file), true).unwrap();
+        let other = map(4, Backing::Private(&file), false).unwrap();
+        memory.write_obj(9_u8, GuestAddress(0x2000)).unwrap();
+        let first = |memory: &GuestRam| memory.read_obj::<[u8; 2]>(GuestAddress(0x2000)).unwrap();
+        assert_eq!([first(&memory), first(&other)], [[9, 5], [5, 5]]);
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 0x2000).unwrap();
+        assert_eq!(byte, [5]);
+    }
+
+    #[test]
+    fn a_private_file_of_another_length_is_refused() {
+        let file = memfd(c"test").unwrap();
+        for length in [0, (4 << 20) - 1, (4 << 20) + 4096] {
+            file.set_len(length).unwrap();
+            let refused = map(4, Backing::Private(&file), false).unwrap_err();
+            assert!(refused.to_string().contains(&format!("has {length} bytes")), "{refused}");
+            assert_eq!(file.metadata().unwrap().len(), length);
+        }
+    }
+
+    #[test]
     fn discarded_memory_of_a_private_file_does_not_come_back_and_the_file_stays() {
         use std::os::unix::fs::FileExt;
         let file = memfd(c"test").unwrap();
         file.write_all_at(&vec![5; 1 << 20], 0).unwrap();
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let offset = FileOffset::new(file.try_clone().unwrap(), 0);
-        let region = MmapRegion::build(Some(offset), 1 << 20, protection, libc::MAP_PRIVATE).unwrap();
-        let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
-        let memory = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+        let memory = map(1, Backing::Private(&file), false).unwrap();
         discards(&memory);
         let mut byte = [0];
         file.read_exact_at(&mut byte, 0x3000).unwrap();

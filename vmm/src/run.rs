@@ -59,6 +59,7 @@ pub enum RunError {
 /// Runs the machine whose description is read from `description_fd`, until it ends; says why it did.
 pub fn run(description_fd: RawFd) -> Result<Cause, RunError> {
     end_with_panics();
+    confine::share_one_heap();
     let description = Description::from_json(&read_description(description_fd)?)?;
     // While there is a /proc.
     let memory_use = MemoryUse::open();
@@ -84,7 +85,9 @@ pub fn run(description_fd: RawFd) -> Result<Cause, RunError> {
     if let Some(filters) = filters {
         filters.install(Role::Main)?;
     }
-    machine.resume()?;
+    if !description.paused {
+        machine.resume()?;
+    }
     // The sender lives in the machine.
     let cause = ended.recv().unwrap_or(Cause::Failure);
     machine.finish();

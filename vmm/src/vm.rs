@@ -1,5 +1,7 @@
 //! The VM as KVM has it: memory slots, the interrupt controllers in the kernel, what wakes whom by eventfd.
 
+mod chips;
+
 use std::fs::File;
 use std::os::fd::{FromRawFd, IntoRawFd};
 
@@ -11,6 +13,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::layout;
 use crate::memory::GuestRam;
+
+pub use chips::ChipsState;
 
 /// What KVM must be able to do, with its names.
 const NEEDED: &[(Cap, &str)] = &[
@@ -46,6 +50,14 @@ pub enum VmError {
         /// Why.
         #[source]
         source: errno::Error,
+    },
+    /// A model-specific register of a guest that was saved.
+    #[error("KVM refused the value {value:#x} of register {index:#x}, which the saved guest has")]
+    Msr {
+        /// Its number.
+        index: u32,
+        /// The value.
+        value: u64,
     },
     /// Guest memory cannot be given to KVM.
     #[error("Guest memory at {0:#x} cannot be given to KVM")]

@@ -62,6 +62,16 @@ impl Confinement {
     }
 }
 
+/// Lets all threads allocate from one heap; call it before there are others. glibc gives each thread one of its own, and
+/// opens a file of /proc when such a heap shrinks for the first time, which no filter allows. One takes less memory, too.
+pub fn share_one_heap() {
+    // SAFETY: it sets a number of the allocator. Where that fails, all is as it was.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 /// Gives up every privilege, for good: capabilities, new privileges, being traced or dumped by its own user, and by
 /// Landlock every file but those below `roots`, TCP, and other processes' abstract sockets and signals.
 ///

@@ -41,6 +41,13 @@ pub enum Command {
     Quit,
     /// What has happened so far: [`Answer::Stats`].
     Stats,
+    /// What the machine is while it stands, but for its memory and the content of its disks: [`Answer::Saved`]. It must
+    /// be paused. Images of disks are whole on the disk when it is answered.
+    Save,
+    /// Where RAM lies in this process: [`Answer::Ram`].
+    Ram,
+    /// Puts the cables of all NICs in (true), or pulls them out.
+    SetLink(bool),
     /// After the reply the connection is the first serial port's terminal, in both directions, and no control
     /// connection any more.
     AttachConsole,
@@ -76,6 +83,21 @@ pub enum Answer {
     State(RunState),
     /// What has happened so far.
     Stats(Box<Stats>),
+    /// The machine as a file ([`crate::snapshot`]), two hexadecimal digits a byte.
+    Saved(String),
+    /// The ranges of RAM, from low addresses to high ones.
+    Ram(Vec<RamRange>),
+}
+
+/// A range of RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamRange {
+    /// Its first guest physical address.
+    pub guest: u64,
+    /// Where that lies in the monitor's process (proc_pid_mem(5), proc_pid_pagemap(5)).
+    pub host: u64,
+    /// Its bytes.
+    pub length: u64,
 }
 
 /// Whether the guest runs.
@@ -172,6 +194,14 @@ mod tests {
             r#"{"id":1,"ok":{"state":"paused"}}"#
         );
         assert_eq!(reply(Outcome::Error("no".into())), r#"{"id":1,"error":"no"}"#);
+        let request: Request = serde_json::from_str(r#"{"id":2,"command":{"set-link":true}}"#).unwrap();
+        assert_eq!(request.command, Command::SetLink(true));
+        assert_eq!(reply(Outcome::Ok(Answer::Saved("0a".into()))), r#"{"id":1,"ok":{"saved":"0a"}}"#);
+        let range = RamRange { guest: 0, host: 4096, length: 8192 };
+        assert_eq!(
+            reply(Outcome::Ok(Answer::Ram(vec![range]))),
+            r#"{"id":1,"ok":{"ram":[{"guest":0,"host":4096,"length":8192}]}}"#
+        );
         let event = serde_json::to_string(&Event::Exit { cause: Cause::TripleFault }).unwrap();
         assert_eq!(event, r#"{"event":"exit","cause":"triple-fault"}"#);
     }

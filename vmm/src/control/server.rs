@@ -13,7 +13,7 @@ use crate::reactor::{EventHandler, Reactor, Registration};
 
 /// The token of the listening socket; clients count from 1.
 const LISTENER: u32 = 0;
-/// A client that leaves this much of what it was told unread is closed.
+/// A client that has this much unread is told no more: it is closed. One answer may be longer.
 const MAX_UNREAD: usize = 64 << 10;
 
 /// What the server asks of whom it serves.
@@ -70,8 +70,12 @@ impl Server {
             Self { listener, registration: None, clients: HashMap::new(), last: LISTENER, commanded };
         let server = Arc::new(Mutex::new(server));
         let registration = reactor.register(server.clone());
-        registration.watch(fd, LISTENER, EventSet::IN)?;
-        server.lock().unwrap_or_else(PoisonError::into_inner).registration = Some(registration);
+        {
+            // Locked, so that a client which waits already is not met before there is a registration to watch it.
+            let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
+            registration.watch(fd, LISTENER, EventSet::IN)?;
+            server.registration = Some(registration);
+        }
         Ok(server)
     }
 
@@ -156,6 +160,10 @@ impl Server {
 
     fn send(&mut self, token: u32, message: &impl serde::Serialize) {
         let Some(client) = self.clients.get_mut(&token) else { return };
+        if client.output.len() > MAX_UNREAD {
+            self.remove(token);
+            return;
+        }
         let Ok(mut line) = serde_json::to_vec(message) else { return };
         line.push(b'\n');
         client.output.extend_from_slice(&line);
@@ -175,9 +183,6 @@ impl Server {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => break,
                 Err(_) => return Fate::Goes,
             }
-        }
-        if client.output.len() > MAX_UNREAD {
-            return Fate::Goes;
         }
         let events = if client.output.is_empty() { EventSet::IN } else { EventSet::IN | EventSet::OUT };
         let changed =

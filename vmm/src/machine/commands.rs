@@ -26,6 +26,12 @@ impl Commanded for Commands {
         match command {
             Command::State => return Ok(Answer::State(self.machine.run_state())),
             Command::Stats => return Ok(Answer::Stats(Box::new(self.machine.stats()))),
+            Command::Save => {
+                let saved = self.machine.save().map_err(|error| crate::chain(&error))?;
+                return Ok(Answer::Saved(hexadecimal(&saved)));
+            }
+            Command::Ram => return Ok(Answer::Ram(self.machine.ram())),
+            Command::SetLink(up) => self.machine.set_link(up)?,
             Command::Pause => self.machine.pause().map_err(|error| crate::chain(&error))?,
             Command::Resume => self.machine.resume().map_err(|error| crate::chain(&error))?,
             Command::PowerButton => self.machine.press_power_button(),
@@ -46,4 +52,10 @@ impl Commanded for Commands {
     fn quit(&mut self) {
         (self.ended)(Cause::Quit);
     }
+}
+
+fn hexadecimal(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digit = |value: u8| char::from(DIGITS[usize::from(value)]);
+    bytes.iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }

@@ -21,13 +21,14 @@ use crate::devices::net::Net;
 use crate::devices::rng::Rng;
 use crate::devices::rtc::{Rtc, RtcState};
 use crate::devices::serial::Serial;
-use crate::devices::uart::Uart;
+use crate::devices::uart::{Uart, UartState};
 use crate::devices::vsock::Vsock;
 use crate::layout;
 use crate::reactor::Reactor;
+use crate::snapshot::{DeviceState, MachineState};
 use crate::vcpu::Buses;
 use crate::virtio::counters::Counted;
-use crate::virtio::mmio::{QUEUE_NOTIFY, Transport};
+use crate::virtio::mmio::{QUEUE_NOTIFY, Saved, Transport};
 use crate::virtio::{Counters, VirtioDevice};
 use crate::vm::Vm;
 
@@ -38,9 +39,20 @@ type Virtio<D> = Arc<Mutex<Transport<D>>>;
 #[derive(Debug, Default)]
 pub(super) struct Devices {
     uart: Option<Uart>,
+    rtc: Arc<Mutex<Rtc>>,
     disks: Vec<Virtio<Block>>,
-    /// All virtio devices by name, in the order in which the guest finds them.
-    counters: Vec<(String, Counters)>,
+    nics: Vec<Virtio<Net>>,
+    share: Option<Virtio<Fs>>,
+    /// All virtio devices, in the order in which the guest finds them.
+    virtio: Vec<Named>,
+}
+
+/// A virtio device of whatever kind.
+#[derive(Debug)]
+struct Named {
+    name: String,
+    counters: Counters,
+    device: Arc<Mutex<dyn Saved>>,
 }
 
 /// Puts devices where they belong while the machine is built.
@@ -49,8 +61,9 @@ pub(super) struct Wiring<'a> {
     begin: Begin,
     buses: Buses,
     reactors: Vec<Arc<Reactor>>,
-    next_slot: usize,
-    counters: Vec<(String, Counters)>,
+    virtio: Vec<Named>,
+    /// What devices go on from; [`MachineState::check`] said that they are the same.
+    saved: Option<&'a MachineState>,
 }
 
 /// Names a device that could not be made.
@@ -60,14 +73,8 @@ fn device<E: Into<Box<dyn std::error::Error + Send + Sync>>>(name: &str) -> impl
 }
 
 impl<'a> Wiring<'a> {
-    pub(super) fn new(vm: &'a Vm, begin: Begin) -> Self {
-        let (buses, reactors, counters) = (Buses::default(), Vec::new(), Vec::new());
-        Self { vm, begin, buses, reactors, next_slot: 0, counters }
-    }
-
-    /// How many virtio devices there are so far.
-    pub(super) fn virtio_devices(&self) -> usize {
-        self.next_slot
+    pub(super) fn new(vm: &'a Vm, begin: Begin, saved: Option<&'a MachineState>) -> Self {
+        Self { vm, begin, buses: Buses::default(), reactors: Vec::new(), virtio: Vec::new(), saved }
     }
 
     /// What was put together.
@@ -107,25 +114,29 @@ impl<'a> Wiring<'a> {
         Ok(reactor)
     }
 
-    /// Gives a virtio device the next place, its interrupt and its doorbells.
+    /// Gives a virtio device the next place, its interrupt and its doorbells, and what was saved of it.
     fn virtio<D: VirtioDevice + 'static>(&mut self, name: &str, new: D) -> Result<Virtio<D>, BuildError> {
-        let slot = self.next_slot;
+        let slot = self.virtio.len();
         if slot >= layout::VIRTIO_MAX {
             let why = format!("there is room for {} virtio devices", layout::VIRTIO_MAX);
             return Err(device(name)(why));
         }
-        self.next_slot += 1;
         let address = layout::VIRTIO_START + slot as u64 * layout::VIRTIO_SIZE;
-        self.counters.push((name.to_owned(), new.counters().clone()));
-        let transport = Transport::new(new, Arc::clone(self.vm.memory())).map_err(device(name))?;
+        let counters = new.counters().clone();
+        let mut transport = Transport::new(new, Arc::clone(self.vm.memory())).map_err(device(name))?;
         for (queue, kick) in (0..).zip(transport.kicks()) {
             self.vm.wire_doorbell(kick, address + QUEUE_NOTIFY, queue)?;
         }
         #[expect(clippy::cast_possible_truncation, reason = "the slot is below VIRTIO_MAX")]
         let gsi = layout::VIRTIO_FIRST_GSI + slot as u32;
         self.vm.wire_interrupt(transport.interrupt().event(), gsi)?;
+        if let Some(state) = self.saved.and_then(|saved| saved.device(name)) {
+            Saved::restore(&mut transport, state)
+                .map_err(|source| BuildError::Restore { device: name.to_owned(), source: source.into() })?;
+        }
         let transport = Arc::new(Mutex::new(transport));
         self.attach_mmio(address, layout::VIRTIO_SIZE, transport.clone())?;
+        self.virtio.push(Named { name: name.to_owned(), counters, device: transport.clone() });
         Ok(transport)
     }
 }
@@ -149,7 +160,11 @@ impl Devices {
         if let Some(console) = &description.uart {
             let console = console_ends(*console, descriptors)?;
             let interrupt = wiring.interrupt(layout::UART_GSI)?;
-            let uart = Uart::new(console, interrupt, &shared).map_err(device("uart"))?;
+            let uart = match wiring.saved.and_then(|saved| saved.uart.as_ref()) {
+                Some(state) => Uart::restore(state, console, interrupt, &shared),
+                None => Uart::new(console, interrupt, &shared),
+            };
+            let uart = uart.map_err(device("uart"))?;
             wiring.attach_ports(layout::UART_PORT, 8, Arc::new(Mutex::new(uart.clone())))?;
             all.uart = Some(uart);
         }
@@ -160,7 +175,11 @@ impl Devices {
             let name = format!("nic{index}");
             let reactor = wiring.reactor(&name, Role::Net)?;
             let net = Net::new(descriptors.file(nic.tap)?, nic.mac, reactor).map_err(device(&name))?;
-            wiring.virtio(&name, net)?;
+            let net = wiring.virtio(&name, net)?;
+            if let Some(up) = nic.link_up {
+                lock(&net).device_mut().set_link(up);
+            }
+            all.nics.push(net);
         }
         if let Some(serial) = &description.serial {
             let console = serial.console.map(|console| console_ends(console, descriptors)).transpose()?;
@@ -185,16 +204,59 @@ impl Devices {
         if let (Some(description), Some(root)) = (&description.share, share) {
             let reactor = wiring.reactor("share", Role::Share)?;
             let fs = Fs::new(&description.tag, root, reactor).map_err(device("share"))?;
-            wiring.virtio("share", fs)?;
+            all.share = Some(wiring.virtio("share", fs)?);
         }
-        legacy(wiring, ended)?;
-        all.counters = std::mem::take(&mut wiring.counters);
+        all.rtc = legacy(wiring, ended)?;
+        all.virtio = std::mem::take(&mut wiring.virtio);
         Ok(all)
     }
 
     /// What each virtio device did.
     pub(super) fn counted(&self) -> BTreeMap<String, Counted> {
-        self.counters.iter().map(|(name, counters)| (name.clone(), counters.counted())).collect()
+        self.virtio.iter().map(|named| (named.name.clone(), named.counters.counted())).collect()
+    }
+
+    /// How many virtio devices there are.
+    pub(super) fn virtio_devices(&self) -> usize {
+        self.virtio.len()
+    }
+
+    /// Whether the guest has the share mounted.
+    pub(super) fn is_mounted(&self) -> bool {
+        self.share.as_ref().is_some_and(|share| VirtioDevice::save(lock(share).device()).mounted)
+    }
+
+    /// What is saved of the serial port, and of the clock. Output that the port has gathered is written.
+    pub(super) fn save_legacy(&self) -> (Option<UartState>, RtcState) {
+        (self.uart.as_ref().map(Uart::save), lock(&self.rtc).save())
+    }
+
+    /// What is saved of virtio devices.
+    pub(super) fn save_virtio(&self) -> serde_json::Result<Vec<DeviceState>> {
+        let save = |named: &Named| {
+            let state = lock(&named.device).save()?;
+            Ok(DeviceState { name: named.name.clone(), state })
+        };
+        self.virtio.iter().map(save).collect()
+    }
+
+    /// Puts what was written to the disks' images; the name of one where that fails.
+    pub(super) fn flush_disks(&self) -> Result<(), (String, std::io::Error)> {
+        for (index, disk) in self.disks.iter().enumerate() {
+            lock(disk).device().image().flush().map_err(|error| (format!("disk{index}"), error))?;
+        }
+        Ok(())
+    }
+
+    /// Puts all cables in or pulls them out.
+    pub(super) fn set_link(&self, up: bool) -> Result<(), String> {
+        if self.nics.is_empty() {
+            return Err("This machine has no NIC".into());
+        }
+        for nic in &self.nics {
+            lock(nic).device_mut().set_link(up);
+        }
+        Ok(())
     }
 
     /// Writes out what is held back.
@@ -248,9 +310,12 @@ fn console_ends(console: description::Console, descriptors: &mut Descriptors) ->
 }
 
 /// The two devices that every PC has: a clock, and a keyboard controller that only resets.
-fn legacy(wiring: &mut Wiring<'_>, ended: &Ended) -> Result<(), BuildError> {
+fn legacy(wiring: &mut Wiring<'_>, ended: &Ended) -> Result<Arc<Mutex<Rtc>>, BuildError> {
     let ended = Arc::clone(ended);
     let i8042 = Arc::new(Mutex::new(I8042::new(move || ended(Cause::Reset))));
     wiring.attach_ports(layout::I8042_DATA_PORT, 5, i8042)?;
-    wiring.attach_ports(layout::RTC_PORT, 2, Arc::new(Mutex::new(Rtc::new(RtcState::default()))))
+    let rtc = Rtc::new(wiring.saved.map_or_else(RtcState::default, |saved| saved.rtc));
+    let rtc = Arc::new(Mutex::new(rtc));
+    wiring.attach_ports(layout::RTC_PORT, 2, rtc.clone())?;
+    Ok(rtc)
 }

@@ -8,6 +8,7 @@ mod commands;
 mod descriptors;
 mod devices;
 mod memory_use;
+mod save;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,14 +20,17 @@ use crate::description::DescriptionError;
 use crate::devices::power::Power;
 use crate::memory::MemoryError;
 use crate::reactor::Reactor;
+use crate::snapshot::{Mismatch, StateError};
 use crate::vcpu::Vcpus;
 use crate::vcpu::runner::Report;
+use crate::virtio::RestoreError;
 use crate::vm::{Vm, VmError};
 
 pub use build::{Begin, Surroundings};
 pub use commands::Commands;
 pub use descriptors::Descriptors;
 pub use memory_use::MemoryUse;
+pub use save::SaveError;
 
 use devices::Devices;
 
@@ -41,6 +45,8 @@ pub struct Machine {
     vm: Vm,
     state: Mutex<State>,
     memory_use: MemoryUse,
+    /// Model-specific registers that are saved.
+    msrs: Vec<u32>,
 }
 
 /// Whether it runs; the guest's clock while it does not.
@@ -73,6 +79,21 @@ pub enum BuildError {
         /// Why not.
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// What was saved is no use.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// What was saved is another machine.
+    #[error(transparent)]
+    Mismatch(#[from] Mismatch),
+    /// A device that cannot go on.
+    #[error("Cannot restore {device}")]
+    Restore {
+        /// Its name in the description.
+        device: String,
+        /// Why not.
+        #[source]
+        source: Box<RestoreError>,
     },
     /// A thread or an eventfd.
     #[error("Cannot make {0}")]

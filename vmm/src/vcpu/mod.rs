@@ -7,6 +7,7 @@ pub mod msrs;
 pub mod registers;
 pub mod runner;
 pub mod state;
+mod tsc;
 
 pub use exits::{ExitCounts, ExitKind};
 pub use runner::{Buses, Vcpus};

@@ -10,7 +10,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use kvm_ioctls::{Kvm, VcpuExit, VcpuFd};
+use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use super::{ExitCounts, ExitKind, VcpuState, failure};
 use crate::bus::Bus;
@@ -115,9 +115,9 @@ impl Vcpus {
         self.order(Wanted::Run);
     }
 
-    /// The state of all; they must stand.
-    pub fn save(&self, kvm: &Kvm) -> Result<Vec<VcpuState>, VmError> {
-        self.shared.vcpus.iter().map(|vcpu| VcpuState::save(kvm, &lock(vcpu))).collect()
+    /// The state of all; they must stand. `known` are the registers that [`super::msrs::known`] gave.
+    pub fn save(&self, known: &[u32]) -> Result<Vec<VcpuState>, VmError> {
+        self.shared.vcpus.iter().map(|vcpu| VcpuState::save(&lock(vcpu), known)).collect()
     }
 
     /// Exits so far.

@@ -68,10 +68,14 @@ impl Interrupt {
         self.0.needs_reset.store(false, Ordering::SeqCst);
     }
 
-    /// Sets what [`Interrupt::status`] says, when a saved device comes back.
+    /// Sets what [`Interrupt::status`] says, when a saved device comes back. What the driver has not acknowledged is told
+    /// once more: whether the interrupt had reached it, nobody knows.
     pub fn restore(&self, status: u32, needs_reset: bool) {
-        self.0.status.store(status, Ordering::SeqCst);
         self.0.needs_reset.store(needs_reset, Ordering::SeqCst);
+        let status = status & (USED_BUFFER | CONFIG_CHANGE);
+        if status != 0 {
+            self.raise(status);
+        }
     }
 
     /// The eventfd that is written for each interrupt.

@@ -1,18 +1,21 @@
 //! The transport: registers of virtio over MMIO, version 2 (virtio 1.2, section 4.2).
 
+mod state;
+
 use std::io;
 use std::sync::Arc;
 
-use serde::{Deserialize, Serialize};
-use virtio_queue::{Queue, QueueState, QueueT};
+use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    Activation, Interrupt, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, VirtioDevice,
-    Virtqueue,
+    ActivateError, Activation, Interrupt, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1,
+    VirtioDevice, Virtqueue,
 };
 use crate::bus::BusDevice;
 use crate::memory::GuestRam;
+
+pub use state::{Saved, SavedQueue, TransportState};
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -53,68 +56,6 @@ pub struct Transport<D> {
     active: bool,
 }
 
-/// What is saved of a transport and its device.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct TransportState<S> {
-    /// The device's own.
-    pub device: S,
-    /// Device status.
-    pub status: u32,
-    /// Features that the driver took.
-    pub features: u64,
-    /// Which half of the device's features the driver reads.
-    pub features_select: u32,
-    /// Which half of its own features the driver writes.
-    pub driver_features_select: u32,
-    /// Which queue the driver speaks of.
-    pub queue_select: u32,
-    /// InterruptStatus.
-    pub interrupt_status: u32,
-    /// Whether the device had given up.
-    pub needs_reset: bool,
-    /// The queues.
-    pub queues: Vec<SavedQueue>,
-}
-
-/// A queue, as it is saved.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SavedQueue {
-    /// Longest size.
-    pub max_size: u16,
-    /// Size that the driver chose.
-    pub size: u16,
-    /// Whether the driver has set it up.
-    pub ready: bool,
-    /// Guest physical address of the descriptor table.
-    pub desc_table: u64,
-    /// Guest physical address of the available ring.
-    pub avail_ring: u64,
-    /// Guest physical address of the used ring.
-    pub used_ring: u64,
-    /// Index of the next chain to take.
-    pub next_avail: u16,
-    /// Index of the next chain to give back.
-    pub next_used: u16,
-    /// Whether notifications are asked for by index.
-    pub event_idx_enabled: bool,
-}
-
-impl From<QueueState> for SavedQueue {
-    fn from(state: QueueState) -> Self {
-        Self {
-            max_size: state.max_size,
-            size: state.size,
-            ready: state.ready,
-            desc_table: state.desc_table,
-            avail_ring: state.avail_ring,
-            used_ring: state.used_ring,
-            next_avail: state.next_avail,
-            next_used: state.next_used,
-            event_idx_enabled: state.event_idx_enabled,
-        }
-    }
-}
-
 impl<D: VirtioDevice> Transport<D> {
     /// Puts registers in front of a device that no driver has seen yet.
     pub fn new(device: D, memory: GuestRam) -> io::Result<Self> {
@@ -153,26 +94,6 @@ impl<D: VirtioDevice> Transport<D> {
     /// The device behind the registers, for what the host asks of it.
     pub fn device_mut(&mut self) -> &mut D {
         &mut self.device
-    }
-
-    /// What is to be saved. Device threads must be paused.
-    pub fn save(&self) -> TransportState<D::State> {
-        let queues = if self.active {
-            self.device.queue_states()
-        } else {
-            self.queues.iter().map(Queue::state).collect()
-        };
-        TransportState {
-            device: self.device.save(),
-            status: self.status,
-            features: self.features,
-            features_select: self.features_select,
-            driver_features_select: self.driver_features_select,
-            queue_select: self.queue_select,
-            interrupt_status: self.interrupt.status(),
-            needs_reset: self.interrupt.is_reset_needed(),
-            queues: queues.into_iter().map(SavedQueue::from).collect(),
-        }
     }
 
     fn offered(&self) -> u64 {
@@ -278,7 +199,7 @@ impl<D: VirtioDevice> Transport<D> {
             return;
         }
         self.status |= added & !(status::FEATURES_OK | status::DRIVER_OK);
-        if added & status::FEATURES_OK != 0 && self.features_are_right() {
+        if added & status::FEATURES_OK != 0 && self.are_right(self.features) {
             self.status |= status::FEATURES_OK;
         }
         if added & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 {
@@ -287,18 +208,27 @@ impl<D: VirtioDevice> Transport<D> {
         }
     }
 
-    fn features_are_right(&self) -> bool {
-        self.features & !self.offered() == 0 && self.features & VIRTIO_F_VERSION_1 != 0
+    fn are_right(&self, features: u64) -> bool {
+        features & !self.offered() == 0 && features & VIRTIO_F_VERSION_1 != 0
     }
 
     fn activate(&mut self) {
+        if let Err(error) = self.try_activate() {
+            eprintln!("catalyst-vmm: virtio device {}: the driver's set-up cannot be used: {error}", D::TYPE);
+            // As far as its queues go the device is a fresh one; the driver has to begin anew.
+            self.queues = fresh_queues(&self.device);
+            self.interrupt.needs_reset();
+        }
+    }
+
+    fn try_activate(&mut self) -> Result<(), ActivateError> {
         let event_idx = self.features & VIRTIO_F_EVENT_IDX != 0;
         let mut queues = Vec::new();
         for (index, queue) in self.queues.iter_mut().enumerate() {
             queue.set_event_idx(event_idx);
-            let Ok(kick) = self.kicks[index].try_clone() else {
-                return self.refuse(&"no descriptor is left");
-            };
+            let kick = self.kicks[index]
+                .try_clone()
+                .map_err(|source| ActivateError::Io { what: "have a queue's eventfd once more", source })?;
             let own = std::mem::replace(queue, placeholder());
             let memory = Arc::clone(&self.memory);
             let counters = self.device.counters().clone();
@@ -306,23 +236,16 @@ impl<D: VirtioDevice> Transport<D> {
         }
         // A ring outside memory would be found out at its first use; here the driver learns it at once.
         if let Some(index) = queues.iter().position(|queue| queue.state().ready && !queue.is_usable()) {
-            return self.refuse(&format!("queue {index} lies outside memory or overlaps its end"));
+            return Err(ActivateError::Outside(index));
         }
-        let activation = Activation {
+        self.device.activate(Activation {
             memory: Arc::clone(&self.memory),
             queues,
             interrupt: self.interrupt.clone(),
             features: self.features,
-        };
-        match self.device.activate(activation) {
-            Ok(()) => self.active = true,
-            Err(error) => self.refuse(&error),
-        }
-    }
-
-    fn refuse(&mut self, why: &dyn std::fmt::Display) {
-        eprintln!("catalyst-vmm: virtio device {}: the driver's set-up cannot be used: {why}", D::TYPE);
-        self.interrupt.needs_reset();
+        })?;
+        self.active = true;
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -1,9 +1,10 @@
 use std::sync::Arc;
 
+use virtio_queue::QueueState;
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::*;
-use crate::virtio::{ActivateError, Counters, read_config_bytes};
+use crate::virtio::{ActivateError, Counters, RestoreError, read_config_bytes};
 
 #[derive(Debug, Default)]
 struct Probe {
@@ -47,6 +48,10 @@ impl VirtioDevice for Probe {
     }
     fn save(&self) -> Self::State {
         self.config
+    }
+    fn restore(&mut self, state: &[u8; 4]) -> Result<(), RestoreError> {
+        self.config = *state;
+        RestoreError::unless_same("first byte", &state[0], &0)
     }
     fn counters(&self) -> &Counters {
         &self.counters
@@ -169,4 +174,77 @@ fn what_is_saved_is_plain_data() {
     let text = serde_json::to_string(&state).unwrap();
     assert_eq!(serde_json::from_str::<TransportState<[u8; 4]>>(&text).unwrap(), state);
     assert_eq!((state.interrupt_status, state.queues[0].ready, state.queues[1].ready), (1, true, false));
+}
+
+fn saved() -> TransportState<[u8; 4]> {
+    let mut transport = transport();
+    drive(&mut transport, VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | 1 << 5, 0x1000);
+    transport.write(CONFIG + 1, &[7]);
+    transport.save()
+}
+
+#[test]
+fn a_device_goes_on_where_it_was_saved_and_is_kicked_once() {
+    let state = saved();
+    let mut transport = transport();
+    transport.restore(&state).unwrap();
+    assert_eq!(transport.save(), state);
+    assert!(transport.interrupt().event().read().is_err(), "nothing to tell");
+    let active = transport.device().active.as_ref().unwrap();
+    assert!(active.queues[0].take_kick() && !active.queues[0].take_kick());
+    assert!(!active.queues[1].take_kick(), "it is not ready");
+    assert_eq!(active.features, state.features);
+    assert_eq!(read(&mut transport, 0x70), 15);
+    write(&mut transport, 0x70, 0);
+    assert!(transport.device().active.is_none());
+}
+
+#[test]
+fn an_interrupt_that_was_not_acknowledged_is_raised_again() {
+    let transport = transport();
+    transport.interrupt().used_buffer();
+    transport.interrupt().event().read().unwrap();
+    let state = transport.save();
+    let mut other = self::transport();
+    other.restore(&state).unwrap();
+    assert_eq!((other.interrupt().status(), other.interrupt().event().read().unwrap()), (1, 1));
+}
+
+#[test]
+fn a_device_that_had_given_up_waits_for_its_reset() {
+    let mut transport = transport();
+    drive(&mut transport, VIRTIO_F_VERSION_1, 0xffff_0000);
+    let state = transport.save();
+    assert!(state.needs_reset);
+    let mut other = self::transport();
+    other.restore(&state).unwrap();
+    assert!(other.device().active.is_none());
+    assert_eq!(read(&mut other, 0x70) & status::NEEDS_RESET, status::NEEDS_RESET);
+    assert_eq!(other.save(), state);
+    write(&mut other, 0x70, 0);
+    drive(&mut other, VIRTIO_F_VERSION_1, 0x1000);
+    assert!(other.device().active.is_some());
+}
+
+#[test]
+fn what_no_driver_could_have_set_up_is_refused() {
+    type Change = fn(&mut TransportState<[u8; 4]>);
+    let changes: [(&str, Change); 10] = [
+        ("status", |state| state.status |= 1 << 8),
+        ("status", |state| state.status |= status::NEEDS_RESET),
+        ("settled features", |state| state.status &= !status::FEATURES_OK),
+        ("features", |state| state.features |= 1 << 6),
+        ("features", |state| state.features &= !VIRTIO_F_VERSION_1),
+        ("number of queues", |state| state.queues.truncate(1)),
+        ("longest queue", |state| state.queues[1].max_size = 16),
+        ("queue 0", |state| state.queues[0].size = 3),
+        ("lies outside memory", |state| state.queues[0].used_ring = 1 << 40),
+        ("first byte", |state| state.device[0] = 1),
+    ];
+    for (words, change) in changes {
+        let mut state = saved();
+        change(&mut state);
+        let refused = crate::chain(&transport().restore(&state).unwrap_err());
+        assert!(refused.contains(words), "{words}: {refused}");
+    }
 }

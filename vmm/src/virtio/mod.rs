@@ -58,6 +58,40 @@ pub enum ActivateError {
     /// The driver left out a queue that the device cannot do without.
     #[error("The driver did not set queue {0} up")]
     NoQueue(usize),
+    /// A queue that cannot be read and written.
+    #[error("Queue {0} lies outside memory or overlaps its end")]
+    Outside(usize),
+}
+
+/// Why a device cannot go on as it was saved. It is of no use then.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// The device is not the one that was saved.
+    #[error("Its {what} was {saved} when it was saved, and the description makes it {given}")]
+    Differs {
+        /// What differs.
+        what: &'static str,
+        /// As it was saved.
+        saved: String,
+        /// As it is.
+        given: String,
+    },
+    /// What was saved is not of such a device.
+    #[error("What was saved of it is damaged: {0}")]
+    Damaged(String),
+    /// It cannot be set to work again.
+    #[error("It cannot go on working")]
+    Activate(#[from] ActivateError),
+}
+
+impl RestoreError {
+    /// [`RestoreError::Differs`], if it does.
+    pub fn unless_same<T: PartialEq + Debug>(what: &'static str, saved: &T, given: &T) -> Result<(), Self> {
+        if saved == given {
+            return Ok(());
+        }
+        Err(Self::Differs { what, saved: format!("{saved:?}"), given: format!("{given:?}") })
+    }
 }
 
 /// A virtio device, as the transport sees it.
@@ -92,6 +126,10 @@ pub trait VirtioDevice: Send + Debug {
 
     /// What is saved of the device, besides its queues.
     fn save(&self) -> Self::State;
+
+    /// Takes over what was saved of such a device. It comes before the activation, if there is one: what the driver is
+    /// to be told is told then.
+    fn restore(&mut self, state: &Self::State) -> Result<(), RestoreError>;
 
     /// What the device has done so far.
     fn counters(&self) -> &Counters;

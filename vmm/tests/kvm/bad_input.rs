@@ -11,7 +11,7 @@ use catalyst_vmm::description::{Disk, Format, Layer};
 use crate::machine::{Plan, file};
 
 /// Starts the plan and expects that it is refused with these words.
-fn refused(plan: Plan, words: &[&str]) {
+pub fn refused(plan: Plan, words: &[&str]) {
     let text = serde_json::to_vec(&plan.description).unwrap();
     refused_text(plan, &text, words);
 }
@@ -51,8 +51,11 @@ fn descriptors_of_the_wrong_kind_are_refused() {
     plan.description.kvm = plan.give(file(b"no KVM"));
     refused(plan, &["/dev/kvm"]);
     let mut plan = Plan::new().unwrap();
-    plan.description.nics =
-        vec![catalyst_vmm::description::Nic { tap: plan.give(file(b"no tap")), mac: [2, 0, 0, 0, 0, 1] }];
+    plan.description.nics = vec![catalyst_vmm::description::Nic {
+        tap: plan.give(file(b"no tap")),
+        mac: [2, 0, 0, 0, 0, 1],
+        link_up: None,
+    }];
     refused(plan, &["nic0"]);
 }
 

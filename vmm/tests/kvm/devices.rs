@@ -2,32 +2,38 @@
 
 use catalyst_vmm::description::{Disk, Format, Layer, Port, Serial, Vsock};
 use catalyst_vmm::layout;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use crate::guest::{Guest, until};
 use crate::machine::{Machine, Plan, file};
 
-const WRITE: u16 = 2;
+pub const WRITE: u16 = 2;
 const NEXT: u16 = 1;
 
 /// A driver of the device in `slot`, as virtio 1.2, section 3.1.1 has it.
-struct Driver<'a> {
+pub struct Driver<'a> {
     guest: &'a Guest,
     registers: u64,
     gsi: u32,
 }
 
 /// One queue of eight descriptors.
-struct Queue {
+#[derive(Clone)]
+pub struct Queue {
     at: u64,
     number: u32,
     offered: u16,
 }
 
 impl<'a> Driver<'a> {
-    fn new(machine: &'a Machine, slot: u32, kind: u32) -> Self {
+    /// The driver of a device that is at work already.
+    pub fn again(machine: &'a Machine, slot: u32) -> Self {
         let registers = layout::VIRTIO_START + u64::from(slot) * layout::VIRTIO_SIZE;
-        let driver = Self { guest: &machine.guest, registers, gsi: layout::VIRTIO_FIRST_GSI + slot };
+        Self { guest: &machine.guest, registers, gsi: layout::VIRTIO_FIRST_GSI + slot }
+    }
+
+    pub fn new(machine: &'a Machine, slot: u32, kind: u32) -> Self {
+        let driver = Self::again(machine, slot);
         assert_eq!([0, 4, 8].map(|offset| driver.read(offset)), [0x7472_6976, 2, kind]);
         driver.guest.route(driver.gsi);
         for status in [0, 1, 3] {
@@ -41,7 +47,7 @@ impl<'a> Driver<'a> {
         driver
     }
 
-    fn read(&self, offset: u64) -> u32 {
+    pub fn read(&self, offset: u64) -> u32 {
         self.guest.read32(self.registers + offset)
     }
 
@@ -49,7 +55,7 @@ impl<'a> Driver<'a> {
         self.guest.write32(self.registers + offset, value);
     }
 
-    fn queue(&self, number: u32) -> Queue {
+    pub fn queue(&self, number: u32) -> Queue {
         let at = self.guest.take(0x3000);
         self.write(0x30, number);
         self.write(0x38, 8);
@@ -61,14 +67,21 @@ impl<'a> Driver<'a> {
         Queue { at, number, offered: 0 }
     }
 
-    fn ready(&self) {
+    pub fn ready(&self) {
         self.write(0x70, 15);
         assert_eq!(self.read(0x70), 15, "the device works");
     }
 
     /// Offers one chain of (address, length, flags), waits for its interrupt and that it is used; bytes written.
-    fn request(&self, queue: &mut Queue, parts: &[(u64, u32, u16)]) -> u32 {
+    pub fn request(&self, queue: &mut Queue, parts: &[(u64, u32, u16)]) -> u32 {
         let before = self.guest.interrupts(self.gsi);
+        self.offer(queue, parts);
+        self.write(0x50, queue.number);
+        self.used(queue, before)
+    }
+
+    /// Offers one chain, and tells nobody.
+    pub fn offer(&self, queue: &mut Queue, parts: &[(u64, u32, u16)]) {
         let memory = &self.guest.memory;
         for (index, (address, length, flags)) in parts.iter().enumerate() {
             let last = index + 1 == parts.len();
@@ -83,7 +96,11 @@ impl<'a> Driver<'a> {
         memory.write_obj(0_u16, GuestAddress(ring + 4 + 2 * u64::from(queue.offered % 8))).unwrap();
         queue.offered += 1;
         memory.write_obj(queue.offered, GuestAddress(ring + 2)).unwrap();
-        self.write(0x50, queue.number);
+    }
+
+    /// Waits until the last chain has come back, with one more interrupt than there were; bytes written.
+    pub fn used(&self, queue: &Queue, before: u64) -> u32 {
+        let memory = &self.guest.memory;
         let used = queue.at + 0x2000;
         until("the chain comes back", || {
             memory.read_obj::<u16>(GuestAddress(used + 2)).unwrap() == queue.offered

@@ -4,12 +4,16 @@
 //! each access to a register, each interrupt and each instruction is a real one of a virtual CPU.
 
 use std::cell::Cell;
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use catalyst_vmm::control::protocol::RamRange;
 use catalyst_vmm::layout;
 use catalyst_vmm::memory::GuestRam;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 /// Where the program lies and begins.
 pub const CODE: u64 = 0x40_0000;
@@ -48,7 +52,7 @@ mod mailbox {
 std::arch::global_asm!(
     ".pushsection .rodata.kvm_guest, \"a\"",
     ".balign 16",
-    ".globl kvm_guest_begin, kvm_guest_end, kvm_guest_stubs, kvm_guest_read32, kvm_guest_read64, kvm_guest_write8, kvm_guest_write32, kvm_guest_in8, kvm_guest_out8, kvm_guest_out_bytes, kvm_guest_read_many, kvm_guest_load_idt, kvm_guest_int3, kvm_guest_triple_fault",
+    ".globl kvm_guest_begin, kvm_guest_end, kvm_guest_stubs, kvm_guest_read32, kvm_guest_read64, kvm_guest_write8, kvm_guest_write32, kvm_guest_in8, kvm_guest_out8, kvm_guest_out_bytes, kvm_guest_read_many, kvm_guest_load_idt, kvm_guest_int3, kvm_guest_triple_fault, kvm_guest_count_up",
     "kvm_guest_begin:",
     "mov ebx, 0x300000",
     "mov esp, 0x2f0000",
@@ -93,6 +97,25 @@ std::arch::global_asm!(
     "ret",
     "kvm_guest_load_idt: lidt [rdx]",
     "sti",
+    "ret",
+    // Counts in a register and in memory, until the word after the counter is not 0. Answers the count, or 0 if the two were
+    // not the same once, or what else is in registers did not stay.
+    "kvm_guest_count_up: mov r8, [rdx]",
+    "mov r9, rax",
+    "mov r15, rax",
+    "not r15",
+    "4: inc r8",
+    "inc qword ptr [rdx]",
+    "cmp r8, [rdx]",
+    "jne 5f",
+    "cmp qword ptr [rdx + 8], 0",
+    "je 4b",
+    "not r15",
+    "cmp r9, r15",
+    "jne 5f",
+    "mov rax, r8",
+    "ret",
+    "5: xor eax, eax",
     "ret",
     "kvm_guest_int3: int3",
     "ret",
@@ -146,7 +169,8 @@ symbols!(
     kvm_guest_read_many,
     kvm_guest_load_idt,
     kvm_guest_int3,
-    kvm_guest_triple_fault
+    kvm_guest_triple_fault,
+    kvm_guest_count_up
 );
 
 /// The program's bytes, which run at [`CODE`].
@@ -177,6 +201,7 @@ pub enum Routine {
     TripleFault,
     /// What stands in place of firmware.
     ResetVector,
+    CountUp,
 }
 
 impl Routine {
@@ -194,6 +219,7 @@ impl Routine {
             Self::Int3 => &raw const kvm_guest_int3,
             Self::TripleFault => &raw const kvm_guest_triple_fault,
             Self::ResetVector => return layout::RESET_VECTOR,
+            Self::CountUp => &raw const kvm_guest_count_up,
         })
     }
 }
@@ -201,23 +227,76 @@ impl Routine {
 /// The test's end of the mailbox.
 #[derive(Debug)]
 pub struct Guest {
-    pub memory: GuestRam,
+    pub memory: Ram,
     asked: Cell<u64>,
     free: Cell<u64>,
 }
 
+/// How the test reaches guest memory.
+#[derive(Debug)]
+pub enum Ram {
+    /// It maps the same file.
+    Mapped(GuestRam),
+    /// It is the monitor's own: through its process (proc_pid_mem(5)).
+    Process(File, Vec<RamRange>),
+}
+
+impl Ram {
+    /// Where an address lies in the monitor's process.
+    fn host(ranges: &[RamRange], address: GuestAddress) -> u64 {
+        let range = ranges.iter().find(|range| address.0 - range.guest < range.length).unwrap();
+        range.host + (address.0 - range.guest)
+    }
+
+    pub fn read_slice(&self, bytes: &mut [u8], address: GuestAddress) -> io::Result<()> {
+        match self {
+            Self::Mapped(memory) => memory.read_slice(bytes, address).map_err(io::Error::other),
+            Self::Process(file, ranges) => file.read_exact_at(bytes, Self::host(ranges, address)),
+        }
+    }
+
+    pub fn write_slice(&self, bytes: &[u8], address: GuestAddress) -> io::Result<()> {
+        match self {
+            Self::Mapped(memory) => memory.write_slice(bytes, address).map_err(io::Error::other),
+            Self::Process(file, ranges) => file.write_all_at(bytes, Self::host(ranges, address)),
+        }
+    }
+
+    pub fn read_obj<T: ByteValued + Default>(&self, address: GuestAddress) -> io::Result<T> {
+        let mut value = T::default();
+        self.read_slice(value.as_mut_slice(), address).map(|()| value)
+    }
+
+    pub fn write_obj<T: ByteValued>(&self, value: T, address: GuestAddress) -> io::Result<()> {
+        self.write_slice(value.as_slice(), address)
+    }
+}
+
 impl Guest {
     /// The guest that has this memory.
-    pub fn new(memory: GuestRam) -> Self {
+    pub fn new(memory: Ram) -> Self {
         Self { memory, asked: Cell::new(0), free: Cell::new(FREE) }
     }
 
+    /// The same guest, elsewhere.
+    pub fn again(&self, memory: Ram) -> Self {
+        Self { memory, asked: self.asked.clone(), free: self.free.clone() }
+    }
+
     fn field(&self, field: u64) -> u64 {
-        self.memory.load(GuestAddress(MAILBOX + field), Ordering::Acquire).unwrap()
+        let address = GuestAddress(MAILBOX + field);
+        match &self.memory {
+            Ram::Mapped(memory) => memory.load(address, Ordering::Acquire).unwrap(),
+            process @ Ram::Process(..) => process.read_obj(address).unwrap(),
+        }
     }
 
     fn set_field(&self, field: u64, value: u64) {
-        self.memory.store(value, GuestAddress(MAILBOX + field), Ordering::Release).unwrap();
+        let address = GuestAddress(MAILBOX + field);
+        match &self.memory {
+            Ram::Mapped(memory) => memory.store(value, address, Ordering::Release).unwrap(),
+            process @ Ram::Process(..) => process.write_obj(value, address).unwrap(),
+        }
     }
 
     /// Tells the guest to do something, and does not wait.

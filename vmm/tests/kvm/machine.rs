@@ -3,16 +3,17 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 use catalyst_vmm::boot::testing::elf;
-use catalyst_vmm::control::protocol::{Answer, Cause, Event, Outcome, Reply, RunState, Stats};
+use catalyst_vmm::control::protocol::{Answer, Cause, Event, Outcome, RamRange, Reply, RunState, Stats};
 use catalyst_vmm::description::{Boot, Console, Description, Protocol, VERSION};
 use catalyst_vmm::memory::{Backing, GuestRam, map};
 
-use crate::guest::{self, Guest, LONG, until};
+use crate::guest::{self, Guest, LONG, Ram, until};
 
 /// RAM of every machine here, in MiB.
 pub const MEMORY: u64 = 32;
@@ -25,7 +26,8 @@ const SYS_ADMIN: u32 = 21;
 pub struct Plan {
     pub description: Description,
     pub folder: tempfile::TempDir,
-    pub memory: GuestRam,
+    /// None for a machine whose memory is its own.
+    pub memory: Option<GuestRam>,
     /// Start it as the daemon does: a user of its own, with `CAP_SYS_ADMIN` as ambient capability.
     pub as_user: bool,
     given: Vec<OwnedFd>,
@@ -74,12 +76,14 @@ impl Plan {
             memory: Some(ram.as_raw_fd()),
             kvm: kvm.as_raw_fd(),
             control: control.as_raw_fd(),
-            boot: Boot {
+            boot: Some(Boot {
                 kernel: kernel.as_raw_fd(),
                 initrd: None,
                 command_line: String::new(),
                 protocol: Protocol::Auto,
-            },
+            }),
+            restore: None,
+            paused: false,
             disks: Vec::new(),
             nics: Vec::new(),
             uart: None,
@@ -92,7 +96,21 @@ impl Plan {
             confine: true,
         };
         let given = vec![kvm.into(), control.into(), ram.into(), kernel.into()];
-        Some(Self { description, folder, memory, as_user: false, given })
+        Some(Self { description, folder, memory: Some(memory), as_user: false, given })
+    }
+
+    /// A machine that goes on from what was saved of one with no device, and stands. Its memory file is open for reading
+    /// only.
+    pub fn restoring(snapshot: &Snapshot) -> Self {
+        let mut plan = Self::new().unwrap();
+        let path = format!("/proc/self/fd/{}", snapshot.memory.as_raw_fd());
+        let memory = plan.give(File::open(path).unwrap());
+        let state = plan.give(file(&snapshot.state));
+        plan.memory = None;
+        let description = &mut plan.description;
+        (description.boot, description.memory, description.restore) = (None, Some(memory), Some(state));
+        description.paused = true;
+        plan
     }
 
     /// Gives the monitor a descriptor; its number.
@@ -124,6 +142,9 @@ impl Plan {
         // Where another user may execute it, too.
         let program = File::open(env!("CARGO_BIN_EXE_catalyst-vmm")).unwrap();
         let mut inherited: Vec<RawFd> = given.iter().map(AsRawFd::as_raw_fd).collect();
+        // What is mapped by nobody else is reached when the monitor has told where it is.
+        let memory =
+            memory.map_or_else(|| Ram::Process(tempfile::tempfile().unwrap(), Vec::new()), Ram::Mapped);
         inherited.extend([description.as_raw_fd(), program.as_raw_fd()]);
         let mut command = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()));
         command
@@ -152,6 +173,29 @@ impl Plan {
         until("the guest runs", || machine.state() == RunState::Running);
         machine
     }
+
+    /// Starts the monitor of a machine that stands, and connects to it.
+    pub fn start_paused(self) -> Machine {
+        let text = serde_json::to_vec(&self.description).unwrap();
+        let mut machine = self.start_text(&text);
+        machine.control = Some(machine.connect());
+        assert_eq!(machine.state(), RunState::Paused, "{}", machine.said());
+        machine
+    }
+
+    /// The same, with what the test knows of the guest that was saved.
+    pub fn go_on(self, guest: &Guest) -> Machine {
+        let mut machine = self.start_paused();
+        machine.reach(guest);
+        machine
+    }
+}
+
+/// What was saved of a machine, and a copy of its memory.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub state: Vec<u8>,
+    pub memory: File,
 }
 
 fn check(returned: i64) -> std::io::Result<()> {
@@ -227,6 +271,66 @@ impl Machine {
         }
     }
 
+    /// Makes the first control connection.
+    pub fn connect_control(&mut self) {
+        self.control = Some(self.connect());
+    }
+
+    /// Reaches its memory, in which `guest` goes on.
+    pub fn reach(&mut self, guest: &Guest) {
+        let ranges = self.ram();
+        let path = format!("/proc/{}/mem", self.child.id());
+        let memory = File::options().read(true).write(true).open(path).unwrap();
+        self.guest = guest.again(Ram::Process(memory, ranges));
+    }
+
+    /// Where its memory lies.
+    pub fn ram(&mut self) -> Vec<RamRange> {
+        match self.control().ask("ram") {
+            Outcome::Ok(Answer::Ram(ranges)) => ranges,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// Pauses and saves it, and copies its memory as the daemon does.
+    pub fn save(&mut self) -> Snapshot {
+        self.command("pause");
+        let state = match self.control().ask("save") {
+            Outcome::Ok(Answer::Saved(digits)) => bytes(&digits),
+            other => panic!("{other:?}: {}", self.said()),
+        };
+        let process = File::open(format!("/proc/{}/mem", self.child.id())).unwrap();
+        let memory = tempfile::tempfile().unwrap();
+        let mut end = 0;
+        for range in self.ram() {
+            let mut chunk = vec![0; 1 << 20];
+            for at in (0..range.length).step_by(chunk.len()) {
+                process.read_exact_at(&mut chunk, range.host + at).unwrap();
+                memory.write_all_at(&chunk, end + at).unwrap();
+            }
+            end += range.length;
+        }
+        Snapshot { state, memory }
+    }
+
+    /// Pages of guest memory that are this process's alone (proc_pid_smaps(5)).
+    pub fn private_pages(&mut self) -> u64 {
+        let starts: Vec<String> = self.ram().iter().map(|range| format!("{:x}-", range.host)).collect();
+        let smaps = std::fs::read_to_string(format!("/proc/{}/smaps", self.child.id())).unwrap();
+        let (mut is_ram, mut kib, mut seen) = (false, 0, 0);
+        for line in smaps.lines() {
+            let first = line.split_whitespace().next().unwrap();
+            if !first.ends_with(':') {
+                is_ram = starts.iter().any(|start| first.starts_with(start));
+                seen += u64::from(is_ram);
+            } else if is_ram && first == "Anonymous:" {
+                kib += line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap();
+            }
+        }
+        assert_eq!(seen, starts.len() as u64, "{smaps}");
+        kib / 4
+    }
+
     /// Waits for its end: the exit status, and what it said on standard error.
     pub fn wait(&mut self) -> (std::process::ExitStatus, String) {
         let mut ended = None;
@@ -258,6 +362,8 @@ impl Machine {
 impl Drop for Machine {
     fn drop(&mut self) {
         if std::thread::panicking() {
+            // Perhaps it is just about to say why.
+            std::thread::sleep(std::time::Duration::from_millis(200));
             println!("the monitor: {:?}, it said: {}", self.child.try_wait(), self.said());
         }
         let _ = self.child.kill();
@@ -277,11 +383,12 @@ impl Control {
         Self { stream: BufReader::new(client(path)), last: 0 }
     }
 
-    /// Sends a command and reads the reply.
+    /// Sends a command, a word or JSON, and reads the reply.
     pub fn ask(&mut self, command: &str) -> Outcome {
         self.last += 1;
         let id = self.last;
-        writeln!(self.stream.get_mut(), "{{\"id\":{id},\"command\":\"{command}\"}}").unwrap();
+        let command = if command.starts_with('{') { command.into() } else { format!("\"{command}\"") };
+        writeln!(self.stream.get_mut(), "{{\"id\":{id},\"command\":{command}}}").unwrap();
         let line = self.line();
         let reply: Reply = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
         assert_eq!(reply.id, id);
@@ -315,4 +422,10 @@ pub fn read_exact(mut from: impl Read, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
     from.read_exact(&mut bytes).unwrap();
     bytes
+}
+
+/// Bytes of two hexadecimal digits each.
+fn bytes(digits: &str) -> Vec<u8> {
+    let pair = |at: usize| u8::from_str_radix(&digits[at..at + 2], 16).unwrap();
+    (0..digits.len()).step_by(2).map(pair).collect()
 }

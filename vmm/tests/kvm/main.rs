@@ -14,3 +14,4 @@ mod exits;
 mod guest;
 mod machine;
 mod pause;
+mod restore;

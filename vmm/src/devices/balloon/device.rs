@@ -12,7 +12,7 @@ use super::{
 };
 use crate::reactor::{EventHandler, Reactor, Registration};
 use crate::virtio::{
-    ActivateError, Activation, Counters, Interrupt, VirtioDevice, Virtqueue, read_config_bytes,
+    ActivateError, Activation, Counters, Interrupt, RestoreError, VirtioDevice, Virtqueue, read_config_bytes,
 };
 
 /// The balloon.
@@ -49,11 +49,6 @@ impl Balloon {
     /// Pages of 4 KiB that the guest says it has given up by being asked.
     pub fn actual(&self) -> u32 {
         self.state.actual
-    }
-
-    /// Takes over what was saved; before its queues are activated.
-    pub fn restore(&mut self, state: BalloonState) {
-        self.state = state;
     }
 }
 
@@ -121,6 +116,11 @@ impl VirtioDevice for Balloon {
 
     fn save(&self) -> BalloonState {
         self.state
+    }
+
+    fn restore(&mut self, state: &BalloonState) -> Result<(), RestoreError> {
+        self.state = *state;
+        Ok(())
     }
 
     fn counters(&self) -> &Counters {

@@ -130,6 +130,6 @@ fn the_guest_is_told_the_target_and_tells_what_it_gave() {
     assert_eq!((state, guest.device.actual()), (BalloonState { target: 512, actual: 100 }, 100));
     guest.device.reset();
     assert_eq!(guest.device.save(), BalloonState { target: 512, actual: 0 });
-    guest.device.restore(state);
+    guest.device.restore(&state).unwrap();
     assert_eq!(guest.device.save(), state);
 }

@@ -16,7 +16,9 @@ use super::{
     MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_SEGMENTS, MAX_ZERO_RANGES, QUEUE_SIZE, SECTOR, SERIAL_LENGTH,
 };
 use crate::reactor::{Reactor, Registration};
-use crate::virtio::{ActivateError, Activation, Counters, VirtioDevice, Virtqueue, read_config_bytes};
+use crate::virtio::{
+    ActivateError, Activation, Counters, RestoreError, VirtioDevice, Virtqueue, read_config_bytes,
+};
 
 /// Length of the configuration (section 5.2.4), without what belongs to features that are not offered.
 const CONFIG_LENGTH: usize = 60;
@@ -168,6 +170,14 @@ impl VirtioDevice for Block {
             queues: self.queue_sizes.len().try_into().unwrap_or(u16::MAX),
             serial: String::from_utf8_lossy(&serial).into_owned(),
         }
+    }
+
+    fn restore(&mut self, state: &BlockState) -> Result<(), RestoreError> {
+        let own = self.save();
+        RestoreError::unless_same("size in sectors", &state.sectors, &own.sectors)?;
+        RestoreError::unless_same("being read-only", &state.read_only, &own.read_only)?;
+        RestoreError::unless_same("number of queues", &state.queues, &own.queues)?;
+        RestoreError::unless_same("serial number", &state.serial, &own.serial)
     }
 
     fn counters(&self) -> &Counters {

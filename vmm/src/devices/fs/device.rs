@@ -9,7 +9,9 @@ use super::files::{self, Files};
 use super::worker::Worker;
 use super::{FsError, FsState, MAX_TAG, ShareRoot};
 use crate::reactor::{Reactor, Registration};
-use crate::virtio::{self, ActivateError, Activation, Counters, VirtioDevice, read_config_bytes};
+use crate::virtio::{
+    self, ActivateError, Activation, Counters, RestoreError, VirtioDevice, read_config_bytes,
+};
 
 /// The queue of messages that must not wait, and one of requests. A message of 256 pages and its headers fit.
 const QUEUE_SIZES: &[u16] = &[64, 512];
@@ -129,6 +131,11 @@ impl VirtioDevice for Fs {
 
     fn save(&self) -> FsState {
         FsState { mounted: self.files.is_mounted() }
+    }
+
+    fn restore(&mut self, state: &FsState) -> Result<(), RestoreError> {
+        // Nobody saves such a machine; a guest would find its open files gone.
+        if state.mounted { Err(RestoreError::Damaged("the share was mounted".into())) } else { Ok(()) }
     }
 
     fn counters(&self) -> &Counters {

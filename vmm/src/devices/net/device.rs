@@ -15,7 +15,7 @@ use super::worker::Worker;
 use super::{NetError, NetState, QUEUE_SIZE, RECEIVE, SEND};
 use crate::reactor::Reactor;
 use crate::virtio::{
-    ActivateError, Activation, Counters, Interrupt, VirtioDevice, Virtqueue, read_config_bytes,
+    ActivateError, Activation, Counters, Interrupt, RestoreError, VirtioDevice, Virtqueue, read_config_bytes,
 };
 
 /// Fragments of UDP (`*_UFO`) are not offered: Linux makes none any more.
@@ -59,12 +59,6 @@ impl Net {
     pub fn new(tap: File, mac: [u8; 6], reactor: Arc<Reactor>) -> Result<Self, NetError> {
         let tap = Arc::new(Tap::new(tap)?);
         Ok(Self { tap, mac, link_up: true, reactor, counters: Counters::default(), active: None })
-    }
-
-    /// Sets what was saved, before the driver's status is.
-    pub fn restore(&mut self, state: &NetState) {
-        self.mac = state.mac;
-        self.link_up = state.link_up;
     }
 
     /// Pulls the cable out, or puts it in, and tells the driver. While it is out, frames of the guest are thrown
@@ -154,6 +148,13 @@ impl VirtioDevice for Net {
 
     fn save(&self) -> NetState {
         NetState { mac: self.mac, link_up: self.link_up }
+    }
+
+    /// The address stays the one that the guest knows: it is the guest's to change.
+    fn restore(&mut self, state: &NetState) -> Result<(), RestoreError> {
+        self.mac = state.mac;
+        self.link_up = state.link_up;
+        Ok(())
     }
 
     fn counters(&self) -> &Counters {

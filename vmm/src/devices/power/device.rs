@@ -53,6 +53,15 @@ impl Power {
     pub fn save(&self) -> PowerState {
         self.state
     }
+
+    /// Goes on from what was saved; events that the guest has not taken are told once more.
+    pub fn restore(&mut self, state: PowerState) {
+        self.state = state;
+        if state.events != 0 {
+            // Full means raised.
+            let _ = self.interrupt.write(1);
+        }
+    }
 }
 
 impl BusDevice for Power {

@@ -23,6 +23,19 @@ fn the_button_raises_an_interrupt_and_is_seen_once() {
 }
 
 #[test]
+fn an_event_that_was_not_taken_comes_back_with_its_interrupt() {
+    let (mut power, _heard) = power();
+    power.restore(PowerState { events: 0 });
+    assert!(power.interrupt().read().is_err());
+    power.restore(PowerState { events: 1 });
+    assert_eq!(power.interrupt().read().unwrap(), 1);
+    power.raise(NEW_GENERATION);
+    let mut events = [0; 4];
+    power.read(EVENTS, &mut events);
+    assert_eq!(events, [3, 0, 0, 0]);
+}
+
+#[test]
 fn s5_and_reset_are_told_and_nothing_else_is() {
     let (mut power, heard) = power();
     for (offset, value) in

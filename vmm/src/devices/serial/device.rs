@@ -10,11 +10,14 @@ use vmm_sys_util::epoll::EventSet;
 use super::port::Port;
 use super::worker::{AGAIN, CLIENTS, KICKS, Worker};
 use super::{
-    CONTROL_RECEIVE, CONTROL_TRANSMIT, QUEUE_SIZE, SerialError, SerialState, VIRTIO_CONSOLE_F_MULTIPORT,
+    CONTROL_RECEIVE, CONTROL_TRANSMIT, QUEUE_SIZE, SavedPort, SerialError, SerialState,
+    VIRTIO_CONSOLE_F_MULTIPORT,
 };
 use crate::console::{Console, TOKENS};
 use crate::reactor::{EventHandler, Reactor};
-use crate::virtio::{ActivateError, Activation, Counters, VirtioDevice, Virtqueue, event, read_config_bytes};
+use crate::virtio::{
+    ActivateError, Activation, Counters, RestoreError, VirtioDevice, Virtqueue, event, read_config_bytes,
+};
 
 /// The console device.
 #[derive(Debug)]
@@ -66,13 +69,6 @@ impl Serial {
             worker.registration = Some(registration);
         }
         Ok(device)
-    }
-
-    /// Takes over what was saved of a device with the same ports; before its queues are activated.
-    pub fn restore(&mut self, state: &SerialState) {
-        for (port, saved) in self.worker().ports.iter_mut().zip(&state.ports) {
-            port.state = *saved;
-        }
     }
 
     fn worker(&self) -> MutexGuard<'_, Worker> {
@@ -135,7 +131,24 @@ impl VirtioDevice for Serial {
     }
 
     fn save(&self) -> SerialState {
-        SerialState { ports: self.worker().ports.iter().map(|port| port.state).collect() }
+        let saved = |port: &Port| SavedPort { id: port.id, name: port.name.clone(), state: port.state };
+        SerialState { ports: self.worker().ports.iter().map(saved).collect() }
+    }
+
+    fn restore(&mut self, state: &SerialState) -> Result<(), RestoreError> {
+        let mut worker = self.worker();
+        let names = |ports: &mut dyn Iterator<Item = (u32, &String)>| -> Vec<String> {
+            ports.map(|(id, name)| format!("{id} {name}")).collect()
+        };
+        RestoreError::unless_same(
+            "ports",
+            &names(&mut state.ports.iter().map(|port| (port.id, &port.name))),
+            &names(&mut worker.ports.iter().map(|port| (port.id, &port.name))),
+        )?;
+        for (port, saved) in worker.ports.iter_mut().zip(&state.ports) {
+            port.restore(saved.state);
+        }
+        Ok(())
     }
 
     fn counters(&self) -> &Counters {

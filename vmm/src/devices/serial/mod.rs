@@ -22,7 +22,7 @@ mod transfer;
 mod worker;
 
 pub use device::Serial;
-pub use state::{PortState, SerialState};
+pub use state::{PortState, SavedPort, SerialState};
 
 /// Feature: the driver can do several ports and the control queues.
 pub const VIRTIO_CONSOLE_F_MULTIPORT: u64 = 1 << 1;

@@ -52,6 +52,12 @@ impl Port {
         self.console.want(Wants::default());
     }
 
+    /// Goes on from what was saved. Whoever was at the host's end then has gone, and the guest is told so before it is
+    /// told of anybody else.
+    pub fn restore(&mut self, state: PortState) {
+        self.state = PortState { bounced: state.told_open && !self.is_console(), sent: 0, ..state };
+    }
+
     /// The next message for the driver. [`Port::told`] says that it was sent.
     pub fn next_message(&self) -> Option<Message> {
         let message = |event, value| Some(Message { port: self.id, event, value });

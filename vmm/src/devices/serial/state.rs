@@ -6,7 +6,18 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SerialState {
     /// The ports.
-    pub ports: Vec<PortState>,
+    pub ports: Vec<SavedPort>,
+}
+
+/// A port, as it is saved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedPort {
+    /// Its number; 0 is the console.
+    pub id: u32,
+    /// Its name, by which the guest knows it.
+    pub name: String,
+    /// What was told.
+    pub state: PortState,
 }
 
 /// What guest and device have told each other of a port.

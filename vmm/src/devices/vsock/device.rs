@@ -11,7 +11,7 @@ use super::VsockState;
 use super::host::Host;
 use super::worker::Worker;
 use crate::reactor::Reactor;
-use crate::virtio::{ActivateError, Activation, Counters, VirtioDevice, read_config_bytes};
+use crate::virtio::{ActivateError, Activation, Counters, RestoreError, VirtioDevice, read_config_bytes};
 
 /// Feature bit: streams (virtio 1.2, section 5.10.3).
 const VIRTIO_VSOCK_F_STREAM: u64 = 1 << 0;
@@ -42,8 +42,8 @@ impl Vsock {
         Self { cid, reactor, worker: Arc::new(Mutex::new(worker)), counters }
     }
 
-    /// Drops all connections, but not the listener, and tells the guest so: what it saved of them is worth nothing
-    /// after it was restored (section 5.10.6.7). Call it after activation. The guest then reads its CID anew.
+    /// Drops all connections, but not the listener, and tells the guest so (section 5.10.6.7). The guest then reads
+    /// its CID anew.
     pub fn transport_reset(&mut self) {
         self.worker().transport_reset();
     }
@@ -102,6 +102,13 @@ impl VirtioDevice for Vsock {
 
     fn save(&self) -> VsockState {
         VsockState { cid: self.cid }
+    }
+
+    /// What the guest knows of its connections is worth nothing, and its CID may be another now: it is told so by a
+    /// transport reset once the device works.
+    fn restore(&mut self, _: &VsockState) -> Result<(), RestoreError> {
+        self.worker().owe_reset();
+        Ok(())
     }
 
     fn counters(&self) -> &Counters {

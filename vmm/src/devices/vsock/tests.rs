@@ -314,6 +314,22 @@ fn after_a_transport_reset_connections_are_gone_and_the_guest_knows() {
 }
 
 #[test]
+fn a_guest_that_comes_back_is_told_of_a_transport_reset() {
+    let mut guest = Guest::new(8);
+    let state = guest.device.save();
+    guest.device.reset();
+    guest.device.restore(&state).unwrap();
+    guest.activate(8);
+    let at = 0x2f_0000;
+    guest.memory.write_slice(&[0xff; 4], GuestAddress(at)).unwrap();
+    let head = guest.event.offer(&[(at, 4, true)]);
+    guest.event.kick();
+    assert_eq!(guest.event.wait_used(), (head, 4));
+    assert_eq!(guest.memory.read_obj::<u32>(GuestAddress(at)).unwrap(), 0);
+    guest.connect(1000, 80);
+}
+
+#[test]
 fn a_reset_ends_connections_and_the_device_works_again_after_it() {
     let mut guest = Guest::new(8);
     let (mut client, _) = guest.accept(22);

@@ -34,6 +34,8 @@ pub struct Worker {
     cid: u32,
     counters: Counters,
     active: Option<Active>,
+    /// The guest is to be told of a transport reset as soon as the device works.
+    owes_reset: bool,
 }
 
 /// What there is between activation and reset.
@@ -51,7 +53,7 @@ struct Active {
 impl Worker {
     /// One that is not at work yet.
     pub fn new(cid: u32, host: Host, counters: Counters) -> Self {
-        Self { host, cid, counters, active: None }
+        Self { host, cid, counters, active: None, owes_reset: false }
     }
 
     /// Begins to work; the driver may have offered chains already. After an error it has to be stopped.
@@ -69,7 +71,7 @@ impl Worker {
             registration,
             links,
             again,
-            reset_due: false,
+            reset_due: std::mem::take(&mut self.owes_reset),
         });
         active.watch(&self.host)?;
         active.again.write(1)
@@ -98,6 +100,11 @@ impl Worker {
             let result = active.send_event();
             self.end_if_broken(result);
         }
+    }
+
+    /// Tells the guest of a transport reset after the next start.
+    pub fn owe_reset(&mut self) {
+        self.owes_reset = true;
     }
 
     /// How many connections there are.

@@ -201,7 +201,7 @@ fn a_nic_that_is_restored_with_its_link_down_begins_so() {
         let (mut guest, peer) = Guest::new(MRG_RXBUF);
         guest.net.reset();
         let state = super::super::NetState { mac: MAC, link_up: false };
-        guest.net.restore(&state);
+        guest.net.restore(&state).unwrap();
         assert_eq!(guest.net.save(), state);
         guest.reset(MRG_RXBUF);
         guest.send_frame(PLAIN, &frame(1, 100));
