@@ -41,8 +41,9 @@ place:
 	@mkdir -p $(RELEASE); place() { cmp -s $(LEAN)/$$1 $(RELEASE)/$$2 || install -m 755 $(LEAN)/$$1 $(RELEASE)/$$2; }; \
 	place catalyst-agent catalyst-agent-static && place catalyst-vmm catalyst-vmm
 
-image: build ## build the bundled image lumen, unless it is there
+image: build ## build the bundled image lumen and make it warm, unless that is done
 	$(SUDO) $(RELEASE)/catalyst-image build --store $(IMAGE_DIR)
+	$(SUDO) guest-images/warm $(RELEASE) $(IMAGE_DIR)
 
 demo: image ## from nothing to a container in a VM, each step with its time
 	tests/demo $(RELEASE)

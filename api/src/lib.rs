@@ -11,6 +11,7 @@ pub mod exec;
 pub mod image;
 pub mod legacy;
 pub mod system;
+pub mod template;
 pub mod vm;
 
 pub use doctor::{Check, CheckStatus, Doctor};
@@ -19,8 +20,10 @@ pub use event::{Event, EventKind};
 pub use exec::{ExecFrame, ExecOutput, ExecRequest, TerminalSize};
 pub use image::{ImageInfo, ImageState, Task, TaskState};
 pub use system::{NetworkInfo, Version};
+pub use template::{TemplateInfo, WarmInfo, WarmRequest};
 pub use vm::{
-    Address, CreateVm, EngineName, GuestStatus, PowerOp, PowerRequest, SshInfo, UpdateVm, Vm, VmState,
+    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, SshInfo,
+    StartMode, UpdateVm, Vm, VmState,
 };
 
 /// The port the daemon listens on where nothing else is said, as AppCatalyst did.

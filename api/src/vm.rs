@@ -133,6 +133,41 @@ impl fmt::Display for EngineName {
     }
 }
 
+/// How a VM's process began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StartMode {
+    /// The guest booted.
+    Cold,
+    /// It went on from the warm state of its template.
+    Warm,
+    /// It went on from another VM's memory, of which it is a clone.
+    Clone,
+    /// It went on from where it was suspended.
+    Resume,
+    /// It went back to a snapshot.
+    Snapshot,
+}
+
+impl StartMode {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Cold => "cold",
+            Self::Warm => "warm",
+            Self::Clone => "clone",
+            Self::Resume => "resume",
+            Self::Snapshot => "snapshot",
+        }
+    }
+}
+
+impl fmt::Display for StartMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
 /// What is known of the guest from its agent. Untrusted: the guest says it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct GuestStatus {
@@ -185,6 +220,9 @@ pub struct Vm {
     /// When the process was started, in seconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub started: Option<u64>,
+    /// How it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_mode: Option<StartMode>,
     /// The VM's configuration file.
     pub vmx: String,
 }
@@ -198,7 +236,7 @@ pub struct CreateVm {
     /// Display name; by default the id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// An existing, powered-off VM to clone with its disk.
+    /// An existing VM to clone: with its disk, and where it runs with its memory, so that the clone runs too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
     /// The template to clone; by default `lumen`.
@@ -216,6 +254,14 @@ pub struct CreateVm {
     /// Tags: at most 16 of at most 64 characters, without comma or control characters.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<String>,
+}
+
+/// Body of `POST /v1/vms/{id}/clones`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CloneVm {
+    /// The ids of the clones, at least one and at most 256.
+    pub ids: Vec<String>,
 }
 
 /// Body of `PATCH /v1/vms/{id}`: what is absent stays. CPUs and memory take effect at the
@@ -243,6 +289,24 @@ pub struct UpdateVm {
 pub struct PowerRequest {
     /// What to do.
     pub op: PowerOp,
+    /// With `on`: boot, also where the VM could go on from a warm state of its template.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cold: bool,
+}
+
+/// Reply of `GET /v1/vms/{id}/memory`: where the VM's memory is, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct MemoryInfo {
+    /// RAM of the guest.
+    pub ram: u64,
+    /// Of it, what the VM has for itself.
+    pub private: u64,
+    /// Of it, what it has in common with the template or VM that it went on from.
+    pub shared: u64,
+    /// Of it, what costs nothing.
+    pub untouched: u64,
+    /// What the VM's process has for itself besides.
+    pub overhead: u64,
 }
 
 /// Reply of `GET /v1/vms/{id}/address`.

@@ -59,6 +59,9 @@ pub enum Command {
     /// Build, list and check the images that VMs are made from
     #[command(subcommand)]
     Image(Image),
+    /// Show templates, and make them warm: new VMs go on from there instead of booting
+    #[command(subcommand)]
+    Template(Template),
     /// Show or take down the network of the VMs
     #[command(subcommand)]
     Network(Network),
@@ -87,7 +90,7 @@ pub enum Command {
 pub enum Vm {
     /// Create a VM from a template
     Create(Create),
-    /// Clone a powered-off VM with its disk
+    /// Clone a VM with its disk, and one that runs with its memory too: its clones run
     Clone {
         /// The VM to clone
         #[arg(value_parser = names::vm_id)]
@@ -95,6 +98,9 @@ pub enum Vm {
         /// Id of the new VM
         #[arg(value_parser = names::vm_id)]
         id: String,
+        /// Make so many, ID-1, ID-2 and so on
+        #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
+        count: Option<u32>,
     },
     /// List VMs: a table on a terminal, ids alone in a pipe
     #[command(visible_alias = "ls")]
@@ -200,6 +206,9 @@ pub enum Power {
         /// Wait until ssh and docker answer in them
         #[arg(long)]
         wait: bool,
+        /// Boot, also where a VM could go on from a warm state of its template
+        #[arg(long)]
+        cold: bool,
     },
     /// Pull the plug
     Off(Ids),
@@ -333,6 +342,28 @@ pub struct ImageName {
     /// The image
     #[arg(value_name = "IMAGE", default_value = "lumen", value_parser = names::image)]
     pub name: String,
+}
+
+/// `template …`
+#[derive(Debug, Subcommand)]
+pub enum Template {
+    /// Boot a template once, bring it to rest and save it, for new VMs of that size to go on from
+    Warm {
+        /// The template
+        #[command(flatten)]
+        template: ImageName,
+        /// Virtual CPUs of the VMs that it is for [default: 1]
+        #[arg(long, value_name = "N", value_parser = size::count)]
+        cpus: Option<u32>,
+        /// Their memory in MiB, or with a unit: 512M, 1.5G [default: 1024]
+        #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
+        memory: Option<u64>,
+    },
+    /// List the templates and their warm states
+    #[command(visible_alias = "ls")]
+    List,
+    /// Show a template and its warm states
+    Show(ImageName),
 }
 
 /// `network …`
@@ -476,7 +507,9 @@ mod tests {
     #[test]
     fn both_ways_to_power_parse_alike() {
         let one = parse(&["vmpower", "on", "a", "b", "--wait"]).unwrap();
-        let Command::Vmpower(Power::On { ids, wait: true }) = one.command else { panic!("not on") };
+        let Command::Vmpower(Power::On { ids, wait: true, cold: false }) = one.command else {
+            panic!("not on")
+        };
         assert_eq!(ids.ids, ["a", "b"]);
         let two = parse(&["vm", "power", "shutdown", "a"]).unwrap();
         assert!(matches!(two.command, Command::Vm(Vm::Power(Power::Shutdown(_)))));

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{
-    Address, ApiError, CreateVm, Doctor, ErrorCode, ImageInfo, NetworkInfo, PowerOp, PowerRequest, SshInfo,
-    Task, UpdateVm, Version, Vm,
+    Address, ApiError, CloneVm, CreateVm, Doctor, ErrorCode, ImageInfo, MemoryInfo, NetworkInfo,
+    PowerRequest, SshInfo, Task, TemplateInfo, UpdateVm, Version, Vm, WarmRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -206,6 +206,16 @@ impl Client {
         self.call(&Method::PATCH, &path(&["vms", id]), Some(body), ANSWER)
     }
 
+    /// `GET /v1/vms/{id}/memory`.
+    pub fn memory(&self, id: &str) -> Result<MemoryInfo, ClientError> {
+        self.get(&path(&["vms", id, "memory"]))
+    }
+
+    /// `POST /v1/vms/{id}/clones`.
+    pub fn clone_all(&self, id: &str, request: &CloneVm) -> Result<Vec<Vm>, ClientError> {
+        self.call(&Method::POST, &path(&["vms", id, "clones"]), Some(request), POWER)
+    }
+
     /// `DELETE /v1/vms/{id}`.
     pub fn delete(&self, id: &str, force: bool) -> Result<(), ClientError> {
         let query = if force { "?force=true" } else { "" };
@@ -213,8 +223,8 @@ impl Client {
     }
 
     /// `POST /v1/vms/{id}/power`; returns when the VM is in its end state.
-    pub fn power(&self, id: &str, op: PowerOp) -> Result<Vm, ClientError> {
-        self.call(&Method::POST, &path(&["vms", id, "power"]), Some(&PowerRequest { op }), POWER)
+    pub fn power(&self, id: &str, request: PowerRequest) -> Result<Vm, ClientError> {
+        self.call(&Method::POST, &path(&["vms", id, "power"]), Some(&request), POWER)
     }
 
     /// `GET /v1/vms/{id}/address`.
@@ -266,6 +276,21 @@ impl Client {
     /// `POST /v1/images/{name}/build` or `…/verify`.
     pub fn image_task(&self, name: &str, verb: &str) -> Result<Task, ClientError> {
         self.call::<(), _>(&Method::POST, &path(&["images", name, verb]), None, ANSWER)
+    }
+
+    /// `GET /v1/templates`.
+    pub fn templates(&self) -> Result<Vec<TemplateInfo>, ClientError> {
+        self.get(&path(&["templates"]))
+    }
+
+    /// `GET /v1/templates/{name}`.
+    pub fn template(&self, name: &str) -> Result<TemplateInfo, ClientError> {
+        self.get(&path(&["templates", name]))
+    }
+
+    /// `POST /v1/templates/{name}/warm`.
+    pub fn warm(&self, name: &str, request: WarmRequest) -> Result<Task, ClientError> {
+        self.call(&Method::POST, &path(&["templates", name, "warm"]), Some(&request), ANSWER)
     }
 
     /// `DELETE /v1/images/{name}`.

@@ -188,7 +188,7 @@ mod tests {
 
     fn engines(chosen: EngineName, named: bool) -> Engines {
         let kvm = KvmEngine::new("/no/such/program".into());
-        Engines::new(chosen, String::new(), named, Arc::new(kvm), Arc::new(QemuEngine))
+        Engines::new(chosen, String::new(), named, Arc::new(kvm), Arc::new(QemuEngine::default()))
     }
 
     fn usable() -> ProbeReport {

@@ -145,8 +145,8 @@ impl Images {
             .collect()
     }
 
-    /// Begins to build an image.
-    pub fn build(&self, name: &str) -> Result<api::Task, Refusal> {
+    /// Begins to build an image, and to make it warm for VMs of the usual size.
+    pub fn build(&self, machines: &Machines, name: &str) -> Result<api::Task, Refusal> {
         if name != BUNDLED {
             let name = name.chars().take(80).collect::<String>();
             let message = format!(
@@ -158,8 +158,21 @@ impl Images {
         let task = self.begin(&format!("image build {name}"))?;
         let id = task.id();
         let root = self.store.root().to_owned();
+        let (machines, name) = (machines.clone(), name.to_owned());
         tokio::spawn(async move {
-            let result = run_builder(&root, &task).await;
+            let built = run_builder(&root, &task).await;
+            let result = match built {
+                Ok(version) => {
+                    let warm =
+                        machines.warm_usual(&name, |percent, message| task.step(percent, message)).await;
+                    // VMs boot then, which is slower and no more.
+                    match warm {
+                        Ok(()) => Ok(version),
+                        Err(error) => Ok(format!("{version}; it is not warm: {}", error.0.message)),
+                    }
+                }
+                failed => failed,
+            };
             task.end(result);
         });
         self.task(id)

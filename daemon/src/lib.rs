@@ -16,6 +16,8 @@ pub mod machines;
 pub mod network;
 pub mod privilege;
 pub mod probe;
+pub mod saved;
 pub mod settings;
 pub mod store;
 pub mod tasks;
+pub mod warm;

@@ -33,6 +33,9 @@ pub struct Args {
     /// The engine VMs are started with; auto measures KVM and takes it if it is usable
     #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
     pub engine: EngineChoice,
+    /// Make no warm states but those that are asked for
+    #[arg(long, env = "CATALYST_NO_WARMING")]
+    pub no_warming: bool,
     /// Name of the bridge [default: the first free of catalyst0, catalyst1, …]
     #[arg(long, value_name = "NAME")]
     pub bridge: Option<String>,

@@ -16,10 +16,10 @@ use std::time::Duration;
 use catalyst_api::EngineName;
 use catalyst_daemon::engine::kvm::KvmEngine;
 use catalyst_daemon::engine::qemu::QemuEngine;
-use catalyst_daemon::engine::{Engine, EngineError, Engines, Exit, StartSpec, VmProcess, sockets};
+use catalyst_daemon::engine::{Engine, EngineError, Engines, Exit, Layer, StartSpec, VmProcess, sockets};
 use catalyst_daemon::store::{Store, VmDir, VmId};
 use catalyst_vmm::control::protocol::{Answer, Cause, Command, Event, Outcome, Reply, Request, RunState};
-use catalyst_vmm::description::Description;
+use catalyst_vmm::description::{Description, Format};
 
 /// A user that owns nothing.
 const USER: u32 = 65534;
@@ -88,23 +88,30 @@ impl Bench {
             command_line: "quiet".to_owned(),
             command_line_software_cpu: String::new(),
             kernel_hz: 0,
-            base: null(),
-            overlay: null(),
+            layers: vec![
+                Layer { file: null(), format: Format::Qcow2 },
+                Layer { file: null(), format: Format::Raw },
+            ],
             tap: null(),
             mac: [2, 0, 0, 0, 0, 1],
             user: USER,
             cid: 3,
+            from: None,
         }
     }
 
-    async fn start(&self) -> Box<dyn VmProcess> {
-        self.engine.start(self.spec()).await.unwrap_or_else(|error| panic!("{error}: {}", self.log()))
+    async fn start(&self) -> Arc<dyn VmProcess> {
+        let started = self.engine.start(self.spec()).await;
+        let vm = started.unwrap_or_else(|error| panic!("{error}: {}", self.log()));
+        vm.resume().await.unwrap();
+        vm
     }
 
     /// The process as the next daemon finds it, which has chosen the other engine.
-    async fn adopt(&self) -> Option<Box<dyn VmProcess>> {
+    async fn adopt(&self) -> Option<Arc<dyn VmProcess>> {
         let kvm = Arc::new(KvmEngine::new("/no/such/program".into()));
-        let engines = Engines::new(EngineName::Qemu, String::new(), true, kvm, Arc::new(QemuEngine));
+        let engines =
+            Engines::new(EngineName::Qemu, String::new(), true, kvm, Arc::new(QemuEngine::default()));
         engines.adopt(self.dir.clone(), user()).await.unwrap()
     }
 

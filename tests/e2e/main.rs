@@ -14,6 +14,7 @@ mod crash;
 mod daemons;
 mod hosts;
 mod images;
+mod instant;
 mod legacy;
 mod life;
 mod many;
@@ -25,6 +26,7 @@ use catalyst_tests::harness::{self, Group};
 // The longest come first: groups run side by side.
 const GROUPS: &[Group] = &[
     ("many", many::many),
+    ("instant", instant::instant),
     ("life", life::life),
     ("owner", owner::owner),
     ("pair", pair::pair),

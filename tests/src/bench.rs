@@ -11,8 +11,8 @@ use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
-use catalyst_tests::World;
 use catalyst_tests::world::{image_dir, programs, ran};
+use catalyst_tests::{World, instant};
 
 struct Row {
     name: &'static str,
@@ -33,6 +33,12 @@ const ROWS: &[Measure] = &[
     ("daemon idle: wake-ups", 5.0, "/s", idle_wakeups),
     ("probe of KVM", 200.0, "ms", probe),
     ("base disk", 550.0, "MB", base_disk),
+    ("instant: nothing to SSH banner", 600.0, "ms", instant::to_banner),
+    ("instant: power on to a command's answer", 400.0, "ms", instant::to_exec),
+    ("instant: private memory of an idle clone", 40.0, "MiB", instant::idle_private),
+    ("instant: twenty at once to SSH banner", 10.0, "s", instant::many_to_banner),
+    ("instant: memory of twenty idle clones", 1.2, "GiB", instant::many_memory),
+    ("instant: a running VM stands while it is cloned", 300.0, "ms", instant::frozen),
     ("cold boot to docker run, 2 CPUs", 30.0, "s", || cold_boot("2")),
     ("cold boot to docker run, 1 CPU", 40.0, "s", || cold_boot("1")),
 ];
@@ -169,7 +175,7 @@ fn cold_boot(cpus: &str) -> f64 {
         let world = World::new();
         world.catalyst(&["vm", "create", "vm", "--cpus", cpus]).ok();
         seconds(|| {
-            world.catalyst(&["vmpower", "on", "vm", "--wait", "--timeout", "280"]).ok();
+            world.catalyst(&["vmpower", "on", "--cold", "vm", "--wait", "--timeout", "280"]).ok();
             world.catalyst(&["ssh", "vm", "--", "docker run --rm busybox true"]).ok();
         })
     };

@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
 pub mod harness;
+pub mod instant;
 pub mod monitor;
 pub mod world;
 

@@ -230,7 +230,8 @@ impl World {
         let program = programs().join("catalyst-daemon").into_os_string();
         let mut words = self.wrapper.iter().cloned().chain([program]);
         let mut command = self.command(words.next().unwrap_or_default());
-        command.args(words);
+        // The images are everybody's, and so are their warm states.
+        command.args(words).env("CATALYST_NO_WARMING", "true");
         command
     }
 
@@ -285,7 +286,10 @@ impl World {
         if let Some(host) = &self.host {
             command.env("CATALYST_HOST", host);
         }
-        command.args(args);
+        // Worlds have VMs of the same names at daemons of the same address.
+        let runtime = if self.user.is_some() { self.path("home") } else { self.path("runtime") };
+        let _ = fs::create_dir(&runtime);
+        command.env("XDG_RUNTIME_DIR", runtime).args(args);
         command
     }
 

@@ -11,6 +11,7 @@ mod logs;
 mod network;
 mod power;
 pub mod ssh;
+mod template;
 mod vm;
 
 use std::process::ExitCode;
@@ -66,6 +67,7 @@ pub fn run(cli: Cli) -> Outcome {
         Command::Console(command) => console::run(&context, &command.id),
         Command::Logs(command) => logs::run(&context, &command),
         Command::Image(command) => image::run(&context, command),
+        Command::Template(command) => template::run(&context, command),
         Command::Network(command) => network::run(&context, command),
         Command::Doctor => doctor::run(&context),
         Command::Daemon(command) => daemon::run(&context, command),

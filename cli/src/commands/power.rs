@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use catalyst_api::{PowerOp, Vm};
+use catalyst_api::{PowerOp, PowerRequest, Vm};
 
 use super::{Context, for_each, vm};
 use crate::Outcome;
@@ -17,13 +17,20 @@ use crate::wait::Wait;
 pub fn run(context: &Context, command: Power) -> Outcome {
     match command {
         Power::List => list(context),
-        Power::On { ids, wait } => change(context, &ids.ids, PowerOp::On, wait),
-        Power::Off(ids) => change(context, &ids.ids, PowerOp::Off, false),
-        Power::Shutdown(ids) => change(context, &ids.ids, PowerOp::Shutdown, false),
-        Power::Suspend(ids) => change(context, &ids.ids, PowerOp::Suspend, false),
-        Power::Pause(ids) => change(context, &ids.ids, PowerOp::Pause, false),
-        Power::Unpause(ids) => change(context, &ids.ids, PowerOp::Unpause, false),
+        Power::On { ids, wait, cold } => {
+            change(context, &ids.ids, PowerRequest { op: PowerOp::On, cold }, wait)
+        }
+        Power::Off(ids) => change(context, &ids.ids, plain(PowerOp::Off), false),
+        Power::Shutdown(ids) => change(context, &ids.ids, plain(PowerOp::Shutdown), false),
+        Power::Suspend(ids) => change(context, &ids.ids, plain(PowerOp::Suspend), false),
+        Power::Pause(ids) => change(context, &ids.ids, plain(PowerOp::Pause), false),
+        Power::Unpause(ids) => change(context, &ids.ids, plain(PowerOp::Unpause), false),
     }
+}
+
+/// An operation about which there is nothing more to say.
+pub fn plain(op: PowerOp) -> PowerRequest {
+    PowerRequest { op, cold: false }
 }
 
 fn list(context: &Context) -> Outcome {
@@ -37,11 +44,11 @@ fn list(context: &Context) -> Outcome {
     Ok(ExitCode::SUCCESS)
 }
 
-fn change(context: &Context, ids: &[String], op: PowerOp, wait: bool) -> Outcome {
+fn change(context: &Context, ids: &[String], request: PowerRequest, wait: bool) -> Outcome {
     let client = context.client()?;
     let board = Board::new();
     for_each(ids, &board, |id| {
-        let mut vm = apply(&client, id, op, &board)?;
+        let mut vm = apply(&client, id, request, &board)?;
         if wait {
             vm = wait_until_up(context, &client, id, &board)?;
         }
@@ -53,9 +60,10 @@ fn change(context: &Context, ids: &[String], op: PowerOp, wait: bool) -> Outcome
 }
 
 /// Does the operation, says so in AppCatalyst's words, and returns the VM as it is then.
-pub fn apply(client: &Client, id: &str, op: PowerOp, board: &Board) -> Result<Vm, CliError> {
+pub fn apply(client: &Client, id: &str, request: PowerRequest, board: &Board) -> Result<Vm, CliError> {
+    let op = request.op;
     let line = board.spinner(format!("{id}: {op}"));
-    let vm = client.power(id, op)?;
+    let vm = client.power(id, request)?;
     drop(line);
     board.aside(|| output::info(&format!("Completed power op '{op}' for VM at '{}'", vm.vmx)));
     Ok(vm)

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use catalyst_api::{CreateVm, PowerOp, UpdateVm, Version, Vm, VmState};
+use catalyst_api::{CloneVm, CreateVm, MemoryInfo, PowerOp, UpdateVm, Version, Vm, VmState};
 
 use super::{Context, for_each, guest, power};
 use crate::Outcome;
@@ -17,7 +17,7 @@ use crate::{output, size, text, wait};
 pub fn run(context: &Context, command: args::Vm) -> Outcome {
     match command {
         args::Vm::Create(create) => self::create(context, create),
-        args::Vm::Clone { parent, id } => clone(context, parent, id),
+        args::Vm::Clone { parent, id, count } => clone(context, &parent, &id, count),
         args::Vm::List { tag, long, quiet } => {
             list(context, tag.as_deref(), !quiet && (long || output::on_terminal()))
         }
@@ -44,7 +44,7 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
     let mut vm = client.create(&body)?;
     told_cloned(&template_path(&daemon, &vm), &vm);
     if asked.on {
-        vm = power::apply(&client, &vm.id, PowerOp::On, &Board::new())?;
+        vm = power::apply(&client, &vm.id, power::plain(PowerOp::On), &Board::new())?;
         if asked.wait {
             vm = power::wait_until_up(context, &client, &vm.id, &Board::new())?;
         }
@@ -52,12 +52,24 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
     told(context, &vm)
 }
 
-fn clone(context: &Context, parent: String, id: String) -> Outcome {
+fn clone(context: &Context, parent: &str, id: &str, count: Option<u32>) -> Outcome {
     let client = context.client()?;
-    let source = client.vm(&parent)?.vmx;
-    let vm = client.create(&CreateVm { id, parent: Some(parent), ..CreateVm::default() })?;
-    told_cloned(&source, &vm);
-    told(context, &vm)
+    let source = client.vm(parent)?.vmx;
+    let ids = match count {
+        None => vec![id.to_owned()],
+        Some(count) => (1..=count).map(|number| format!("{id}-{number}")).collect(),
+    };
+    let made = client.clone_all(parent, &CloneVm { ids })?;
+    for vm in &made {
+        told_cloned(&source, vm);
+        if context.json && count.is_some() {
+            output::json_line(vm)?;
+        }
+    }
+    match made.first() {
+        Some(vm) if count.is_none() => told(context, vm),
+        _ => Ok(ExitCode::SUCCESS),
+    }
 }
 
 fn told_cloned(from: &str, vm: &Vm) {
@@ -119,6 +131,12 @@ fn disk(vm: &Vm) -> String {
     size::human(vm.disk_gib.saturating_mul(size::GIB))
 }
 
+/// Where it is.
+fn memory_use(used: MemoryInfo) -> String {
+    let [private, shared, untouched] = [used.private, used.shared, used.untouched].map(size::human);
+    format!(": {private} private, {shared} shared, {untouched} untouched")
+}
+
 const fn tone(state: VmState) -> Tone {
     match state {
         VmState::PoweredOn => Tone::Good,
@@ -129,16 +147,19 @@ const fn tone(state: VmState) -> Tone {
 }
 
 fn show(context: &Context, id: &str) -> Outcome {
-    let vm = context.client()?.vm(id)?;
+    let client = context.client()?;
+    let vm = client.vm(id)?;
     if context.json {
         output::json(&vm)?;
     } else {
-        output::print(&description(&vm).render(output::colours()))?;
+        // It may have gone off meanwhile, and is of no use then.
+        let memory = vm.state.has_process().then(|| client.memory(id).ok()).flatten();
+        output::print(&description(&vm, memory).render(output::colours()))?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
-fn description(vm: &Vm) -> Table {
+fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
     let mut pairs = Table::pairs();
     pairs.pair("Id", &vm.id);
     if vm.name != vm.id {
@@ -147,7 +168,8 @@ fn description(vm: &Vm) -> Table {
     pairs.pair("State", Cell::toned(vm.state.as_str(), tone(vm.state)));
     if let Some(started) = vm.started.filter(|_| vm.state.has_process()) {
         let age = text::duration(text::since(started));
-        pairs.pair("Started", format!("{} ({age} ago)", text::date(started)));
+        let how = vm.start_mode.map(|mode| format!(", {mode}")).unwrap_or_default();
+        pairs.pair("Started", format!("{} ({age} ago){how}", text::date(started)));
     }
     if let Some(reason) = &vm.reason {
         pairs.pair("Reason", reason);
@@ -159,7 +181,7 @@ fn description(vm: &Vm) -> Table {
         pairs.pair("Tags", vm.tags.join(", "));
     }
     pairs.pair("CPUs", vm.cpus.to_string());
-    pairs.pair("Memory", memory(vm));
+    pairs.pair("Memory", memory(vm) + &used.map(memory_use).unwrap_or_default());
     pairs.pair("Disk", disk(vm));
     pairs.pair("Template", &vm.template);
     pairs.pair("Address", &vm.address);
@@ -228,6 +250,7 @@ mod tests {
             guest: GuestStatus::default(),
             pid: None,
             started: None,
+            start_mode: None,
             vmx: "/s/vms/web1/web1.vmx".to_owned(),
         }
     }
@@ -244,7 +267,7 @@ mod tests {
 
     #[test]
     fn a_description_says_why_a_vm_is_off_and_hides_what_drives_terminals() {
-        let text = description(&vm()).render(false);
+        let text = description(&vm(), None).render(false);
         assert!(text.contains("Reason    the VM process was killed (signal 9)\n"), "{text}");
         assert!(text.contains("Name      Web  [2Jserver\n"), "{text}");
         assert!(!text.contains("Guest"), "{text}");
@@ -257,7 +280,7 @@ mod tests {
         vm.pid = Some(42);
         vm.started = Some(0);
         vm.guest.agent = true;
-        let text = description(&vm).render(false);
+        let text = description(&vm, None).render(false);
         assert!(text.contains("State     powered on\nStarted   1970-01-01 00:00:00 UTC ("), "{text}");
         assert!(text.contains("Engine    qemu, pid 42\n"), "{text}");
         assert!(text.contains("Guest     its agent answers"), "{text}");

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use catalyst_agent_protocol::{
     Channel, Control, Decoder, Frame, HEADER, Identity, MAX_PAYLOAD, MAX_STREAMS, Problem, Reply, Request,
@@ -20,6 +20,12 @@ use super::{AgentError, AgentStatus, HelloInfo, tame};
 
 /// How long the agent may take for what it is asked. Generous: a software CPU with many VMs is slow.
 const ANSWER_LIMIT: Duration = Duration::from_mins(1);
+/// A clock that is set within this is near enough.
+const CLOCK_ERROR: Duration = Duration::from_millis(20);
+/// How often it is tried.
+const CLOCK_TRIES: usize = 8;
+/// How long a guest may take to come to rest, on a software CPU too.
+const REST_LIMIT: Duration = Duration::from_mins(3);
 /// Frames that may wait to be written.
 const OUTBOX: usize = 32;
 
@@ -92,9 +98,25 @@ impl AgentLink {
         self.done(Request::Shutdown { kind }).await
     }
 
-    /// Sets the guest's clock to the host's.
+    /// Sets the guest's clock to the host's. It is late by the way there: where the way there and back takes long, as to a
+    /// guest that has just begun, it is tried again.
     pub async fn set_clock(&self) -> Result<(), AgentError> {
-        self.done(Request::SetClock { unix_ns: unix_ns() }).await
+        for _ in 0..CLOCK_TRIES {
+            let begun = Instant::now();
+            self.done(Request::SetClock { unix_ns: unix_ns() }).await?;
+            if begun.elapsed() <= CLOCK_ERROR {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings the guest to rest before its memory is copied.
+    pub async fn rest(&self) -> Result<(), AgentError> {
+        match self.request_within(self.0.new_id(), Request::Rest, REST_LIMIT).await? {
+            Reply::Done => Ok(()),
+            _ => Err(AgentError::Unexpected),
+        }
     }
 
     /// Returns when the agent answers.
@@ -144,6 +166,10 @@ impl AgentLink {
     }
 
     async fn request(&self, id: u32, request: Request) -> Result<Reply, AgentError> {
+        self.request_within(id, request, ANSWER_LIMIT).await
+    }
+
+    async fn request_within(&self, id: u32, request: Request, limit: Duration) -> Result<Reply, AgentError> {
         let (sender, receiver) = oneshot::channel();
         {
             let mut state = self.0.state();
@@ -157,12 +183,12 @@ impl AgentLink {
             self.0.state().replies.remove(&id);
             return Err(error);
         }
-        let reply = tokio::time::timeout(ANSWER_LIMIT, receiver).await;
+        let reply = tokio::time::timeout(limit, receiver).await;
         self.0.state().replies.remove(&id);
         match reply {
             Ok(Ok(reply)) => accept(reply),
             Ok(Err(_)) => Err(AgentError::Gone("it ended or started anew".to_owned())),
-            Err(_) => Err(AgentError::Timeout(ANSWER_LIMIT.as_secs())),
+            Err(_) => Err(AgentError::Timeout(limit.as_secs())),
         }
     }
 

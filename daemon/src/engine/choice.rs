@@ -55,7 +55,7 @@ impl Engines {
             why,
             choice.named().is_some(),
             Arc::new(KvmEngine::default()),
-            Arc::new(QemuEngine),
+            Arc::new(QemuEngine::default()),
         ))
     }
 
@@ -72,7 +72,7 @@ impl Engines {
 
     /// The one that VMs are started with.
     pub fn chosen(&self) -> &dyn Engine {
-        self.engine(self.chosen)
+        self.of(self.chosen)
     }
 
     /// Its name.
@@ -96,11 +96,12 @@ impl Engines {
         &self,
         dir: VmDir,
         user: u32,
-    ) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>> {
-        self.engine(process::noted_engine(&dir.run())).adopt(dir, user)
+    ) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {
+        self.of(process::noted_engine(&dir.run())).adopt(dir, user)
     }
 
-    fn engine(&self, name: EngineName) -> &dyn Engine {
+    /// The engine of that name.
+    pub fn of(&self, name: EngineName) -> &dyn Engine {
         match name {
             EngineName::Kvm => self.kvm.as_ref(),
             EngineName::Qemu => self.qemu.as_ref(),

@@ -4,24 +4,30 @@
 //! and answers with a [`VmProcess`]. Below this line the two engines may differ as they like,
 //! above it there are no special cases.
 
+pub mod capture;
 pub mod choice;
+pub mod fit;
 pub mod folder;
 pub mod kvm;
 pub mod process;
 pub mod qemu;
 pub mod sockets;
 
+use std::fs::File;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use catalyst_api::EngineName;
-use catalyst_vmm::description::DescriptionError;
+use catalyst_vmm::description::{DescriptionError, Format};
 use futures_util::future::BoxFuture;
 use thiserror::Error;
 
 use crate::store::VmDir;
+use capture::Extent;
 pub use choice::Engines;
+pub use fit::Fit;
 pub use process::Exit;
 
 /// Everything a VM process is made of.
@@ -43,10 +49,8 @@ pub struct StartSpec {
     pub command_line_software_cpu: String,
     /// Timer interrupts a second that the guest's kernel is built for; 0 if unknown.
     pub kernel_hz: u32,
-    /// The template's raw disk, read-only.
-    pub base: OwnedFd,
-    /// The VM's own qcow2, for reading and writing.
-    pub overlay: OwnedFd,
+    /// The disk: the VM's own qcow2, for reading and writing, and below it what it stands on, read-only.
+    pub layers: Vec<Layer>,
     /// The tap, with `IFF_VNET_HDR`.
     pub tap: OwnedFd,
     /// MAC address of the NIC.
@@ -55,6 +59,28 @@ pub struct StartSpec {
     pub user: u32,
     /// Context ID of its vsock.
     pub cid: u32,
+    /// What it goes on from; else it boots.
+    pub from: Option<Saved>,
+}
+
+/// A file of a disk.
+#[derive(Debug)]
+pub struct Layer {
+    /// It, open.
+    pub file: OwnedFd,
+    /// What is in it.
+    pub format: Format,
+}
+
+/// A machine that was saved, open.
+#[derive(Debug)]
+pub struct Saved {
+    /// Its RAM, as [`capture`] writes it.
+    pub memory: File,
+    /// Whether others may go on from the same memory: then nobody writes it, and each pays for what it changes.
+    pub frozen: bool,
+    /// What [`VmProcess::save`] wrote.
+    pub state: OwnedFd,
 }
 
 /// The low bits of a VM's address, which tell the VMs of a network apart.
@@ -66,9 +92,16 @@ fn low_bits(address: Ipv4Addr) -> u32 {
 /// network share one. Daemons in network namespaces of their own can have equal addresses. Above
 /// the ranges that adduser, subuid(5) and systemd's container users take.
 pub fn vm_user(address: Ipv4Addr) -> u32 {
-    const FIRST: u32 = 1_879_113_728;
-    FIRST + low_bits(address)
+    FIRST_USER + low_bits(address)
 }
+
+/// Whether it is the user of some VM.
+pub fn is_vm_user(user: u32) -> bool {
+    (FIRST_USER..=FIRST_USER + low_bits(Ipv4Addr::BROADCAST)).contains(&user)
+}
+
+/// The first user of [`vm_user`].
+const FIRST_USER: u32 = 1_879_113_728;
 
 /// The context ID of a VM's vsock: one for each address, as with [`vm_user`]. Below 3 are the hypervisor's and the
 /// host's (vsock(7)).
@@ -141,12 +174,15 @@ pub trait Engine: Send + Sync {
     /// Which one this is.
     fn name(&self) -> EngineName;
 
-    /// Starts a VM cold; the virtual CPUs run when this returns.
-    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Box<dyn VmProcess>, EngineError>>;
+    /// What a machine that is saved here can go on with: equal, or the other must not be tried.
+    fn fit(&self) -> BoxFuture<'_, Result<Fit, EngineError>>;
+
+    /// Starts a VM; its virtual CPUs stand until [`VmProcess::resume`].
+    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>>;
 
     /// Finds the process that an earlier daemon started for the VM in `dir` and that runs as
     /// `user`; `None` where there is none.
-    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>>;
+    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>>;
 }
 
 /// A running VM process. Its agent and console sockets are `agent.sock` and `console.sock` in
@@ -163,6 +199,18 @@ pub trait VmProcess: Send + Sync {
 
     /// Whether the virtual CPUs run.
     fn is_running(&self) -> BoxFuture<'_, Result<bool, EngineError>>;
+
+    /// Where its RAM lies.
+    fn ram(&self) -> BoxFuture<'_, Result<Vec<Extent>, EngineError>>;
+
+    /// Writes processors and devices, all but memory, to `state`; the virtual CPUs must stand.
+    fn save(&self, state: File) -> BoxFuture<'_, Result<(), EngineError>>;
+
+    /// The disk goes on in another file, an empty overlay on what it was; the virtual CPUs must stand.
+    fn switch_disk(&self, overlay: Layer) -> BoxFuture<'_, Result<(), EngineError>>;
+
+    /// Plugs the NIC's cable in, or out.
+    fn set_link(&self, up: bool) -> BoxFuture<'_, Result<(), EngineError>>;
 
     /// Stops the virtual CPUs.
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>>;

@@ -23,7 +23,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::EngineError;
+use super::{EngineError, is_vm_user};
 use crate::store::files;
 
 /// How long a process may take from fork to the moment at which it has written its pid.
@@ -62,6 +62,8 @@ pub struct Launch {
     pub fds: Vec<OwnedFd>,
     /// User and group it runs as; it keeps no other group, and no capability but what `may_mount` gives.
     pub user: u32,
+    /// Let it have large pages (prctl(2), PR_SET_THP_DISABLE): quicker, but what it touches is rounded up.
+    pub large_pages: bool,
     /// Leave it `CAP_SYS_ADMIN`, for a mount namespace of its own.
     pub may_mount: bool,
     /// What it writes on stdout and stderr.
@@ -109,9 +111,12 @@ impl Process {
         }
         command.stdin(Stdio::null()).stdout(launch.log).stderr(errors);
         let (lock_fd, user, may_mount) = (lock.as_raw_fd(), launch.user, launch.may_mount);
+        let large_pages = launch.large_pages;
         // SAFETY: prepare_child only makes system calls and allocates nothing, as what runs
         // between fork and exec of a threaded process must.
-        unsafe { command.pre_exec(move || prepare_child(&inherited, lock_fd, user, may_mount)) };
+        unsafe {
+            command.pre_exec(move || prepare_child(&inherited, lock_fd, user, (may_mount, large_pages)))
+        };
         let child = command.spawn().map_err(|source| EngineError::Program {
             program: launch.program.to_string(),
             remedy: launch.remedy,
@@ -125,6 +130,10 @@ impl Process {
     /// Finds the process that holds the lock in `run`, if one does; it must run as `user`. May wait
     /// for [`PID_LIMIT`].
     pub fn adopt(run: &Path, user: u32) -> Result<Option<Self>, EngineError> {
+        Self::adopt_of(run, &|uid| uid == user)
+    }
+
+    fn adopt_of(run: &Path, is_user: &dyn Fn(u32) -> bool) -> Result<Option<Self>, EngineError> {
         let path = run.join("lock");
         let file = match File::open(&path) {
             Ok(file) => file,
@@ -145,7 +154,7 @@ impl Process {
         let metadata = fs::metadata(&path).map_err(EngineError::io(format!("read {path}")))?;
         let runs_as = std::os::unix::fs::MetadataExt::uid(&metadata);
         // /proc/PID belongs to root while the process is not dumpable (after a change of user).
-        if runs_as == user || (runs_as == 0 && status_uid(pid) == Some(user)) {
+        if is_user(runs_as) || (runs_as == 0 && status_uid(pid).is_some_and(is_user)) {
             Ok(Some(process))
         } else {
             let foreign =
@@ -201,6 +210,14 @@ impl Process {
             _ => Exit::Unknown,
         }
     }
+}
+
+/// Ends the process that holds the lock in `run`, if one does, and waits for its end; it must be one of a VM.
+pub fn end_holder(run: &Path) -> Result<(), EngineError> {
+    let Some(process) = Process::adopt_of(run, &is_vm_user)? else { return Ok(()) };
+    process.kill()?;
+    tokio::runtime::Handle::current().block_on(process.exited());
+    Ok(())
 }
 
 impl Program {
@@ -290,7 +307,12 @@ fn lock_file(run: &Path) -> Result<File, EngineError> {
 }
 
 /// Runs in the child: own session, descriptors kept, privileges gone, pid into the lock file.
-fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32, may_mount: bool) -> io::Result<()> {
+fn prepare_child(
+    inherited: &[RawFd],
+    lock: RawFd,
+    user: u32,
+    (may_mount, large_pages): (bool, bool),
+) -> io::Result<()> {
     let mut digits = [0_u8; 16];
     let mut cursor = io::Cursor::new(&mut digits[..]);
     write!(cursor, "{}", rustix::process::getpid().as_raw_nonzero())?;
@@ -303,6 +325,9 @@ fn prepare_child(inherited: &[RawFd], lock: RawFd, user: u32, may_mount: bool) -
         }
         let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
+        if !large_pages {
+            check(libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0))?;
+        }
         if libc::geteuid() == 0 {
             // Else the change of user takes all capabilities.
             rustix::thread::set_keep_capabilities(may_mount)?;
@@ -385,6 +410,7 @@ mod tests {
 
     fn launch(folder: &Path, args: &[&str]) -> Launch {
         Launch {
+            large_pages: true,
             engine: EngineName::Kvm,
             program: Program::InPath(args[0].to_owned()),
             remedy: "install it: sudo apt-get install it",

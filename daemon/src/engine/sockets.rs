@@ -4,12 +4,15 @@
 //! named through `/proc/self/fd`: the folder's descriptor stands for its path.
 
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 /// The agent's port.
@@ -48,6 +51,20 @@ pub fn listen(run: &Path, name: &str) -> io::Result<OwnedFd> {
 pub async fn connect(run: &Path, name: &str) -> io::Result<UnixStream> {
     let folder = open_folder(run)?;
     UnixStream::connect(short_path(&folder, name)).await
+}
+
+/// Sends a message that is short enough to go at once, and a descriptor with it (unix(7), SCM_RIGHTS).
+pub async fn send_with(stream: &UnixStream, message: &[u8], descriptor: &OwnedFd) -> io::Result<()> {
+    let sent = stream
+        .async_io(Interest::WRITABLE, || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let descriptors = [descriptor.as_fd()];
+            control.push(SendAncillaryMessage::ScmRights(&descriptors));
+            Ok(sendmsg(stream, &[IoSlice::new(message)], &mut control, SendFlags::NOSIGNAL)?)
+        })
+        .await?;
+    if sent == message.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use catalyst_api::{ApiError, ErrorCode};
 use catalyst_images::ImageError;
 
 use crate::engine::EngineError;
-use crate::machines::error::{ChangeError, CreateError, GuestError, PowerError, UnknownVm};
+use crate::machines::error::{ChangeError, CreateError, FreezeError, GuestError, PowerError, UnknownVm};
+use crate::saved::SavedError;
 use crate::store::disk::DiskError;
 use crate::store::{ConfigError, StoreError};
 
@@ -194,11 +195,25 @@ impl Failure for ImageError {
 impl Failure for CreateError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Id(_) | Self::Config(_) | Self::ParentDisk => ErrorCode::InvalidRequest,
+            Self::Id(_) | Self::Config(_) | Self::ParentDisk | Self::ParentSize => ErrorCode::InvalidRequest,
             Self::Unknown(_) => ErrorCode::VmNotFound,
             Self::Template { source, .. } => image_code(source),
             Self::ParentState { .. } => ErrorCode::WrongState,
+            Self::Freeze(freeze) => freeze.code(),
+            Self::Start(power) => power.code(),
             Self::Network(_) => ErrorCode::HostUnfit,
+            Self::Store(store) => store_code(store),
+            Self::Stopping => ErrorCode::Internal,
+        }
+    }
+}
+
+impl Failure for FreezeError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::State { .. } | Self::Unsettled(_) | Self::Layers { .. } => ErrorCode::WrongState,
+            Self::Engine(engine) => engine_code(engine),
+            Self::Saved(saved) => saved_code(saved),
             Self::Store(store) => store_code(store),
             Self::Stopping => ErrorCode::Internal,
         }
@@ -222,16 +237,24 @@ impl Failure for PowerError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Unknown(_) => ErrorCode::VmNotFound,
-            Self::State { .. } | Self::Overtaken(_) => ErrorCode::WrongState,
-            Self::NotYet(_) => ErrorCode::NotYet,
+            Self::State { .. } | Self::Overtaken(_) | Self::Off(_) => ErrorCode::WrongState,
             Self::GuestTimeout { .. } => ErrorCode::GuestTimeout,
             Self::Template { source, .. } => image_code(source),
             Self::Open { source, .. } => io_code(source),
             Self::Store(store) => store_code(store),
             Self::Identity(_) | Self::Stopping => ErrorCode::Internal,
-            Self::Network(_) => ErrorCode::HostUnfit,
-            Self::Engine { source, .. } => engine_code(source),
+            Self::Misfit { .. } | Self::Network(_) => ErrorCode::HostUnfit,
+            Self::Engine { source, .. } | Self::Look { source, .. } => engine_code(source),
+            Self::Saved { source, .. } => saved_code(source),
         }
+    }
+}
+
+fn saved_code(error: &SavedError) -> ErrorCode {
+    match error {
+        SavedError::Io { source, .. } => io_code(source),
+        SavedError::Engine(engine) => engine_code(engine),
+        SavedError::Damaged { .. } => ErrorCode::Internal,
     }
 }
 

@@ -112,7 +112,7 @@ async fn set_power(State(app): State<App>, Path(id): Path<String>, Raw(body): Ra
             format!("The op name is not supported. Use one of {words}."),
         )
     })?;
-    app.machines.power(&id, op).await.map_err(|error| match error {
+    app.machines.power(&id, op, false).await.map_err(|error| match error {
         PowerError::State { .. } => LegacyRefusal::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
         error => error.into(),
     })?;

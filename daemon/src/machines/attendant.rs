@@ -8,13 +8,13 @@ use catalyst_api::GuestStatus;
 use super::Context;
 use super::shared::Shared;
 use crate::agent::{AgentLink, AgentStatus};
-use crate::engine::sockets;
+use crate::engine::{VmProcess, sockets};
 
 /// A link that fails at once, again and again, costs no more than this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// Attends to the agent until the task is aborted, which is when the process ends.
-pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>) {
+pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>, process: Arc<dyn VmProcess>) {
     let mut pause = Duration::from_millis(250);
     loop {
         let id = shared.dir().id();
@@ -25,7 +25,7 @@ pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>) {
         match link {
             Ok(link) => {
                 shared.facts().agent = Some(link.clone());
-                follow(&context, &shared, &link).await;
+                follow(&context, &shared, process.as_ref(), &link).await;
                 tracing::warn!(vm = %id, "the agent's link ended; connecting again");
             }
             Err(error) => tracing::warn!(vm = %id, %error, "cannot connect to the agent's port"),
@@ -38,20 +38,37 @@ pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>) {
     }
 }
 
-async fn follow(context: &Context, shared: &Shared, link: &AgentLink) {
+async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, link: &AgentLink) {
     let mut status = link.status();
     let mut told = None;
+    // A copy believes what its original was told.
+    let mut unnamed = shared.dir().unnamed().exists();
     loop {
-        let now = status.borrow_and_update().clone();
+        let mut now = status.borrow_and_update().clone();
         if !now.connected {
             return;
+        }
+        if unnamed {
+            (now.identity, now.ssh, now.docker) = (false, false, false);
         }
         if let Some(hello) = &now.hello
             && !now.identity
             && told.as_ref() != Some(&hello.epoch)
         {
             told = Some(hello.epoch);
-            identify(context, shared, link).await;
+            if identify(context, shared, process, link, unnamed).await {
+                if std::mem::take(&mut unnamed) {
+                    // The time that it was told with its identity may have been long on the way.
+                    set_clock(shared, link);
+                }
+                now = status.borrow().clone();
+            }
+        } else if let Some(hello) = &now.hello
+            && told.as_ref() != Some(&hello.epoch)
+        {
+            // It knows who it is, but may have stood still since, with its clock.
+            told = Some(hello.epoch);
+            set_clock(shared, link);
         }
         shared.set_guest(guest_status(&now));
         if status.changed().await.is_err() {
@@ -60,22 +77,50 @@ async fn follow(context: &Context, shared: &Shared, link: &AgentLink) {
     }
 }
 
-async fn identify(context: &Context, shared: &Shared, link: &AgentLink) {
-    let id = shared.dir().id();
-    let identity = match super::start::guest_identity(context, shared) {
-        Ok(identity) => identity,
-        Err(error) => {
-            let reason = crate::http::error::chain(&error).join(": ");
-            tracing::error!(vm = %id, %reason, "no identity for the guest");
-            shared.facts().reason = Some(reason);
-            return;
+/// Sets the guest's clock; nobody waits for it.
+fn set_clock(shared: &Shared, link: &AgentLink) {
+    let (id, link) = (shared.dir().id().clone(), link.clone());
+    tokio::spawn(async move {
+        if let Err(error) = link.set_clock().await {
+            tracing::warn!(vm = %id, %error, "the guest's clock was not set");
         }
+    });
+}
+
+/// Tells the guest who it is, and a `copy` that it is another than its original; only then that one's cable is plugged in.
+async fn identify(
+    context: &Context,
+    shared: &Shared,
+    process: &dyn VmProcess,
+    link: &AgentLink,
+    copy: bool,
+) -> bool {
+    let id = shared.dir().id();
+    let failed = |what: &str, error: &dyn std::error::Error| {
+        let reason = crate::http::error::chain(error).join(": ");
+        tracing::error!(vm = %id, %reason, "{what}");
+        shared.facts().reason = Some(format!("{what}: {reason}"));
+        false
+    };
+    let identity = match super::start::guest_identity(context, shared, copy) {
+        Ok(identity) => identity,
+        Err(error) => return failed("there is no identity for the guest", &error),
     };
     if let Err(error) = link.identify(&identity).await {
-        let reason = crate::http::error::chain(&error).join(": ");
-        tracing::error!(vm = %id, %reason, "the guest did not take its identity");
-        shared.facts().reason = Some(format!("the guest did not take its identity: {reason}"));
+        return failed("the guest did not take its identity", &error);
     }
+    if copy {
+        if let Err(error) = process.set_link(true).await {
+            return failed("the guest has no network", &error);
+        }
+        if let Err(error) = context.network.introduce(&shared.lease()).await {
+            tracing::debug!(vm = %id, %error, "the host will ask for the guest's hardware address");
+        }
+        if let Err(error) = std::fs::remove_file(shared.dir().unnamed()) {
+            return failed("the guest will be told again who it is", &error);
+        }
+    }
+    true
 }
 
 fn guest_status(status: &AgentStatus) -> GuestStatus {

@@ -9,6 +9,7 @@ use thiserror::Error;
 use crate::agent::AgentError;
 use crate::engine::EngineError;
 use crate::network::NetworkError;
+use crate::saved::SavedError;
 use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
 
@@ -39,13 +40,22 @@ pub enum CreateError {
         source: ImageError,
     },
     /// The parent does not lie still.
-    #[error("The VM '{id}' is {state}; power it off before it is cloned: catalyst vmpower shutdown {id}")]
+    #[error("The VM '{id}' is {state}; it can be cloned while it is on or off")]
     ParentState {
         /// The parent.
         id: VmId,
         /// Its state.
         state: VmState,
     },
+    /// The parent runs and cannot be frozen.
+    #[error("The running VM cannot be cloned")]
+    Freeze(#[from] FreezeError),
+    /// The clone does not go on from its parent's memory.
+    #[error("The clone was made, and does not run")]
+    Start(#[from] PowerError),
+    /// A running VM's clone is as large as it.
+    #[error("A clone of a running VM has its CPUs and memory; leave them out")]
+    ParentSize,
     /// A clone keeps its parent's disk.
     #[error("A clone has the template and disk size of its parent; leave them out")]
     ParentDisk,
@@ -53,6 +63,44 @@ pub enum CreateError {
     #[error(transparent)]
     Network(#[from] NetworkError),
     /// It could not be written.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The daemon is stopping.
+    #[error("The daemon is stopping")]
+    Stopping,
+}
+
+/// Why a running VM could not be frozen for others to go on from.
+#[derive(Debug, Error)]
+pub enum FreezeError {
+    /// It does not run.
+    #[error("The VM '{id}' is {state}; switch it on, or off, before it is cloned")]
+    State {
+        /// The VM.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+    },
+    /// It was being frozen when its daemon was killed.
+    #[error(
+        "The disk of '{0}' was being laid over when the daemon ended; power it off and on before it is cloned"
+    )]
+    Unsettled(VmId),
+    /// Its disk lies on too many others.
+    #[error("The disk of '{id}' lies on {most} others; power it off and on before it is cloned again")]
+    Layers {
+        /// The VM.
+        id: VmId,
+        /// The most that is possible.
+        most: usize,
+    },
+    /// Its process.
+    #[error("The VM cannot be frozen")]
+    Engine(#[from] EngineError),
+    /// It could not be saved.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
+    /// A file.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// The daemon is stopping.
@@ -104,11 +152,37 @@ pub enum PowerError {
         /// What was asked.
         op: PowerOp,
     },
-    /// Comes later.
+    /// A saved machine cannot be gone on from.
+    #[error("The VM '{id}' cannot go on from its saved machine")]
+    Saved {
+        /// The VM.
+        id: VmId,
+        /// Why not.
+        #[source]
+        source: SavedError,
+    },
+    /// There is no process.
+    #[error("The VM '{0}' is off; start it with: catalyst vmpower on {0}")]
+    Off(VmId),
+    /// The process cannot be looked into.
+    #[error("Cannot look into '{id}'")]
+    Look {
+        /// The VM.
+        id: VmId,
+        /// Why not.
+        #[source]
+        source: EngineError,
+    },
+    /// It was saved by something else.
     #[error(
-        "'{0}' is not supported yet; use 'shutdown', or 'pause' to keep the memory while the daemon's machine runs"
+        "The VM '{id}' cannot go on from its saved machine: {why}; give its memory up and boot: catalyst vmpower on --cold {id}"
     )]
-    NotYet(PowerOp),
+    Misfit {
+        /// The VM.
+        id: VmId,
+        /// What is another one.
+        why: String,
+    },
     /// The guest did not shut down in time.
     #[error(
         "The guest of '{id}' did not shut down within {seconds} s; try again, or pull the plug: catalyst vmpower off {id}"

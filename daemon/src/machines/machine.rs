@@ -15,18 +15,20 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use catalyst_api::{EventKind, PowerOp, UpdateVm, VmState};
+use catalyst_api::{EventKind, MemoryInfo, PowerOp, UpdateVm, VmState};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::Instrument;
 
-use super::error::{ChangeError, PowerError};
+use super::error::{ChangeError, FreezeError, PowerError};
+use super::freeze::{self, Frozen};
 use super::resets::Resets;
 use super::shared::Shared;
-use super::{Context, attendant, start};
-use crate::engine::{Exit, VmProcess};
-use crate::store::{VmDir, disk, files, logs};
+use super::{Context, attendant, start, suspend};
+use crate::engine::capture::Memory;
+use crate::engine::{EngineError, Exit, VmProcess};
+use crate::store::{Began, VmDir, disk, files, logs};
 
 /// How long a guest may take to shut down. Vagrant's HTTP client gives up after 60 s and does
 /// not catch that, so the answer comes before (AppCatalyst reference section 1.4).
@@ -41,6 +43,8 @@ type Reply<E> = oneshot::Sender<Result<(), E>>;
 pub(super) enum Command {
     Power {
         op: PowerOp,
+        /// With `on`: boot, whatever else would be possible.
+        cold: bool,
         reply: Reply<PowerError>,
     },
     Update {
@@ -51,6 +55,19 @@ pub(super) enum Command {
     Delete {
         force: bool,
         reply: Reply<ChangeError>,
+    },
+    /// Freezes the VM, which goes on, for others to go on from.
+    Freeze {
+        reply: oneshot::Sender<Result<Arc<Frozen>, FreezeError>>,
+    },
+    /// Goes on from another VM's memory, as its clone.
+    GoOn {
+        from: Arc<Frozen>,
+        reply: Reply<PowerError>,
+    },
+    /// Where its memory is.
+    Memory {
+        reply: oneshot::Sender<Result<MemoryInfo, PowerError>>,
     },
     /// Copies the disk of a VM that lies still; the reply names the state if it does not.
     CopyDisk {
@@ -71,7 +88,7 @@ pub(super) struct Machine {
 }
 
 struct Running {
-    process: Box<dyn VmProcess>,
+    process: Arc<dyn VmProcess>,
     attendant: JoinHandle<()>,
 }
 
@@ -146,13 +163,23 @@ impl Machine {
 
     async fn obey(&mut self, command: Command) {
         match command {
-            Command::Power { op: PowerOp::Shutdown, reply } => self.begin_shutdown(reply).await,
-            Command::Power { op, reply } => {
-                let result = self.power(op).await;
+            Command::Power { op: PowerOp::Shutdown, reply, .. } => self.begin_shutdown(reply).await,
+            Command::Power { op, cold, reply } => {
+                let result = self.power(op, cold).await;
                 let _ = reply.send(result);
             }
             Command::Update { update, reply } => {
                 let _ = reply.send(self.update(update));
+            }
+            Command::Freeze { reply } => {
+                let _ = reply.send(self.freeze().await.map(Arc::new));
+            }
+            Command::GoOn { from, reply } => {
+                let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
+                let _ = reply.send(self.begin(None, start::go_on(&context, &shared, &from)).await);
+            }
+            Command::Memory { reply } => {
+                let _ = reply.send(self.memory().await);
             }
             Command::CopyDisk { to, reply } => {
                 let state = self.shared.state();
@@ -170,7 +197,7 @@ impl Machine {
         }
     }
 
-    async fn power(&mut self, op: PowerOp) -> Result<(), PowerError> {
+    async fn power(&mut self, op: PowerOp, cold: bool) -> Result<(), PowerError> {
         self.adopt_again().await;
         let state = self.shared.state();
         let id = self.shared.dir().id().clone();
@@ -178,12 +205,18 @@ impl Machine {
             return Err(PowerError::State { id, state, op });
         }
         match (op, state) {
-            (PowerOp::On, VmState::PoweredOff | VmState::Blocked) => {
+            (PowerOp::On, VmState::PoweredOff | VmState::Blocked | VmState::Suspended) => {
                 self.resets = Resets::default();
-                self.start(None).await
+                self.start(cold, None).await
+            }
+            (PowerOp::Off, VmState::Suspended) => {
+                suspend::forget(self.shared.dir())?;
+                self.shared.enter(VmState::PoweredOff, Some("its saved machine was given up".to_owned()));
+                Ok(())
             }
             (PowerOp::On | PowerOp::Unpause, VmState::PoweredOn)
             | (PowerOp::Pause, VmState::Paused)
+            | (PowerOp::Suspend, VmState::Suspended)
             | (PowerOp::Off, VmState::PoweredOff | VmState::Blocked) => Ok(()),
             (PowerOp::Off, _) => self.kill("it was powered off").await,
             (PowerOp::Pause, VmState::PoweredOn) => {
@@ -197,9 +230,35 @@ impl Machine {
                 self.set_guest_clock();
                 Ok(())
             }
-            (PowerOp::Suspend, VmState::PoweredOn | VmState::Paused) => Err(PowerError::NotYet(op)),
+            (PowerOp::Suspend, VmState::PoweredOn | VmState::Paused) => self.suspend(state).await,
             _ => Err(PowerError::State { id, state, op }),
         }
+    }
+
+    /// Saves the machine to disk and ends its process. If that fails, it is `before` as it was.
+    async fn suspend(&mut self, before: VmState) -> Result<(), PowerError> {
+        let id = self.shared.dir().id().clone();
+        let (Some(running), Some(began)) = (&self.process, self.shared.facts().began) else {
+            return Err(PowerError::State { id, state: before, op: PowerOp::Suspend });
+        };
+        self.shared.enter(VmState::Suspending, None);
+        let begun = Instant::now();
+        let process = Arc::clone(&running.process);
+        if let Err(error) = suspend::suspend(&self.context, self.shared.dir(), process.as_ref(), began).await
+        {
+            let reason = crate::http::error::chain(&error).join(": ");
+            let went_on = if before == VmState::PoweredOn { process.resume().await } else { Ok(()) };
+            let state = if went_on.is_ok() { before } else { VmState::Paused };
+            self.shared.enter(state, Some(format!("it was not suspended: {reason}")));
+            return Err(error);
+        }
+        // What it was lies on disk: the process is of no use any more.
+        process.kill().map_err(|source| PowerError::Engine { id, op: PowerOp::Suspend, source })?;
+        process.exited().await;
+        self.release();
+        self.shared.enter(VmState::Suspended, None);
+        tracing::info!(vm = %self.shared.dir().id(), ms = begun.elapsed().as_millis(), "suspended");
+        Ok(())
     }
 
     /// The guest's clock stood still with its CPUs; nobody waits for it to be right again.
@@ -227,24 +286,81 @@ impl Machine {
         action(running.process.as_ref()).await.map_err(|source| PowerError::Engine { id, op, source })
     }
 
-    async fn start(&mut self, reason: Option<&str>) -> Result<(), PowerError> {
+    async fn start(&mut self, cold: bool, reason: Option<&str>) -> Result<(), PowerError> {
+        let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
+        self.begin(reason, start::start(&context, &shared, cold)).await
+    }
+
+    /// Enters *powering on*, and *powered on* when what `begins` a process has done so and it runs.
+    async fn begin(
+        &mut self,
+        reason: Option<&str>,
+        begins: impl Future<Output = Result<start::Started, PowerError>>,
+    ) -> Result<(), PowerError> {
         self.shared.refresh();
         self.shared.enter(VmState::PoweringOn, reason.map(str::to_owned));
         let started = Instant::now();
-        match start::start(&self.context, &self.shared).await {
-            Ok(process) => {
-                self.attach(process);
+        let id = self.shared.dir().id().clone();
+        let begun = async {
+            let begun = begins.await?;
+            if let Err(source) = begun.process.resume().await {
+                start::end(begun.process.as_ref()).await;
+                return Err(PowerError::Engine { id: id.clone(), op: PowerOp::On, source });
+            }
+            Ok(begun)
+        };
+        match begun.await {
+            Ok(start::Started { process, began }) => {
+                self.attach(process, Some(began));
                 self.shared.enter(VmState::PoweredOn, None);
-                tracing::info!(vm = %self.shared.dir().id(), ms = started.elapsed().as_millis(), "started");
+                tracing::info!(vm = %id, ms = started.elapsed().as_millis(), mode = %began.mode, "started");
                 Ok(())
             }
             Err(error) => {
                 let reason = crate::http::error::chain(&error).join(": ");
-                self.shared.enter(VmState::PoweredOff, Some(reason));
+                self.shared.enter(suspend::still(self.shared.dir()), Some(reason));
                 self.shared.refresh();
                 Err(error)
             }
         }
+    }
+
+    async fn memory(&self) -> Result<MemoryInfo, PowerError> {
+        let id = self.shared.dir().id().clone();
+        let Some(running) = &self.process else {
+            return Err(PowerError::Off(id));
+        };
+        let read = async {
+            let memory = Memory::new(running.process.pid(), running.process.ram().await?);
+            let read = tokio::task::spawn_blocking(move || {
+                Ok((memory.size(), memory.owned()?, memory.anonymous()?))
+            });
+            let read = read.await.map_err(std::io::Error::other).and_then(|read: std::io::Result<_>| read);
+            read.map_err(EngineError::io("look at the VM's memory"))
+        };
+        let (ram, owned, anonymous) = read.await.map_err(|source| PowerError::Look { id, source })?;
+        Ok(MemoryInfo {
+            ram,
+            private: owned.private,
+            shared: owned.shared,
+            untouched: ram.saturating_sub(owned.private + owned.shared),
+            overhead: anonymous.saturating_sub(owned.private),
+        })
+    }
+
+    async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
+        self.adopt_again().await;
+        let (id, state) = (self.shared.dir().id().clone(), self.shared.state());
+        let running = match state {
+            VmState::PoweredOn => true,
+            VmState::Paused => false,
+            _ => return Err(FreezeError::State { id, state }),
+        };
+        let (Some(process), Some(began)) = (&self.process, self.shared.facts().began) else {
+            return Err(FreezeError::State { id, state });
+        };
+        let process = Arc::clone(&process.process);
+        freeze::freeze(&self.context, self.shared.dir(), process.as_ref(), began, running).await
     }
 
     /// Takes over the process that an earlier daemon left, if there is one.
@@ -254,11 +370,14 @@ impl Machine {
         let user = crate::engine::vm_user(self.shared.address());
         match self.context.engines.adopt(dir.clone(), user).await {
             Ok(Some(process)) => {
+                // One that stands and of which nothing is noted was being started when its daemon was killed.
+                let begins = dir.began().is_none();
                 let state = match process.is_running().await {
+                    Ok(false) if begins && process.resume().await.is_ok() => VmState::PoweredOn,
                     Ok(false) => VmState::Paused,
                     _ => VmState::PoweredOn,
                 };
-                self.attach(process);
+                self.attach(process, None);
                 self.shared.enter(state, None);
                 // The name server that an earlier daemon started is watched by this one from now on.
                 if let Err(error) = self.context.network.up().await {
@@ -267,7 +386,9 @@ impl Machine {
                 }
             }
             Ok(None) => {
-                if let Ok(reason) = files::read_bounded(&dir.reason(), 4096) {
+                if suspend::still(&dir) == VmState::Suspended {
+                    self.shared.enter(VmState::Suspended, None);
+                } else if let Ok(reason) = files::read_bounded(&dir.reason(), 4096) {
                     self.shared.facts().reason = Some(String::from_utf8_lossy(&reason).into_owned());
                 }
             }
@@ -289,17 +410,30 @@ impl Machine {
         }
     }
 
-    fn attach(&mut self, process: Box<dyn VmProcess>) {
+    /// Takes a process over: one that began so just now, or one that was found.
+    fn attach(&mut self, process: Arc<dyn VmProcess>, began: Option<Began>) {
+        let dir = self.shared.dir();
         // Why it was off the last time says nothing of the next.
-        let _ = std::fs::remove_file(self.shared.dir().reason());
+        let _ = std::fs::remove_file(dir.reason());
+        let began = match began {
+            Some(began) => {
+                if let Err(error) = dir.note_began(began) {
+                    tracing::warn!(vm = %dir.id(), %error, "the next daemon will not know how it began");
+                }
+                Some(began)
+            }
+            None => dir.began(),
+        };
         {
             let mut facts = self.shared.facts();
             facts.pid = Some(process.pid());
             facts.started = Some(process.started());
             facts.engine = process.engine();
+            facts.began = began;
         }
         self.resets.started();
-        let attendant = tokio::spawn(attendant::attend(Arc::clone(&self.context), Arc::clone(&self.shared)));
+        let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
+        let attendant = tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)));
         self.process = Some(Running { process, attendant });
     }
 
@@ -370,7 +504,7 @@ impl Machine {
             return self.ended(&reason);
         }
         self.release();
-        if let Err(error) = self.start(Some("the guest asked for a reset")).await {
+        if let Err(error) = self.start(true, Some("the guest asked for a reset")).await {
             let reason = crate::http::error::chain(&error).join(": ");
             self.keep_reason(&format!("it was not started again after a reset: {reason}"));
         }
@@ -383,6 +517,7 @@ impl Machine {
             let mut facts = self.shared.facts();
             facts.pid = None;
             facts.started = None;
+            facts.began = None;
             facts.agent = None;
             facts.engine = self.context.engines.name();
         }

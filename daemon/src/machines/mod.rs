@@ -4,32 +4,39 @@
 //! the task by id. REST handlers call [`Machines`] and never an engine.
 
 mod attendant;
+mod clones;
 pub mod error;
+mod freeze;
 pub mod guest;
 mod machine;
 mod resets;
 pub mod shared;
 mod start;
+mod suspend;
+mod templates;
 
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use catalyst_api::{CreateVm, EventKind, PowerOp, UpdateVm, Vm, VmState};
+use catalyst_api::{CreateVm, EventKind, MemoryInfo, PowerOp, UpdateVm, Vm, VmState};
 use catalyst_images::ImageStore;
+use catalyst_vmm::description::Format;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
 use crate::access::owner::Owner;
 use crate::access_keys::AccessKeys;
-use crate::engine::Engines;
+use crate::engine::{Engines, process};
 use crate::events::Events;
 use crate::network::{Lease, Mac, Network, NetworkError};
 use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
-use crate::store::{Store, StoreError, VmConfig, VmDir, VmId, disk};
+use crate::store::{Chain, Store, StoreError, VmConfig, VmDir, VmId, disk};
+use crate::tasks::Tasks;
 use error::{ChangeError, CreateError, PowerError, UnknownVm};
 use machine::{Asked, Command, Machine};
 use shared::Shared;
+use templates::Missed;
 
 /// How long the start of the daemon waits for VM processes to answer. One that hangs must not keep it from the others.
 const ADOPTION: std::time::Duration = std::time::Duration::from_secs(3);
@@ -52,7 +59,26 @@ pub struct Context {
     pub owner: Owner,
     /// Who may log in to guests.
     pub access_keys: AccessKeys,
+    /// What takes long.
+    pub tasks: Tasks,
+    /// Whether sizes of VMs that are asked for again get a warm state.
+    pub warms_by_itself: bool,
+    missed: Missed,
     vms: RwLock<BTreeMap<VmId, Entry>>,
+}
+
+/// What a [`Context`] is made of; see there.
+#[expect(missing_docs, missing_debug_implementations, reason = "said there")]
+pub struct Parts {
+    pub store: Store,
+    pub images: ImageStore,
+    pub network: Network,
+    pub engines: Engines,
+    pub events: Events,
+    pub owner: Owner,
+    pub access_keys: AccessKeys,
+    pub tasks: Tasks,
+    pub warms_by_itself: bool,
 }
 
 impl std::fmt::Debug for Context {
@@ -74,16 +100,23 @@ pub struct Machines(Arc<Context>);
 
 impl Context {
     /// Brings together what VMs are made of.
-    pub fn new(
-        store: Store,
-        images: ImageStore,
-        network: Network,
-        engines: Engines,
-        events: Events,
-        owner: Owner,
-        access_keys: AccessKeys,
-    ) -> Self {
-        Self { store, images, network, engines, events, owner, access_keys, vms: RwLock::default() }
+    pub fn new(parts: Parts) -> Self {
+        let Parts { store, images, network, engines, events, owner, access_keys, tasks, warms_by_itself } =
+            parts;
+        let (missed, vms) = (Missed::default(), RwLock::default());
+        Self {
+            store,
+            images,
+            network,
+            engines,
+            events,
+            owner,
+            access_keys,
+            tasks,
+            warms_by_itself,
+            missed,
+            vms,
+        }
     }
 
     fn entries(&self) -> RwLockReadGuard<'_, BTreeMap<VmId, Entry>> {
@@ -108,6 +141,7 @@ impl Machines {
     pub async fn load(context: Context) -> Result<Self, StoreError> {
         let machines = Self(Arc::new(context));
         let mut found = Vec::new();
+        machines.end_warming().await?;
         for dir in machines.0.store.scan()? {
             let id = dir.id().clone();
             let (sender, receiver) = oneshot::channel();
@@ -122,6 +156,22 @@ impl Machines {
             tracing::warn!("a VM process does not answer; its VM is told to be off until it does");
         }
         Ok(machines)
+    }
+
+    /// Ends what an earlier daemon was making warm states of.
+    async fn end_warming(&self) -> Result<(), StoreError> {
+        for dir in self.0.store.warming()? {
+            let path = dir.path().to_owned();
+            let run = dir.run();
+            let ended = tokio::task::spawn_blocking(move || process::end_holder(&run)).await;
+            if let Ok(Err(error)) = ended {
+                let reason = crate::http::error::chain(&error).join(": ");
+                tracing::warn!(path = %path.display(), reason, "a template's process lives on");
+                continue;
+            }
+            std::fs::remove_dir_all(&path).map_err(StoreError::write(path))?;
+        }
+        Ok(())
     }
 
     /// What all VMs share.
@@ -195,6 +245,18 @@ impl Machines {
     }
 
     async fn create_whole(&self, request: CreateVm) -> Result<Arc<Shared>, CreateError> {
+        if let Some(parent) = &request.parent
+            && clones::with_memory(self.find(parent)?.0.state())
+        {
+            if request.template.is_some() || request.disk_gib.is_some() {
+                return Err(CreateError::ParentDisk);
+            }
+            if request.cpus.is_some() || request.memory_mib.is_some() {
+                return Err(CreateError::ParentSize);
+            }
+            let made = self.clone_running(parent, vec![(request.id, request.tags)]).await?;
+            return made.into_iter().next().ok_or(CreateError::Stopping);
+        }
         let id = VmId::parse(&request.id)?;
         let _reservation = self.reserve(&id)?;
         let lease = self.0.network.lease_for(id.as_str(), None)?;
@@ -238,7 +300,8 @@ impl Machines {
             config.version = image.version;
             let owner = (context.owner.uid, context.owner.gid);
             let made = context.store.create(&id, &config, |dir| {
-                disk::create_overlay(&dir.disk(), &image.disk, config.disk_gib, owner)
+                dir.write_chain(&Chain { fresh: true, ..Chain::default() })?;
+                Ok(disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), config.disk_gib, owner)?)
             });
             Ok(made?)
         })
@@ -264,7 +327,15 @@ impl Machines {
         let id = id.clone();
         let handle = tokio::runtime::Handle::current();
         blocking(move || {
-            let copy = |dir: &VmDir| copy_disk(&handle, &commands, dir);
+            let copy = |dir: &VmDir| {
+                let chain = parent.dir().chain()?;
+                for name in &chain.own {
+                    let (from, to) = (parent.dir().path().join(name), dir.path().join(name));
+                    std::fs::hard_link(from, &to).map_err(StoreError::write(to))?;
+                }
+                dir.write_chain(&chain)?;
+                Ok(copy_disk(&handle, &commands, dir)?)
+            };
             match context.store.create(&id, &config, copy) {
                 Err(StoreError::Disk(disk::DiskError::Unusable { why, .. })) if why == PARENT_BUSY => {
                     Err(CreateError::ParentState { id: parent.dir().id().clone(), state: parent.state() })
@@ -285,13 +356,21 @@ impl Machines {
         Ok(Reservation { context: Arc::clone(&self.0), id: id.clone() })
     }
 
-    /// Does `op` and returns when the VM is in the state that it leads to.
-    pub async fn power(&self, id: &str, op: PowerOp) -> Result<Arc<Shared>, PowerError> {
+    /// Does `op` and returns when the VM is in the state that it leads to. A VM that is to be on boots if `cold`.
+    pub async fn power(&self, id: &str, op: PowerOp, cold: bool) -> Result<Arc<Shared>, PowerError> {
         let (shared, commands) = self.find(id)?;
         let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::Power { op, reply })).await.map_err(|_| PowerError::Stopping)?;
+        commands.send(asked(Command::Power { op, cold, reply })).await.map_err(|_| PowerError::Stopping)?;
         answer.await.map_err(|_| PowerError::Stopping)??;
         Ok(shared)
+    }
+
+    /// Where the memory of a VM that has a process is.
+    pub async fn memory(&self, id: &str) -> Result<MemoryInfo, PowerError> {
+        let (_, commands) = self.find(id)?;
+        let (reply, answer) = oneshot::channel();
+        commands.send(asked(Command::Memory { reply })).await.map_err(|_| PowerError::Stopping)?;
+        answer.await.map_err(|_| PowerError::Stopping)?
     }
 
     /// Changes what the VMX says.

@@ -8,7 +8,7 @@ use catalyst_api::{EngineName, EventKind, GuestStatus, Vm, VmState};
 use crate::agent::AgentLink;
 use crate::events::Events;
 use crate::network::Lease;
-use crate::store::{VmConfig, VmDir};
+use crate::store::{Began, VmConfig, VmDir};
 
 /// The state of one VM.
 #[derive(Debug)]
@@ -29,6 +29,7 @@ pub(super) struct Facts {
     pub engine: EngineName,
     pub pid: Option<u32>,
     pub started: Option<u64>,
+    pub began: Option<Began>,
     pub guest: GuestStatus,
     pub agent: Option<AgentLink>,
     /// There is a process, and it could not be taken over: only that unblocks the VM.
@@ -45,6 +46,7 @@ impl Shared {
             engine,
             pid: None,
             started: None,
+            began: None,
             guest: GuestStatus::default(),
             agent: None,
             unadopted: false,
@@ -138,7 +140,7 @@ impl Shared {
             Ok((_, config)) => {
                 self.facts().config = Some(config);
                 if state == VmState::Blocked {
-                    self.enter(VmState::PoweredOff, None);
+                    self.enter(super::suspend::still(&self.dir), None);
                 }
             }
             Err(error) => {
@@ -172,6 +174,7 @@ impl Shared {
             guest: facts.guest.clone(),
             pid: facts.pid,
             started: facts.started,
+            start_mode: facts.began.map(|began| began.mode),
             vmx: self.dir.vmx().display().to_string(),
             id,
         }

@@ -5,55 +5,275 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
+use catalyst_api::StartMode;
 use catalyst_images::Image;
+use catalyst_vmm::description::Format;
 
 use super::Context;
 use super::error::PowerError;
+use super::freeze::Frozen;
 use super::shared::Shared;
+use super::suspend;
 use crate::agent;
-use crate::engine::{StartSpec, VmProcess, vm_cid, vm_user};
-use crate::store::disk;
+use crate::engine::{Layer, Saved, StartSpec, VmProcess, vm_cid, vm_user};
+use crate::privilege::as_root;
+use crate::saved::SavedDir;
 use crate::store::identity::{Identity, IdentityError};
+use crate::store::{Began, Chain, StoreError, VmConfig, VmDir, disk, files};
+use crate::warm::{Warm, WarmStates};
 
-/// Starts the VM cold.
+/// A VM process that stands, and how it came to be.
+pub(super) struct Started {
+    pub process: Arc<dyn VmProcess>,
+    pub began: Began,
+}
+
+/// Starts the VM: from a warm state of its template if it was never on and one fits, unless `cold`; else by booting.
 pub(super) async fn start(
     context: &Arc<Context>,
     shared: &Arc<Shared>,
-) -> Result<Box<dyn VmProcess>, PowerError> {
+    cold: bool,
+) -> Result<Started, PowerError> {
+    let dir = shared.dir();
+    let (_, config) = dir.read()?;
+    let image = image(context, dir, &config)?;
+    let chain = dir.chain()?;
+    let began = |mode| Began { mode, cpus: config.cpus, memory_mib: config.memory_mib };
+    if dir.suspended().exists() {
+        if !cold {
+            return resume(context, shared, &config, &image, &chain).await;
+        }
+        suspend::forget(dir)?;
+    }
+    if chain.fresh
+        && !cold
+        && let Some(process) = try_warm(context, shared, &config, &image).await
+    {
+        return Ok(Started { process, began: began(StartMode::Warm) });
+    }
+    let chain = settle(context, dir, &config, chain, &image)?;
+    let process = launch(context, shared, &config, &image, &chain, None).await?;
+    Ok(Started { process, began: began(StartMode::Cold) })
+}
+
+/// Goes on from another VM's memory. Its cable is out until it knows who it is.
+pub(super) async fn go_on(
+    context: &Arc<Context>,
+    shared: &Arc<Shared>,
+    frozen: &Frozen,
+) -> Result<Started, PowerError> {
+    let dir = shared.dir();
+    let (_, config) = dir.read()?;
+    let image = image(context, dir, &config)?;
+    let chosen = context.engines.name();
+    if frozen.engine != chosen {
+        let why = format!("it was on engine {}, VMs are started on {chosen} here", frozen.engine);
+        return Err(PowerError::Misfit { id: dir.id().clone(), why });
+    }
+    let from = frozen.saved().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
+    let process = launch(context, shared, &config, &image, &dir.chain()?, Some(from)).await?;
+    if let Err(source) = process.set_link(false).await {
+        end(process.as_ref()).await;
+        return Err(PowerError::Engine { id: dir.id().clone(), op: catalyst_api::PowerOp::On, source });
+    }
+    Ok(Started { process, began: Began { mode: StartMode::Clone, ..frozen.began } })
+}
+
+fn image(context: &Context, dir: &VmDir, config: &VmConfig) -> Result<Image, PowerError> {
+    let image = context.images.version(&config.template, &config.version);
+    image.map_err(|source| PowerError::Template { id: dir.id().clone(), source })
+}
+
+/// Goes on from where the VM was suspended.
+async fn resume(
+    context: &Arc<Context>,
+    shared: &Arc<Shared>,
+    config: &VmConfig,
+    image: &Image,
+    chain: &Chain,
+) -> Result<Started, PowerError> {
+    let dir = shared.dir();
+    let unusable = |source| PowerError::Saved { id: dir.id().clone(), source };
+    let saved = SavedDir::new(dir.suspended());
+    let manifest = saved.read().map_err(unusable)?;
+    let engine = context.engines.chosen();
+    let misfit = |why: String| PowerError::Misfit { id: dir.id().clone(), why };
+    if manifest.engine != engine.name() {
+        return Err(misfit(format!(
+            "it was on engine {}, VMs are started on {} here",
+            manifest.engine,
+            engine.name()
+        )));
+    }
+    let fit = engine.fit().await.map_err(|source| PowerError::Engine {
+        id: dir.id().clone(),
+        op: catalyst_api::PowerOp::On,
+        source,
+    })?;
+    if let Some(why) = fit.refuses(&manifest.fit) {
+        return Err(misfit(why.to_string()));
+    }
+    let from = saved.open(&manifest, false).map_err(unusable)?;
+    let began = Began { mode: StartMode::Resume, cpus: manifest.cpus, memory_mib: manifest.memory_mib };
+    let sized = VmConfig { cpus: began.cpus, memory_mib: began.memory_mib, ..config.clone() };
+    let process = launch(context, shared, &sized, image, chain, Some(from)).await?;
+    // Before it can run: what it does to its disk from now on, the saved memory knows nothing of.
+    if let Err(error) = suspend::forget(dir) {
+        end(process.as_ref()).await;
+        return Err(error.into());
+    }
+    Ok(Started { process, began })
+}
+
+/// Ends a process that nobody would know of any more.
+pub(super) async fn end(process: &dyn VmProcess) {
+    if process.kill().is_ok() {
+        process.exited().await;
+    }
+}
+
+/// Goes on from the warm state for a VM of that kind, if there is one that serves.
+async fn try_warm(
+    context: &Arc<Context>,
+    shared: &Arc<Shared>,
+    config: &VmConfig,
+    image: &Image,
+) -> Option<Arc<dyn VmProcess>> {
+    let id = shared.dir().id();
+    let engine = context.engines.chosen();
+    let fit = match engine.fit().await {
+        Ok(fit) => fit,
+        Err(error) => {
+            tracing::warn!(vm = %id, %error, "warm states are passed over");
+            return None;
+        }
+    };
+    let warm = WarmStates::of(image).find(engine.name(), &fit, config.cpus, config.memory_mib);
+    let Some(warm) = warm else {
+        context.missed(image, config);
+        return None;
+    };
+    match start_warm(context, shared, config, image, &warm).await {
+        Ok(process) => Some(process),
+        Err(error) => {
+            let reason = crate::http::error::chain(&error).join(": ");
+            tracing::warn!(vm = %id, warm = warm.name, reason, "it does not go on from there; it boots");
+            None
+        }
+    }
+}
+
+async fn start_warm(
+    context: &Arc<Context>,
+    shared: &Arc<Shared>,
+    config: &VmConfig,
+    image: &Image,
+    warm: &Warm,
+) -> Result<Arc<dyn VmProcess>, PowerError> {
+    let dir = shared.dir();
+    let saved = warm.open().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
+    // An overlay that was never written: another one is as good.
+    overlay(context, dir, config, (&WarmStates::of(image).disk(&warm.name), Format::Qcow2))?;
+    let chain = Chain { warm: Some(warm.name.clone()), ..Chain::default() };
+    // Before it can run, so that no later start takes what it wrote for empty.
+    dir.write_chain(&chain)?;
+    files::write_atomically(&dir.unnamed(), b"", 0o600).map_err(StoreError::write(dir.unnamed()))?;
+    let started = launch(context, shared, config, image, &chain, Some(saved)).await;
+    if started.is_err() {
+        let _ = std::fs::remove_file(dir.unnamed());
+        dir.write_chain(&Chain { fresh: true, ..chain })?;
+    }
+    started
+}
+
+/// Puts a VM that was never on onto its image, as far as it is not there already.
+fn settle(
+    context: &Context,
+    dir: &VmDir,
+    config: &VmConfig,
+    chain: Chain,
+    image: &Image,
+) -> Result<Chain, PowerError> {
+    if !chain.fresh {
+        return Ok(chain);
+    }
+    if chain.warm.is_some() {
+        overlay(context, dir, config, (&image.disk, Format::Raw))?;
+    }
+    let chain = Chain::default();
+    dir.write_chain(&chain)?;
+    Ok(chain)
+}
+
+fn overlay(
+    context: &Context,
+    dir: &VmDir,
+    config: &VmConfig,
+    base: (&Path, Format),
+) -> Result<(), PowerError> {
+    let owner = (context.owner.uid, context.owner.gid);
+    Ok(disk::create_overlay(&dir.disk(), base, config.disk_gib, owner).map_err(StoreError::from)?)
+}
+
+/// Opens everything that the VM is made of, and starts its process.
+async fn launch(
+    context: &Arc<Context>,
+    shared: &Arc<Shared>,
+    config: &VmConfig,
+    image: &Image,
+    chain: &Chain,
+    from: Option<Saved>,
+) -> Result<Arc<dyn VmProcess>, PowerError> {
     let dir = shared.dir().clone();
     let id = dir.id().clone();
-    let (_, config) = dir.read()?;
-    let image = context
-        .images
-        .version(&config.template, &config.version)
-        .map_err(|source| PowerError::Template { id: id.clone(), source })?;
     let identity = Identity::load_or_generate(&dir.identity())?;
     let lease = shared.lease();
     context.network.up().await?;
     let tap = context.network.open_tap(&lease).await?;
     tracing::debug!(vm = %id, tap = tap.name, "tap");
-    let overlay = disk::open_overlay(&dir.disk()).map_err(crate::store::StoreError::from)?;
     let spec = StartSpec {
         cpus: config.cpus,
         memory_mib: config.memory_mib,
         kernel: open(&image.vmlinux)?,
         initrd: open(&image.initrd)?,
-        command_line: command_line(&image, &identity),
+        command_line: command_line(image, &identity),
         command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
         kernel_hz: image.manifest.kernel_hz,
-        base: open(&image.disk)?,
-        overlay: overlay.into(),
+        layers: layers(&dir, image, chain)?,
         tap: tap.fd,
         mac: lease.mac.0,
         user: vm_user(lease.address),
         cid: vm_cid(lease.address),
+        from,
         dir,
     };
+    // A process that begins now has what the files say.
+    let _ = std::fs::remove_file(spec.dir.switching());
+    spec.dir.forget_began()?;
     context.engines.chosen().start(spec).await.map_err(|source| PowerError::Engine {
         id,
         op: catalyst_api::PowerOp::On,
         source,
     })
+}
+
+/// The files that the VM's disk consists of.
+fn layers(dir: &VmDir, image: &Image, chain: &Chain) -> Result<Vec<Layer>, PowerError> {
+    let qcow2 = |file: File| Layer { file: file.into(), format: Format::Qcow2 };
+    let mut layers = vec![qcow2(disk::open_overlay(&dir.disk()).map_err(StoreError::from)?)];
+    for name in &chain.own {
+        let path = dir.path().join(name);
+        // A daemon that was killed while it froze the VM may have left the disk as its own layer.
+        if !files::are_same(&path, &dir.disk()) {
+            layers.push(qcow2(disk::open_qcow2(&path, false).map_err(StoreError::from)?));
+        }
+    }
+    if let Some(warm) = &chain.warm {
+        let path = WarmStates::of(image).disk(warm);
+        layers.push(qcow2(as_root(|| disk::open_qcow2(&path, false)).map_err(StoreError::from)?));
+    }
+    layers.push(Layer { file: open(&image.disk)?, format: Format::Raw });
+    Ok(layers)
 }
 
 fn command_line(image: &Image, identity: &Identity) -> String {
@@ -68,7 +288,11 @@ fn open(path: &Path) -> Result<OwnedFd, PowerError> {
 }
 
 /// What the agent is told: who the guest is, where it is, who may log in.
-pub(super) fn guest_identity(context: &Context, shared: &Shared) -> Result<agent::Identity, IdentityError> {
+pub(super) fn guest_identity(
+    context: &Context,
+    shared: &Shared,
+    copy: bool,
+) -> Result<agent::Identity, IdentityError> {
     let identity = Identity::load_or_generate(&shared.dir().identity())?;
     let lease = shared.lease();
     Ok(agent::Identity {
@@ -85,6 +309,6 @@ pub(super) fn guest_identity(context: &Context, shared: &Shared) -> Result<agent
         authorized_keys: context.access_keys.authorized(),
         unix_ns: 0,
         seed: String::new(),
-        clone: false,
+        clone: copy,
     })
 }

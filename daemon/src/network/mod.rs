@@ -221,6 +221,24 @@ impl Network {
         Ok(tap)
     }
 
+    /// Tells the host where the guest with that lease is, now that it is reached. What was sent before waits for an answer
+    /// by ARP, which is asked for but once a second.
+    pub async fn introduce(&self, lease: &Lease) -> Result<(), NetworkError> {
+        let netlink = Netlink::open()?;
+        match self.own_bridge(&netlink).await? {
+            Some(bridge) => netlink.introduce(&bridge, lease.address, lease.mac).await,
+            None => Err(NetworkError::NoBridge { bridge: self.inner.bridge.clone() }),
+        }
+    }
+
+    /// Makes a tap that is on no bridge, for a guest that is to reach nobody.
+    ///
+    /// # Errors
+    /// [`NetworkError::NoTun`], [`NetworkError::NotRoot`].
+    pub fn loose_tap(&self, lease: &Lease) -> Result<Tap, NetworkError> {
+        tap::create(lease)
+    }
+
     /// Whether the guest with `mac` holds `address` now: it is asked over the bridge by ARP, for at most 0.9 s.
     /// For guests without an agent.
     pub async fn answers_arp(&self, address: Ipv4Addr, mac: Mac) -> bool {

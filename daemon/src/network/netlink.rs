@@ -9,6 +9,7 @@ use rtnetlink::packet_route::address::AddressAttribute;
 use rtnetlink::packet_route::link::{
     BridgeStpState, InfoBridge, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
+use rtnetlink::packet_route::neighbour::NeighbourState;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteFlags, RouteMessage};
 use rtnetlink::{Handle, LinkBridge, LinkMessageBuilder, LinkUnspec};
 
@@ -48,6 +49,20 @@ impl Netlink {
             NetworkError::Netlink { task: "open an rtnetlink socket".to_owned(), source }
         })?;
         Ok(Self { handle, task: tokio::spawn(connection) })
+    }
+
+    /// Tells the kernel which hardware address an address behind `link` has, to be confirmed when it is next used. Who
+    /// waits for an answer by ARP goes on.
+    pub async fn introduce(&self, link: &Link, address: Ipv4Addr, mac: Mac) -> Result<(), NetworkError> {
+        self.handle
+            .neighbours()
+            .add(link.index, address.into())
+            .link_layer_address(&mac.0)
+            .state(NeighbourState::Stale)
+            .replace()
+            .execute()
+            .await
+            .map_err(|error| failed(format!("introduce {address} to {}", link.name), &error))
     }
 
     /// The link of that name, if there is one.

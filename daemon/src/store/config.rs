@@ -129,8 +129,7 @@ impl VmConfig {
 
     /// Whether all values are possible on any host.
     pub fn check(&self) -> Result<(), ConfigError> {
-        in_range("A number of virtual CPUs", u64::from(self.cpus), CPUS)?;
-        in_range("Memory in MiB", self.memory_mib, MIN_MEMORY_MIB..=host_memory_mib())?;
+        check_size(self.cpus, self.memory_mib)?;
         in_range("A disk size in GiB", self.disk_gib, DISK_GIB)?;
         check_text("The name", &self.name, |_| true)?;
         check_text("The template", &self.template, |c| c.is_ascii_alphanumeric() || "-_.".contains(c))?;
@@ -140,6 +139,12 @@ impl VmConfig {
         }
         self.tags.iter().try_for_each(|tag| check_text("The tag", tag, |c| c != ','))
     }
+}
+
+/// Whether a VM can have so many CPUs and so much memory (MiB) here.
+pub fn check_size(cpus: u32, memory_mib: u64) -> Result<(), ConfigError> {
+    in_range("A number of virtual CPUs", u64::from(cpus), CPUS)?;
+    in_range("Memory in MiB", memory_mib, MIN_MEMORY_MIB..=host_memory_mib())
 }
 
 /// Memory of the host in MiB: no VM gets more.

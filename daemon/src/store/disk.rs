@@ -4,13 +4,16 @@
 //! the base beside it as a descriptor, and a header that wants an external data file is refused.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use catalyst_vmm::description::Format;
 use thiserror::Error;
+
+use super::sparse;
 
 /// `QFI\xfb`, the first four bytes of a qcow2 (QEMU's docs/interop/qcow2.txt).
 const MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -58,12 +61,21 @@ pub enum DiskError {
     },
 }
 
-/// Makes an overlay of `gib` GiB on the raw image `base`. Runs the tool as the thread's file
-/// system user `owner` (uid, gid), so that it can write only where the owner can.
-pub fn create_overlay(path: &Path, base: &Path, gib: u64, owner: (u32, u32)) -> Result<(), DiskError> {
+/// Makes an overlay of `gib` GiB on the image `base` of that format; what stood there is lost. Runs the tool as the
+/// thread's file system user `owner` (uid, gid), so that it can write only where the owner can.
+pub fn create_overlay(
+    path: &Path,
+    (base, format): (&Path, Format),
+    gib: u64,
+    owner: (u32, u32),
+) -> Result<(), DiskError> {
     let mut command = Command::new("qemu-img");
+    let format = match format {
+        Format::Raw => "raw",
+        Format::Qcow2 => "qcow2",
+    };
     // -u: the base is known to be whole; opening it here would only cost time.
-    command.args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"]).arg(base).arg(path);
+    command.args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).arg(base).arg(path);
     command.arg(format!("{gib}G")).stdin(Stdio::null());
     if rustix::process::geteuid().is_root() && owner.0 != 0 {
         command.uid(owner.0).gid(owner.1);
@@ -83,10 +95,15 @@ pub fn create_overlay(path: &Path, base: &Path, gib: u64, owner: (u32, u32)) -> 
 
 /// Opens a VM's own disk for reading and writing and checks its header.
 pub fn open_overlay(path: &Path) -> Result<File, DiskError> {
+    open_qcow2(path, true)
+}
+
+/// Opens a qcow2, for reading alone unless `write`, and checks its header.
+pub fn open_qcow2(path: &Path, write: bool) -> Result<File, DiskError> {
     let shown = || path.display().to_string();
     let mut file = OpenOptions::new()
         .read(true)
-        .write(true)
+        .write(write)
         .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)
         .map_err(|source| match source.kind() {
@@ -120,32 +137,12 @@ fn check_header(file: &mut (impl Read + Seek)) -> Result<(), &'static str> {
 pub fn copy(from: &Path, to: &Path) -> Result<(), DiskError> {
     let source = open_overlay(from)?;
     let error = |what| move |source| DiskError::Io { what, path: to.display().to_string(), source };
-    let mut target =
+    let target =
         OpenOptions::new().write(true).create_new(true).mode(0o600).open(to).map_err(error("make"))?;
-    copy_sparse(&source, &mut target).and_then(|()| target.sync_all()).map_err(|source| match source.kind() {
+    sparse::copy(&source, &target).and_then(|()| target.sync_all()).map_err(|source| match source.kind() {
         io::ErrorKind::StorageFull => DiskError::Full(to.display().to_string()),
         _ => error("copy to")(source),
     })
-}
-
-fn copy_sparse(mut source: &File, target: &mut File) -> io::Result<()> {
-    use rustix::fs::{SeekFrom as Seek, seek};
-    let length = source.metadata()?.len();
-    target.set_len(length)?;
-    let mut at = 0;
-    while at < length {
-        let start = match seek(source, Seek::Data(at)) {
-            Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => break,
-            Err(error) => return Err(error.into()),
-        };
-        let end = seek(source, Seek::Hole(start))?;
-        source.seek(SeekFrom::Start(start))?;
-        target.seek(SeekFrom::Start(start))?;
-        io::copy(&mut source.take(end - start), target)?;
-        at = end;
-    }
-    target.flush()
 }
 
 #[cfg(test)]
@@ -160,7 +157,7 @@ mod tests {
         let base = folder.path().join("base.raw");
         File::create(&base).unwrap().set_len(64 << 30).unwrap();
         let disk = folder.path().join("disk.qcow2");
-        create_overlay(&disk, &base, 16384, (0, 0)).unwrap();
+        create_overlay(&disk, (&base, Format::Raw), 16384, (0, 0)).unwrap();
         assert!(disk.metadata().unwrap().blocks() * 512 < 1 << 20);
         open_overlay(&disk).unwrap();
         let second = folder.path().join("second.qcow2");
@@ -198,7 +195,8 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_named_with_the_path() {
-        let error = create_overlay(Path::new("/dev/full"), Path::new("/dev/null"), 64, (0, 0)).unwrap_err();
+        let error = create_overlay(Path::new("/dev/full"), (Path::new("/dev/null"), Format::Raw), 64, (0, 0))
+            .unwrap_err();
         assert!(error.to_string().contains("/dev/full"), "{error}");
     }
 }

@@ -26,6 +26,13 @@ pub fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     file.sync_all()
 }
 
+/// Whether both names are of one file.
+pub fn are_same(one: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let id = |path: &Path| fs::metadata(path).ok().map(|about| (about.dev(), about.ino()));
+    id(one).is_some_and(|one| Some(one) == id(other))
+}
+
 /// Makes a rename in `folder` survive a crash.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()

@@ -3,12 +3,15 @@
 //! A new folder is built aside (`.new-…`) and renamed in; a deleted one is renamed aside
 //! (`.gone-…`) and removed. What a crash leaves of either is swept at the next start.
 
+pub mod began;
+pub mod chain;
 pub mod config;
 pub mod disk;
 pub mod files;
 pub mod id;
 pub mod identity;
 pub mod logs;
+pub mod sparse;
 pub mod vmx;
 
 use std::fs;
@@ -18,6 +21,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+pub use began::Began;
+pub use chain::Chain;
 pub use config::{ConfigError, VmConfig};
 pub use id::{IdError, VmId};
 pub use vmx::Vmx;
@@ -26,6 +31,8 @@ pub use vmx::Vmx;
 const NEW: &str = ".new-";
 /// Folders that are being removed start with this.
 const GONE: &str = ".gone-";
+/// Folders of VMs that become warm states.
+const WARMING: &str = ".warming-";
 
 /// Why something in the store could not be done.
 #[derive(Debug, Error)]
@@ -56,6 +63,13 @@ pub enum StoreError {
     /// The disk could not be made.
     #[error(transparent)]
     Disk(#[from] disk::DiskError),
+}
+
+impl StoreError {
+    /// A file of a VM could not be written.
+    pub fn write(path: PathBuf) -> impl FnOnce(io::Error) -> Self {
+        move |source| io_error("write", &path)(source)
+    }
 }
 
 fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
@@ -109,6 +123,21 @@ impl VmDir {
     /// Why the VM is off, kept for the next daemon.
     pub fn reason(&self) -> PathBuf {
         self.path.join("reason")
+    }
+
+    /// The machine as it was when it was suspended; there while it is.
+    pub fn suspended(&self) -> PathBuf {
+        self.path.join("suspended")
+    }
+
+    /// There while it is not known which of two files the VM process writes its disk to.
+    pub fn switching(&self) -> PathBuf {
+        self.path.join("switching")
+    }
+
+    /// There while the guest is a copy of another and does not yet know who it is.
+    pub fn unnamed(&self) -> PathBuf {
+        self.path.join("unnamed")
     }
 
     /// Lock and pid of the VM process; sockets stand beside it.
@@ -194,7 +223,7 @@ impl Store {
         &self,
         id: &VmId,
         config: &VmConfig,
-        fill: impl FnOnce(&VmDir) -> Result<(), disk::DiskError>,
+        fill: impl FnOnce(&VmDir) -> Result<(), StoreError>,
     ) -> Result<VmDir, StoreError> {
         let dir = self.dir(id);
         let aside = VmDir { id: id.clone(), path: self.aside(NEW) };
@@ -222,6 +251,27 @@ impl Store {
         build().map(|()| dir.clone()).inspect_err(|_| {
             let _ = fs::remove_dir_all(&aside.path);
         })
+    }
+
+    /// Makes a folder for a VM that becomes a warm state.
+    pub fn make_warming(&self) -> Result<VmDir, StoreError> {
+        let path = self.aside(WARMING);
+        fs::DirBuilder::new().mode(0o700).create(&path).map_err(io_error("make the folder", &path))?;
+        Self::warming_dir(path)
+    }
+
+    /// The folders of VMs that were becoming warm states.
+    pub fn warming(&self) -> Result<Vec<VmDir>, StoreError> {
+        let is_warming = |path: &PathBuf| {
+            path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(WARMING))
+        };
+        self.entries()?.into_iter().filter(is_warming).map(Self::warming_dir).collect()
+    }
+
+    fn warming_dir(path: PathBuf) -> Result<VmDir, StoreError> {
+        let no_name = |error: IdError| io_error("name the VM in", &path)(io::Error::other(error.to_string()));
+        let id = VmId::parse("warming").map_err(no_name)?;
+        Ok(VmDir { id, path })
     }
 
     /// Removes a VM's folder.
@@ -269,7 +319,7 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let store = Store::open(state.path()).unwrap();
         let id = VmId::parse("web1").unwrap();
-        let failed = store.create(&id, &config(), |_| Err(disk::DiskError::Missing("x".into())));
+        let failed = store.create(&id, &config(), |_| Err(disk::DiskError::Missing("x".into()).into()));
         assert!(failed.is_err());
         fs::create_dir(store.path().join(".new-123")).unwrap();
         fs::create_dir_all(store.path().join(".gone-123/deep")).unwrap();

@@ -8,6 +8,7 @@ mod outbox;
 mod port;
 mod power_button;
 mod readiness;
+mod rest;
 mod session;
 mod shutdown;
 mod spawn;
@@ -38,6 +39,15 @@ struct Arguments {
 static SOURCES: &str = concat!("catalyst-agent-sources:", env!("CATALYST_AGENT_SOURCES"));
 
 fn main() -> ExitCode {
+    if std::env::args_os().nth(1).is_some_and(|word| word == rest::FILL) {
+        return match rest::fill() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("catalyst-agent: free memory cannot be filled: {error}");
+                ExitCode::FAILURE
+            }
+        };
+    }
     let Some(arguments) = arguments() else {
         eprintln!("{USAGE}");
         return ExitCode::from(2);

@@ -12,7 +12,7 @@ use catalyst_agent_protocol::{
 use crate::outbox::Outbox;
 use crate::port::Event;
 use crate::stream::Stream;
-use crate::{exec, files, identity, notify, readiness, shutdown};
+use crate::{exec, files, identity, notify, readiness, rest, shutdown};
 
 /// What the command line settles.
 #[derive(Clone, Debug)]
@@ -148,6 +148,10 @@ impl Session {
             Request::SetClock { unix_ns } => match identity::clock::set(&self.config, unix_ns) {
                 Ok(()) => Reply::Done,
                 Err(error) => failed(ProblemKind::Failed, error.to_string()),
+            },
+            Request::Rest => match rest::rest(&self.config) {
+                Ok(()) => Reply::Done,
+                Err(error) => failed(ProblemKind::Failed, format!("coming to rest failed: {error}")),
             },
             Request::Ping => Reply::Done,
             Request::Unknown => {

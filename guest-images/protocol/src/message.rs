@@ -120,6 +120,9 @@ pub enum Request {
         /// Nanoseconds since 1970.
         unix_ns: u64,
     },
+    /// Come to rest before the guest's memory is copied: what is held back is written, free memory is filled with zeros,
+    /// which take no room in a copy. What runs goes on running.
+    Rest,
     /// Say something.
     Ping,
     /// What this version does not know.

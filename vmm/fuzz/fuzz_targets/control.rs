@@ -18,7 +18,7 @@ use libfuzzer_sys::fuzz_target;
 struct Machine;
 
 impl Commanded for Machine {
-    fn command(&mut self, command: Command) -> Result<Answer, String> {
+    fn command(&mut self, command: Command, _: Option<std::fs::File>) -> Result<Answer, String> {
         match command {
             Command::State => Ok(Answer::State(RunState::Running)),
             Command::Stats => Ok(Answer::Stats(Box::default())),

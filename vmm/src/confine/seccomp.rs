@@ -77,6 +77,7 @@ const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
 const FIONBIO: u64 = 0x5421;
 const F_DUPFD_CLOEXEC: u64 = 1030;
 const F_GETFD: u64 = 1;
+const F_GETFL: u64 = 3;
 
 /// What every thread needs.
 const COMMON: &[Rule] = &[
@@ -185,6 +186,20 @@ const SAVE: &[Rule] = &[
     any(libc::SYS_fallocate, "images that grow by tables"),
 ];
 
+/// What another file for a disk takes; its chain is opened anew, by descriptors.
+const SWITCH: &[Rule] = &[
+    any(libc::SYS_fstat, "which files they are"),
+    any(libc::SYS_statx, "which files they are"),
+    only(
+        libc::SYS_fcntl,
+        1,
+        &[F_DUPFD_CLOEXEC, F_GETFD, F_GETFL],
+        "descriptors of the files below; how each is open",
+    ),
+    any(libc::SYS_fstatfs, "what file systems they are on"),
+    any(libc::SYS_lseek, "how long they are"),
+];
+
 const CONTROL: &[Rule] = &[
     any(libc::SYS_accept4, "clients"),
     only(
@@ -193,6 +208,7 @@ const CONTROL: &[Rule] = &[
         &[kvm::KVMCLOCK_CTRL, kvm::GET_CLOCK, kvm::SET_CLOCK, FIONBIO],
         "pause and resume; clients do not block",
     ),
+    any(libc::SYS_recvmsg, "requests, and descriptors that come with them"),
     any(libc::SYS_recvfrom, "requests"),
     any(libc::SYS_sendto, "replies"),
     any(libc::SYS_mincore, "statistics: resident memory"),
@@ -285,7 +301,7 @@ const SHARE: &[Rule] = &[
 fn rules(role: Role) -> Vec<&'static [Rule]> {
     match role {
         Role::Main => vec![COMMON, MAIN],
-        Role::Control => vec![COMMON, REACTOR, CONTROL, SAVE],
+        Role::Control => vec![COMMON, REACTOR, CONTROL, SAVE, SWITCH],
         Role::Vcpu => vec![COMMON, ACTIVATE, VCPU],
         Role::Devices => vec![COMMON, REACTOR, DEVICES],
         Role::Net => vec![COMMON, REACTOR, NET],

@@ -46,6 +46,9 @@ pub enum Command {
     Save,
     /// Where RAM lies in this process: [`Answer::Ram`].
     Ram,
+    /// The first disk goes on in another file, the descriptor that comes with the request's line (unix(7), SCM_RIGHTS): an
+    /// empty qcow2 on what the disk was until now. The machine must be paused.
+    SwitchDisk,
     /// Puts the cables of all NICs in (true), or pulls them out.
     SetLink(bool),
     /// After the reply the connection is the first serial port's terminal, in both directions, and no control

@@ -1,12 +1,14 @@
 //! The server of the control socket: a handler on a reactor of its own.
 
 use std::collections::HashMap;
-use std::io::{self, ErrorKind, Read, Write};
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::protocol::{Answer, Command, Event, MAX_CLIENTS, MAX_LINE, Outcome, Reply, Request};
 use crate::reactor::{EventHandler, Reactor, Registration};
@@ -18,8 +20,9 @@ const MAX_UNREAD: usize = 64 << 10;
 
 /// What the server asks of whom it serves.
 pub trait Commanded: Send {
-    /// Does what is asked, [`Command::Quit`] and [`Command::AttachConsole`] excepted; an error is for people.
-    fn command(&mut self, command: Command) -> Result<Answer, String>;
+    /// Does what is asked, [`Command::Quit`] and [`Command::AttachConsole`] excepted; an error is for people. `descriptor` is
+    /// what came with it.
+    fn command(&mut self, command: Command, descriptor: Option<File>) -> Result<Answer, String>;
 
     /// Makes the connection a terminal; given back with the reason if that cannot be.
     fn attach_console(&mut self, stream: UnixStream) -> Result<(), String>;
@@ -44,6 +47,8 @@ pub struct Server {
 #[derive(Debug)]
 struct Client {
     stream: UnixStream,
+    /// A descriptor that came, for the next request.
+    descriptor: Option<File>,
     input: Vec<u8>,
     output: Vec<u8>,
 }
@@ -98,7 +103,8 @@ impl Server {
         let watched =
             self.registration.as_ref().map(|own| own.watch(stream.as_raw_fd(), token, EventSet::IN));
         if matches!(watched, Some(Ok(()))) {
-            self.clients.insert(token, Client { stream, input: Vec::new(), output: Vec::new() });
+            self.clients
+                .insert(token, Client { stream, descriptor: None, input: Vec::new(), output: Vec::new() });
         }
     }
 
@@ -106,12 +112,14 @@ impl Server {
     fn read(&mut self, token: u32) -> Fate {
         let Some(client) = self.clients.get_mut(&token) else { return Fate::Stays };
         let mut chunk = [0; MAX_LINE];
-        let got = match client.stream.read(&mut chunk) {
-            Ok(0) => return Fate::Goes,
-            Ok(got) => got,
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {
-                return Fate::Stays;
+        let got = match client.stream.recv_with_fd(&mut chunk) {
+            Ok((0, _)) => return Fate::Goes,
+            Ok((got, descriptor)) => {
+                // The one that came last is the next request's.
+                client.descriptor = descriptor.or(client.descriptor.take());
+                got
             }
+            Err(error) if matches!(error.errno(), libc::EAGAIN | libc::EINTR) => return Fate::Stays,
             Err(_) => return Fate::Goes,
         };
         client.input.extend_from_slice(&chunk[..got]);
@@ -145,7 +153,10 @@ impl Server {
         let result = match command {
             Command::AttachConsole => self.commanded.can_attach().map(|()| Answer::Done),
             Command::Quit => Ok(Answer::Done),
-            command => self.commanded.command(command),
+            command => {
+                let descriptor = self.clients.get_mut(&token).and_then(|client| client.descriptor.take());
+                self.commanded.command(command, descriptor)
+            }
         };
         let done = result.is_ok();
         let outcome = result.map_or_else(Outcome::Error, Outcome::Ok);

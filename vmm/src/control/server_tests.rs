@@ -1,4 +1,4 @@
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ struct Machine {
 }
 
 impl Commanded for Machine {
-    fn command(&mut self, command: Command) -> Result<Answer, String> {
+    fn command(&mut self, command: Command, _: Option<std::fs::File>) -> Result<Answer, String> {
         match command {
             Command::State => Ok(Answer::State(RunState::Running)),
             Command::Pause => Err("It does not want to".into()),

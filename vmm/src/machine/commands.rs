@@ -1,5 +1,6 @@
 //! What the control socket asks of a machine.
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -22,7 +23,7 @@ impl Commands {
 }
 
 impl Commanded for Commands {
-    fn command(&mut self, command: Command) -> Result<Answer, String> {
+    fn command(&mut self, command: Command, descriptor: Option<File>) -> Result<Answer, String> {
         match command {
             Command::State => return Ok(Answer::State(self.machine.run_state())),
             Command::Stats => return Ok(Answer::Stats(Box::new(self.machine.stats()))),
@@ -31,6 +32,10 @@ impl Commanded for Commands {
                 return Ok(Answer::Saved(hexadecimal(&saved)));
             }
             Command::Ram => return Ok(Answer::Ram(self.machine.ram())),
+            Command::SwitchDisk => {
+                let overlay = descriptor.ok_or("The request came without a descriptor")?;
+                self.machine.switch_disk(overlay).map_err(|error| crate::chain(&error))?;
+            }
             Command::SetLink(up) => self.machine.set_link(up)?,
             Command::Pause => self.machine.pause().map_err(|error| crate::chain(&error))?,
             Command::Resume => self.machine.resume().map_err(|error| crate::chain(&error))?,

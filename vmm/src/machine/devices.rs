@@ -1,6 +1,7 @@
 //! The devices of a machine, and how each is wired to buses, interrupts and threads.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
@@ -14,7 +15,7 @@ use crate::console::Console;
 use crate::control::protocol::Cause;
 use crate::description::{self, Description};
 use crate::devices::balloon::Balloon;
-use crate::devices::block::{Block, Image};
+use crate::devices::block::{Block, Image, ImageError};
 use crate::devices::fs::{Fs, ShareRoot};
 use crate::devices::i8042::I8042;
 use crate::devices::net::Net;
@@ -257,6 +258,11 @@ impl Devices {
             lock(nic).device_mut().set_link(up);
         }
         Ok(())
+    }
+
+    /// The first disk goes on in another file; `None` if there is no disk.
+    pub(super) fn switch_disk(&self, overlay: File) -> Result<Option<()>, ImageError> {
+        self.disks.first().map(|disk| lock(disk).device_mut().switch(overlay)).transpose()
     }
 
     /// Writes out what is held back.

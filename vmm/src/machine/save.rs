@@ -1,11 +1,13 @@
 //! What is saved of a machine that stands.
 
+use std::fs::File;
 use std::io;
 
 use vm_memory::{GuestMemory, GuestMemoryRegion};
 
 use super::{Machine, State, lock};
 use crate::control::protocol::RamRange;
+use crate::devices::block::ImageError;
 use crate::memory;
 use crate::snapshot::{self, MachineState, StateError};
 use crate::vm::{VmError, call};
@@ -36,6 +38,20 @@ pub enum SaveError {
     /// The file.
     #[error("Cannot save the machine")]
     State(#[from] StateError),
+}
+
+/// Why a disk did not go on in another file. It goes on in the one that it has.
+#[derive(Debug, thiserror::Error)]
+pub enum SwitchError {
+    /// It runs.
+    #[error("Cannot give the machine another disk while it runs: pause it first")]
+    Running,
+    /// There is none.
+    #[error("The machine has no disk")]
+    NoDisk,
+    /// The file.
+    #[error("Cannot go on on another disk")]
+    Image(#[from] ImageError),
 }
 
 impl Machine {
@@ -75,6 +91,13 @@ impl Machine {
             length: region.len(),
         };
         self.vm.memory().iter().map(range).collect()
+    }
+
+    /// The first disk goes on in `overlay`, an empty qcow2 on what it was. The machine must be paused.
+    pub fn switch_disk(&self, overlay: File) -> Result<(), SwitchError> {
+        let paused = self.state();
+        let State::Paused(_) = &*paused else { return Err(SwitchError::Running) };
+        self.devices.switch_disk(overlay)?.ok_or(SwitchError::NoDisk)
     }
 
     /// Puts the cables of all NICs in, or pulls them out.

@@ -199,9 +199,9 @@ pub enum Routine {
     LoadIdt,
     Int3,
     TripleFault,
+    CountUp,
     /// What stands in place of firmware.
     ResetVector,
-    CountUp,
 }
 
 impl Routine {
@@ -218,8 +218,8 @@ impl Routine {
             Self::LoadIdt => &raw const kvm_guest_load_idt,
             Self::Int3 => &raw const kvm_guest_int3,
             Self::TripleFault => &raw const kvm_guest_triple_fault,
-            Self::ResetVector => return layout::RESET_VECTOR,
             Self::CountUp => &raw const kvm_guest_count_up,
+            Self::ResetVector => return layout::RESET_VECTOR,
         })
     }
 }

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use catalyst_vmm::boot::testing::elf;
 use catalyst_vmm::control::protocol::{Answer, Cause, Event, Outcome, RamRange, Reply, RunState, Stats};
@@ -392,6 +393,16 @@ impl Control {
         let line = self.line();
         let reply: Reply = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
         assert_eq!(reply.id, id);
+        reply.outcome
+    }
+
+    /// The same with a descriptor.
+    pub fn ask_with(&mut self, command: &str, file: &File) -> Outcome {
+        let line = format!("{{\"id\":99,\"command\":{command}}}\n");
+        self.stream.get_ref().send_with_fd(line.as_bytes(), file.as_raw_fd()).unwrap();
+        let line = self.line();
+        let reply: Reply = serde_json::from_str(&line).unwrap_or_else(|error| panic!("{line:?}: {error}"));
+        assert_eq!(reply.id, 99);
         reply.outcome
     }
 

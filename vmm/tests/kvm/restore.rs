@@ -423,3 +423,60 @@ fn a_machine_is_saved_and_restored_confined_as_the_daemon_starts_it() {
     assert!(counter.stop(&clone.guest) > 100);
     assert_eq!(clone.said(), "");
 }
+
+#[test]
+fn a_disk_goes_on_in_an_overlay_and_what_it_was_is_written_no_more() {
+    let Some(mut plan) = Plan::new() else { return };
+    // SAFETY: it only answers.
+    plan.as_user = unsafe { libc::geteuid() } == 0;
+    let image = add_devices(&mut plan, 3);
+    let mut machine = plan.start();
+    machine.guest.enable_interrupts();
+    let driver = Driver::new(&machine, DISK, 2);
+    let mut queue = driver.queue(0);
+    driver.ready();
+    let buffer = machine.guest.take(0x1000);
+    let write = |machine: &Machine, queue: &mut _, byte: u8| {
+        let memory = &machine.guest.memory;
+        let head = [1, 0, 0, 0, 0, 0, 0, 0, 5, 0, 0, 0, 0, 0, 0, 0, 0xff];
+        memory.write_slice(&head, GuestAddress(buffer)).unwrap();
+        memory.write_slice(&[byte; 512], GuestAddress(buffer + 512)).unwrap();
+        let chain = [(buffer, 16, 0), (buffer + 512, 512, 0), (buffer + 16, 1, WRITE)];
+        Driver::again(machine, DISK).request(queue, &chain);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(buffer + 16)).unwrap(), 0);
+    };
+    write(&machine, &mut queue, 0x11);
+    let overlay = tempfile::NamedTempFile::new().unwrap();
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b"])
+        .arg(image.path())
+        .arg(overlay.path())
+        .arg("1M")
+        .status();
+    if !made.is_ok_and(|made| made.success()) {
+        println!("SKIPPED: qemu-img (Debian: qemu-utils) is not installed");
+        return;
+    }
+    let switch = |machine: &mut Machine| {
+        let file = File::options().read(true).write(true).open(overlay.path()).unwrap();
+        let mut control = machine.connect();
+        control.ask_with("\"switch-disk\"", &file)
+    };
+    assert!(matches!(switch(&mut machine), Outcome::Error(why) if why.contains("pause it first")));
+    machine.command("pause");
+    let without = command(&mut machine, "switch-disk");
+    assert!(matches!(without, Outcome::Error(why) if why.contains("without a descriptor")));
+    assert_eq!(switch(&mut machine), Outcome::Ok(Answer::Done));
+    machine.command("resume");
+    write(&machine, &mut queue, 0x22);
+    machine.command("quit");
+    assert_eq!(machine.ends(Cause::Quit), "");
+    assert_eq!(std::fs::read(image.path()).unwrap()[5 * 512], 0x11);
+    let flat = tempfile::NamedTempFile::new().unwrap();
+    let converted = std::process::Command::new("qemu-img")
+        .args(["convert", "-f", "qcow2", "-O", "raw"])
+        .args([overlay.path(), flat.path()])
+        .status();
+    assert!(converted.unwrap().success());
+    assert_eq!(std::fs::read(flat.path()).unwrap()[5 * 512], 0x22);
+}

@@ -5,11 +5,12 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use catalyst_vmm::control::protocol::{
-    Answer, Cause, Command, Event, MAX_LINE, Outcome, Reply, Request, RunState,
+    Answer, Cause, Command, Event, Outcome, RamRange, Reply, Request, RunState,
 };
 use serde::Deserialize;
 use thiserror::Error;
@@ -18,8 +19,12 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
+use super::super::sockets;
+
 /// An answer that takes longer than this will not come.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest answer, in bytes: a saved machine, two digits a byte.
+const MAX_ANSWER: u64 = 2 * catalyst_vmm::snapshot::MAX_LENGTH + 4096;
 /// Most requests that wait for their answers; those that were given up wait as well.
 const MAX_WAITING: usize = 16;
 /// Most of a refusal's words, in characters.
@@ -107,6 +112,30 @@ impl Control {
         }
     }
 
+    /// The machine, which stands, but for its memory.
+    pub async fn saved(&self) -> Result<Vec<u8>, ControlError> {
+        match within(ANSWER_TIMEOUT, self.ask(Command::Save)).await? {
+            Answer::Saved(digits) => from_hex(&digits).ok_or(ControlError::Unfit),
+            _ => Err(ControlError::Unfit),
+        }
+    }
+
+    /// Where RAM lies.
+    pub async fn ram(&self) -> Result<Vec<RamRange>, ControlError> {
+        match within(ANSWER_TIMEOUT, self.ask(Command::Ram)).await? {
+            Answer::Ram(ranges) => Ok(ranges),
+            _ => Err(ControlError::Unfit),
+        }
+    }
+
+    /// Gives the first disk another file.
+    pub async fn switch_disk(&self, overlay: &OwnedFd) -> Result<(), ControlError> {
+        match within(ANSWER_TIMEOUT, self.ask_with(Command::SwitchDisk, Some(overlay))).await? {
+            Answer::Done => Ok(()),
+            _ => Err(ControlError::Unfit),
+        }
+    }
+
     /// Why the monitor said that it ends, if it did.
     pub fn exit(&self) -> Option<Cause> {
         *self.exit.borrow()
@@ -120,6 +149,10 @@ impl Control {
     }
 
     async fn ask(&self, command: Command) -> Result<Answer, ControlError> {
+        self.ask_with(command, None).await
+    }
+
+    async fn ask_with(&self, command: Command, descriptor: Option<&OwnedFd>) -> Result<Answer, ControlError> {
         let (sender, receiver) = oneshot::channel();
         {
             let mut guard = self.write.lock().await;
@@ -136,7 +169,10 @@ impl Control {
                 Some(queue) => queue.push_back((request.id, sender)),
             }
             // So few lines fit into the socket's buffer, also where the other side does not read.
-            write.write_all(&line).await?;
+            match descriptor {
+                None => write.write_all(&line).await?,
+                Some(descriptor) => sockets::send_with(write.as_ref(), &line, descriptor).await?,
+            }
         }
         match receiver.await {
             Ok(Outcome::Ok(answer)) => Ok(answer),
@@ -149,6 +185,12 @@ impl Control {
     }
 }
 
+/// The bytes that two hexadecimal digits each stand for.
+fn from_hex(digits: &str) -> Option<Vec<u8>> {
+    let pair = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    digits.len().is_multiple_of(2).then(|| digits.as_bytes().chunks(2).map(pair).collect()).flatten()
+}
+
 async fn within<T>(
     limit: Duration,
     asked: impl Future<Output = Result<T, ControlError>>,
@@ -159,7 +201,7 @@ async fn within<T>(
 /// The next message; `None` at the end of the connection, and where the other side breaks the protocol.
 async fn read_message(read: &mut BufReader<OwnedReadHalf>) -> Option<Message> {
     let mut line = Vec::new();
-    read.take(MAX_LINE as u64).read_until(b'\n', &mut line).await.ok()?;
+    read.take(MAX_ANSWER).read_until(b'\n', &mut line).await.ok()?;
     if line.is_empty() {
         return None;
     }
@@ -294,7 +336,7 @@ mod tests {
         while peer.write_all(&[b' '; 4096]).await.is_ok() {
             sent += 4096;
         }
-        assert!(sent < 1 << 24, "{sent} bytes were taken");
+        assert!(sent < MAX_ANSWER + (1 << 24), "{sent} bytes were taken");
         assert!(matches!(control.state().await, Err(ControlError::Closed)));
     }
 

@@ -3,7 +3,7 @@
 use std::os::fd::{AsRawFd, RawFd};
 
 use catalyst_vmm::description::{
-    Boot, Console, Description, Disk, Format, Layer, Nic, Port, Protocol, Serial, Share, VERSION, Vsock,
+    Boot, Console, Description, Disk, Layer, Nic, Port, Protocol, Serial, Share, VERSION, Vsock,
 };
 
 use super::super::StartSpec;
@@ -31,31 +31,39 @@ pub struct Descriptors {
 }
 
 /// Describes the VM of `spec`. Values are passed on as they are; [`Description::check`] refuses those that cannot be.
-pub fn describe(spec: &StartSpec, fd: Descriptors) -> Description {
-    let layer = |fd: &std::os::fd::OwnedFd, format| Layer { fd: fd.as_raw_fd(), format };
+///
+/// `from` are the descriptors of saved memory and state, where the VM goes on from there.
+pub fn describe(spec: &StartSpec, fd: Descriptors, from: Option<(RawFd, RawFd)>) -> Description {
+    let boot = || Boot {
+        kernel: spec.kernel.as_raw_fd(),
+        initrd: Some(spec.initrd.as_raw_fd()),
+        // What a software CPU needs besides is not for this one. There is no PCI, and a search for it is thousands of exits.
+        command_line: format!("{} pci=off", spec.command_line),
+        protocol: Protocol::Auto,
+    };
     Description {
         version: VERSION,
         name: spec.dir.id().to_string(),
         cpus: u8::try_from(spec.cpus).unwrap_or(u8::MAX),
         memory_mib: spec.memory_mib,
         huge_pages: true,
-        memory: None,
+        memory: from.map(|(memory, _)| memory),
         kvm: fd.kvm,
         control: fd.control,
-        boot: Boot {
-            kernel: spec.kernel.as_raw_fd(),
-            initrd: Some(spec.initrd.as_raw_fd()),
-            // What a software CPU needs besides is not for this one. There is no PCI, and a search for it is thousands of exits.
-            command_line: format!("{} pci=off", spec.command_line),
-            protocol: Protocol::Auto,
-        },
+        boot: from.is_none().then(boot),
+        restore: from.map(|(_, state)| state),
+        paused: true,
         disks: vec![Disk {
-            layers: vec![layer(&spec.overlay, Format::Qcow2), layer(&spec.base, Format::Raw)],
+            layers: spec
+                .layers
+                .iter()
+                .map(|own| Layer { fd: own.file.as_raw_fd(), format: own.format })
+                .collect(),
             read_only: false,
             queues: 1,
             serial: String::new(),
         }],
-        nics: vec![Nic { tap: spec.tap.as_raw_fd(), mac: spec.mac }],
+        nics: vec![Nic { tap: spec.tap.as_raw_fd(), mac: spec.mac, link_up: None }],
         uart: Some(Console { listener: Some(fd.console), log: Some(fd.console_log) }),
         serial: Some(Serial {
             console: None,
@@ -77,6 +85,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use catalyst_vmm::description::Format;
+
     use crate::store::{Store, VmId};
 
     fn spec() -> StartSpec {
@@ -90,12 +100,14 @@ mod tests {
             command_line: "console=ttyS0 quiet".to_owned(),
             command_line_software_cpu: "mitigations=off".to_owned(),
             kernel_hz: 250,
-            base: null(),
-            overlay: null(),
+            layers: [Format::Qcow2, Format::Raw]
+                .map(|format| super::super::super::Layer { file: null(), format })
+                .into(),
             tap: null(),
             mac: [2, 0xca, 0xa5, 1, 2, 3],
             user: 1_879_113_738,
             cid: 13,
+            from: None,
         }
     }
 
@@ -105,10 +117,11 @@ mod tests {
     #[test]
     fn the_monitor_understands_it_and_every_descriptor_is_in_it_once() {
         let spec = spec();
-        let text = serde_json::to_vec(&describe(&spec, FD)).unwrap();
+        let text = serde_json::to_vec(&describe(&spec, FD, None)).unwrap();
         let read = Description::from_json(&text).unwrap();
         let named: Vec<RawFd> = read.descriptors().into_iter().map(|(_, fd)| fd).collect();
-        let own = [&spec.kernel, &spec.initrd, &spec.base, &spec.overlay, &spec.tap].map(AsRawFd::as_raw_fd);
+        let [overlay, base] = [0, 1].map(|layer: usize| &spec.layers[layer].file);
+        let own = [&spec.kernel, &spec.initrd, base, overlay, &spec.tap].map(AsRawFd::as_raw_fd);
         for fd in own.into_iter().chain(1001..=1006) {
             assert!(named.contains(&fd), "{fd} in {named:?}");
         }
@@ -118,11 +131,11 @@ mod tests {
     #[test]
     fn the_overlay_stands_on_the_base_and_nothing_of_a_software_cpu_is_told() {
         let spec = spec();
-        let described = describe(&spec, FD);
+        let described = describe(&spec, FD, None);
         let layers = &described.disks[0].layers;
-        assert_eq!((layers[0].fd, layers[0].format), (spec.overlay.as_raw_fd(), Format::Qcow2));
-        assert_eq!((layers[1].fd, layers[1].format), (spec.base.as_raw_fd(), Format::Raw));
-        assert_eq!(described.boot.command_line, "console=ttyS0 quiet pci=off");
+        assert_eq!((layers[0].fd, layers[0].format), (spec.layers[0].file.as_raw_fd(), Format::Qcow2));
+        assert_eq!((layers[1].fd, layers[1].format), (spec.layers[1].file.as_raw_fd(), Format::Raw));
+        assert_eq!(described.boot.as_ref().unwrap().command_line, "console=ttyS0 quiet pci=off");
         assert_eq!(described.nics[0].mac, spec.mac);
         assert_eq!(described.vsock.unwrap().cid, 13);
         assert!(described.confine && described.huge_pages);
@@ -131,7 +144,7 @@ mod tests {
     #[test]
     fn more_cpus_than_the_monitor_has_are_refused_not_cut() {
         let many = StartSpec { cpus: 300, ..spec() };
-        let error = describe(&many, FD).check().unwrap_err().to_string();
+        let error = describe(&many, FD, None).check().unwrap_err().to_string();
         assert!(error.contains("cpus"), "{error}");
     }
 }

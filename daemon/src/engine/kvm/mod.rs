@@ -7,6 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use catalyst_api::EngineName;
@@ -15,9 +16,12 @@ use catalyst_vmm::description::Description;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use rustix::fs::MemfdFlags;
+use sha2::{Digest, Sha256};
 
+use super::capture::Extent;
 use super::process::{Exit, Launch, Process, Program};
-use super::{Engine, EngineError, StartSpec, VmProcess, folder, sockets};
+use super::qemu::tsc;
+use super::{Engine, EngineError, Fit, Layer, StartSpec, VmProcess, folder, sockets};
 use crate::privilege::as_root;
 use crate::settings::sibling;
 use crate::store::VmDir;
@@ -28,6 +32,8 @@ use description::Descriptors;
 pub const PROGRAM: &str = "catalyst-vmm";
 const CONTROL_SOCKET: &str = "control.sock";
 const VSOCK_SOCKET: &str = "vsock.sock";
+/// The generation of the machine's make-up: another number where a saved machine would not fit any more.
+const MACHINE: u32 = 1;
 /// How long the monitor may take from its start to its first answer, which is when it has loaded the kernel.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long one that was found again may take.
@@ -64,12 +70,13 @@ struct KvmVm {
 }
 
 impl KvmVm {
+    fn control(&self, what: &'static str) -> Result<&Control, EngineError> {
+        self.control.as_ref().map_err(|why| EngineError::Refused { what, why: why.clone() })
+    }
+
     /// Asks for something that has no answer but that it is done.
     async fn tell(&self, what: &'static str, command: Command) -> Result<(), EngineError> {
-        match &self.control {
-            Ok(control) => control.tell(command).await.map_err(refused(what)),
-            Err(why) => Err(EngineError::Refused { what, why: why.clone() }),
-        }
+        self.control(what)?.tell(command).await.map_err(refused(what))
     }
 }
 
@@ -82,7 +89,19 @@ impl Engine for KvmEngine {
         EngineName::Kvm
     }
 
-    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Box<dyn VmProcess>, EngineError>> {
+    fn fit(&self) -> BoxFuture<'_, Result<Fit, EngineError>> {
+        async {
+            let read = tokio::task::spawn_blocking(|| Ok((processor()?, tsc::khz()))).await;
+            let read = read.map_err(io::Error::other).and_then(|read: io::Result<_>| read);
+            let (processor, tsc_khz) = read.map_err(EngineError::io("look at the processor"))?;
+            let program =
+                format!("{PROGRAM} {} state {}", env!("CARGO_PKG_VERSION"), catalyst_vmm::snapshot::VERSION);
+            Ok(Fit { program, machine: MACHINE, processor, tsc_khz })
+        }
+        .boxed()
+    }
+
+    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
         async move {
             let (dir, program) = (spec.dir.clone(), self.program.clone());
             let process = tokio::task::spawn_blocking(move || launch(spec, program))
@@ -90,7 +109,7 @@ impl Engine for KvmEngine {
                 .map_err(|error| EngineError::Died(error.to_string()))??;
             match begin(&process, &dir).await {
                 Ok(control) => {
-                    Ok(Box::new(KvmVm { dir, process, control: Ok(control) }) as Box<dyn VmProcess>)
+                    Ok(Arc::new(KvmVm { dir, process, control: Ok(control) }) as Arc<dyn VmProcess>)
                 }
                 Err(error) => {
                     // Nobody would know of it any more.
@@ -103,7 +122,7 @@ impl Engine for KvmEngine {
         .boxed()
     }
 
-    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>> {
+    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {
         async move {
             let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
             let control = match connect(&process, &dir, ADOPT_LIMIT).await {
@@ -112,20 +131,15 @@ impl Engine for KvmEngine {
                 Err(EngineError::Died(_)) => return Ok(None),
                 Err(error) => Err(error.to_string()),
             };
-            Ok(Some(Box::new(KvmVm { dir, process, control }) as Box<dyn VmProcess>))
+            Ok(Some(Arc::new(KvmVm { dir, process, control }) as Arc<dyn VmProcess>))
         }
         .boxed()
     }
 }
 
-/// Waits until a monitor that was just started runs the guest.
+/// Waits until a monitor that was just started has built its machine, which stands.
 async fn begin(process: &Process, dir: &VmDir) -> Result<Control, EngineError> {
-    let what = "start its virtual CPUs";
-    let (control, state) = connect(process, dir, START_LIMIT).await?;
-    match state {
-        RunState::Running => Ok(control),
-        RunState::Paused => Err(EngineError::Refused { what, why: "they stand".to_owned() }),
-    }
+    connect(process, dir, START_LIMIT).await.map(|(control, _)| control)
 }
 
 /// Connects to the control socket and asks for the state: the monitor answers once it has one.
@@ -165,7 +179,8 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
         console_log: console_log.as_raw_fd(),
         vsock: vsock.as_raw_fd(),
     };
-    let described = description::describe(&spec, descriptors);
+    let from = spec.from.as_ref().map(|saved| (saved.memory.as_raw_fd(), saved.state.as_raw_fd()));
+    let described = description::describe(&spec, descriptors, from);
     described.check()?;
     let described = memfd(&described).map_err(EngineError::io("write the description of the VM"))?;
     let launch = Launch {
@@ -183,13 +198,16 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
             vsock,
             spec.kernel,
             spec.initrd,
-            spec.base,
-            spec.overlay,
             spec.tap,
-        ],
+        ]
+        .into_iter()
+        .chain(spec.layers.into_iter().map(|layer| layer.file))
+        .chain(spec.from.into_iter().flat_map(|saved| [saved.memory.into(), saved.state]))
+        .collect(),
         user: spec.user,
         // The folder of shares lies in a mount namespace of the monitor's own.
         may_mount: true,
+        large_pages: true,
         log,
     };
     Process::spawn(launch, &spec.dir.run())
@@ -214,6 +232,19 @@ fn memfd(description: &Description) -> io::Result<OwnedFd> {
     file.write_all(&serde_json::to_vec(description)?)?;
     file.rewind()?;
     Ok(file.into())
+}
+
+/// What a guest sees of the processor: who made it, and what it can do (/proc/cpuinfo, of the first).
+fn processor() -> io::Result<String> {
+    let text = std::fs::read_to_string("/proc/cpuinfo")?;
+    let of = |name: &str| {
+        let line = text.lines().find(|line| line.split(':').next().is_some_and(|key| key.trim() == name));
+        line.and_then(|line| line.split_once(':')).map_or("", |(_, value)| value.trim()).to_owned()
+    };
+    let digest = Sha256::digest(of("flags"));
+    let digest: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let [vendor, family, model, stepping] = ["vendor_id", "cpu family", "model", "stepping"].map(of);
+    Ok(format!("{vendor} {family}/{model}/{stepping} {digest}"))
 }
 
 /// How the process ended: what its status says or, where that is not known, what it told before. `words` are the
@@ -250,14 +281,40 @@ impl VmProcess for KvmVm {
     fn is_running(&self) -> BoxFuture<'_, Result<bool, EngineError>> {
         async {
             let what = "tell its state";
-            match &self.control {
-                Ok(control) => {
-                    control.state().await.map(|state| state == RunState::Running).map_err(refused(what))
-                }
-                Err(why) => Err(EngineError::Refused { what, why: why.clone() }),
-            }
+            let state = self.control(what)?.state().await.map_err(refused(what))?;
+            Ok(state == RunState::Running)
         }
         .boxed()
+    }
+
+    fn ram(&self) -> BoxFuture<'_, Result<Vec<Extent>, EngineError>> {
+        async {
+            let what = "tell where its memory is";
+            let ranges = self.control(what)?.ram().await.map_err(refused(what))?;
+            Ok(ranges.into_iter().map(|range| Extent { start: range.host, length: range.length }).collect())
+        }
+        .boxed()
+    }
+
+    fn save(&self, mut state: File) -> BoxFuture<'_, Result<(), EngineError>> {
+        async move {
+            let what = "save its state";
+            let saved = self.control(what)?.saved().await.map_err(refused(what))?;
+            state.write_all(&saved).map_err(EngineError::io("write the VM's state"))
+        }
+        .boxed()
+    }
+
+    fn switch_disk(&self, overlay: Layer) -> BoxFuture<'_, Result<(), EngineError>> {
+        async move {
+            let what = "go on on another disk";
+            self.control(what)?.switch_disk(&overlay.file).await.map_err(refused(what))
+        }
+        .boxed()
+    }
+
+    fn set_link(&self, up: bool) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.tell("plug the cable", Command::SetLink(up)).boxed()
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>> {

@@ -6,6 +6,8 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
+use catalyst_vmm::description::Format;
+
 use crate::store::config::format_mac;
 
 /// The numbers of the descriptors that QEMU inherits.
@@ -15,10 +17,6 @@ pub struct Descriptors {
     pub kernel: RawFd,
     /// Initial RAM disk.
     pub initrd: RawFd,
-    /// The template's raw disk.
-    pub base: RawFd,
-    /// The VM's qcow2.
-    pub overlay: RawFd,
     /// Tap.
     pub tap: RawFd,
     /// Listening socket of the agent's port.
@@ -44,11 +42,36 @@ pub struct Machine<'a> {
     pub command_line: &'a str,
     /// MAC address of the NIC.
     pub mac: [u8; 6],
+    /// The files of the disk, its own first.
+    pub layers: &'a [(RawFd, Format)],
+    /// Where its memory is.
+    pub memory: Memory,
 }
+
+/// Where a machine has its memory, and so whether it boots or goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// New: it boots.
+    New,
+    /// In a memfd that nobody writes: pages that it writes are its own. It waits for its state.
+    Private(RawFd),
+    /// In a memfd of its own. It waits for its state.
+    Own(RawFd),
+}
+
+/// What the disk is called.
+pub const DISK: &str = "disk0";
+/// What the host's end of the NIC's cable is called.
+pub const CABLE: &str = "net0";
+/// Sets of descriptors (`-add-fd`) that are not a disk's; those of its layers begin at [`LAYER_SETS`].
+const LOG_SET: u32 = 1;
+/// Where state is written to.
+pub const STATE_SET: u32 = 2;
+const LAYER_SETS: usize = 10;
 
 /// The arguments of `qemu-system-x86_64`.
 pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
-    let Machine { name, cpus, memory_mib, command_line, mac } = machine;
+    let Machine { name, cpus, memory_mib, command_line, mac, layers, memory } = machine;
     let mac = format_mac(*mac);
     let mut args: Vec<String> = Vec::new();
     let mut arg = |option: &str, value: String| args.extend([option.to_owned(), value]);
@@ -58,43 +81,71 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
     arg("-no-user-config", String::new());
     arg("-display", "none".into());
     arg("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
+    // `suppress-vmdesc`: no description of the state is expected after it.
     arg(
         "-machine",
-        "microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=ram".into(),
+        "microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=ram,suppress-vmdesc=on"
+            .into(),
     );
     arg("-accel", "tcg,thread=multi,tb-size=256".into());
     // Left out: five-level paging and what guests use wherever they see it although it is slow in software.
     arg("-cpu", "max,-la57,-erms,-smap".into());
     arg("-smp", format!("{cpus}"));
     arg("-m", format!("{memory_mib}M"));
-    arg("-object", format!("memory-backend-ram,id=ram,size={memory_mib}M"));
     arg("-global", "virtio-mmio.force-legacy=false".into());
-
-    arg("-kernel", format!("/proc/self/fd/{}", fd.kernel));
-    arg("-initrd", format!("/proc/self/fd/{}", fd.initrd));
-    arg("-append", (*command_line).to_owned());
+    let (file, share) = match memory {
+        Memory::New => {
+            arg("-object", format!("memory-backend-ram,id=ram,size={memory_mib}M"));
+            arg("-kernel", format!("/proc/self/fd/{}", fd.kernel));
+            arg("-initrd", format!("/proc/self/fd/{}", fd.initrd));
+            arg("-append", (*command_line).to_owned());
+            (None, "")
+        }
+        Memory::Private(file) => (Some(file), "off"),
+        Memory::Own(file) => (Some(file), "on"),
+    };
+    if let Some(file) = file {
+        let path = format!("/proc/self/fd/{file}");
+        arg(
+            "-object",
+            format!("memory-backend-file,id=ram,size={memory_mib}M,mem-path={path},share={share}"),
+        );
+        // The state is that of devices alone (`xen-save-devices-state`), without what a migration has around it.
+        arg("-global", "migration.send-configuration=off".into());
+        // Once is enough for a bridge; a clone's cable is out. With none QEMU 7.2 dies when the guest resets its NIC.
+        arg("-global", "migration.announce-rounds=1".into());
+        arg("-incoming", "defer".into());
+        // There is no kernel to boot anew with: the daemon starts another process.
+        arg("-action", "reboot=shutdown".into());
+    }
 
     // Descriptor sets keep QEMU from opening, and names in image headers from being followed.
-    arg("-add-fd", format!("fd={},set=1", fd.base));
-    arg("-add-fd", format!("fd={},set=2", fd.overlay));
-    arg("-add-fd", format!("fd={},set=3", fd.console_log));
-    arg(
-        "-blockdev",
-        "driver=file,node-name=base-file,filename=/dev/fdset/1,read-only=on,cache.direct=off".into(),
-    );
-    arg("-blockdev", "driver=raw,node-name=base,file=base-file,read-only=on".into());
-    arg(
-        "-blockdev",
-        "driver=file,node-name=disk-file,filename=/dev/fdset/2,discard=unmap,aio=threads".into(),
-    );
-    arg(
-        "-blockdev",
-        "driver=qcow2,node-name=disk,file=disk-file,backing=base,discard=unmap,detect-zeroes=unmap".into(),
-    );
-    arg("-device", "virtio-blk-device,drive=disk,id=disk0".into());
+    arg("-add-fd", format!("fd={},set={LOG_SET}", fd.console_log));
+    for (at, (fd, format)) in layers.iter().enumerate().rev() {
+        let disk = LAYER_SETS + at;
+        arg("-add-fd", format!("fd={fd},set={disk}"));
+        let (node, mut rest) = (node_name(at), String::new());
+        let (mut options, format) = match format {
+            Format::Raw => (String::from(",cache.direct=off"), "raw"),
+            Format::Qcow2 => (String::new(), "qcow2"),
+        };
+        if at + 1 < layers.len() && format == "qcow2" {
+            rest = format!(",backing={}", node_name(at + 1));
+        }
+        if at == 0 {
+            options.push_str(",discard=unmap,aio=threads");
+            rest.push_str(",discard=unmap,detect-zeroes=unmap");
+        } else {
+            options.push_str(",read-only=on");
+            rest.push_str(",read-only=on");
+        }
+        arg("-blockdev", format!("driver=file,node-name={node}-file,filename=/dev/fdset/{disk}{options}"));
+        arg("-blockdev", format!("driver={format},node-name={node},file={node}-file{rest}"));
+    }
+    arg("-device", format!("virtio-blk-device,drive=disk,id={DISK}"));
 
-    arg("-netdev", format!("tap,id=net0,fd={},vhost=off", fd.tap));
-    arg("-device", format!("virtio-net-device,netdev=net0,id=nic0,mac={mac}"));
+    arg("-netdev", format!("tap,id={CABLE},fd={},vhost=off", fd.tap));
+    arg("-device", format!("virtio-net-device,netdev={CABLE},id=nic0,mac={mac}"));
 
     arg("-device", "virtio-serial-device,id=serial0".into());
     arg("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd.agent));
@@ -102,14 +153,24 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
 
     arg(
         "-chardev",
-        format!("socket,id=console,fd={},server=on,wait=off,logfile=/dev/fdset/3,logappend=on", fd.console),
+        format!(
+            "socket,id=console,fd={},server=on,wait=off,logfile=/dev/fdset/{LOG_SET},logappend=on",
+            fd.console
+        ),
     );
     arg("-serial", "chardev:console".into());
     arg("-device", "virtio-rng-device".into());
 
     arg("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", fd.qmp));
     arg("-mon", "chardev=qmp,mode=control".into());
+    // The virtual CPUs stand until they are told to go.
+    arg("-S", String::new());
     args.into_iter().filter(|arg| !arg.is_empty()).map(OsString::from).collect()
+}
+
+/// What a layer of the disk is called among block nodes.
+fn node_name(layer: usize) -> String {
+    if layer == 0 { "disk".to_owned() } else { format!("below{layer}") }
 }
 
 #[cfg(test)]
@@ -121,8 +182,6 @@ mod tests {
         let fd = Descriptors {
             kernel: 101,
             initrd: 102,
-            base: 103,
-            overlay: 104,
             tap: 105,
             agent: 106,
             console: 107,
@@ -135,6 +194,8 @@ mod tests {
             memory_mib: 1024,
             command_line: "console=ttyS0",
             mac: [0x52, 0x54, 0, 0, 0, 1],
+            layers: &[(103, Format::Qcow2), (104, Format::Raw)],
+            memory: Memory::New,
         };
         let args = arguments(&machine, fd);
         let text = args.join(std::ffi::OsStr::new(" ")).into_string().unwrap();

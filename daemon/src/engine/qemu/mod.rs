@@ -1,27 +1,41 @@
 //! Engine `qemu`: QEMU's software CPU, for machines where KVM is absent or too slow.
 
 pub mod command;
+pub mod frozen;
 pub mod qmp;
 pub mod tsc;
 
-use std::os::fd::AsRawFd;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::Arc;
 
 use catalyst_api::EngineName;
+use catalyst_vmm::description::Format;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use tokio::sync::OnceCell;
 
+use super::capture::Extent;
 use super::process::{Exit, Launch, Process, Program};
-use super::{Engine, EngineError, StartSpec, VmProcess, folder, sockets};
+use super::{Engine, EngineError, Fit, Layer, StartSpec, VmProcess, folder, sockets};
+use crate::privilege::as_root;
 use crate::store::VmDir;
+use frozen::Frozen;
 use qmp::{Qmp, QmpError};
 
 /// The program, from Debian's `qemu-system-x86`.
 pub const PROGRAM: &str = "qemu-system-x86_64";
 const QMP_SOCKET: &str = "qmp.sock";
 
+/// The generation of the machine's make-up: another number where a saved machine would not fit any more.
+const MACHINE: u32 = 1;
+
 /// See the module.
 #[derive(Debug, Default)]
-pub struct QemuEngine;
+pub struct QemuEngine {
+    frozen: Frozen,
+    version: OnceCell<String>,
+}
 
 /// A running QEMU.
 #[derive(Debug)]
@@ -29,6 +43,8 @@ struct QemuVm {
     process: Process,
     /// Or why there is none: a process that was found again and does not answer can still be ended.
     qmp: Result<Qmp, String>,
+    /// Memory that it has in common with others is kept as long as one of them lives.
+    _memory: Option<Arc<OwnedFd>>,
 }
 
 impl QemuVm {
@@ -42,13 +58,39 @@ impl Engine for QemuEngine {
         EngineName::Qemu
     }
 
-    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Box<dyn VmProcess>, EngineError>> {
+    fn fit(&self) -> BoxFuture<'_, Result<Fit, EngineError>> {
+        async {
+            let program = self.version.get_or_try_init(version).await?.clone();
+            // Software emulates the processor, but takes the counter's rate from the host's.
+            let tsc_khz = tokio::task::spawn_blocking(tsc::khz).await;
+            let tsc_khz = tsc_khz.map_err(|error| EngineError::Died(error.to_string()))?;
+            Ok(Fit { program, machine: MACHINE, processor: String::new(), tsc_khz })
+        }
+        .boxed()
+    }
+
+    fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
         async move {
             let dir = spec.dir.clone();
-            let process = tokio::task::spawn_blocking(move || launch(spec))
+            let frozen = self.frozen.clone();
+            let launched = tokio::task::spawn_blocking(move || launch(spec, &frozen))
                 .await
                 .map_err(|error| EngineError::Died(error.to_string()))??;
-            let qmp = match connect(&process, &dir).await {
+            let Launched { process, memory, state } = launched;
+            let begun = async {
+                let qmp = connect(&process, &dir).await?;
+                if memory.is_some() {
+                    // Nothing is sent by a clone before it has a name and an address of its own. The NIC's own end comes
+                    // back as it was saved, the host's does not.
+                    let out = qmp.set_link(command::CABLE, false).await;
+                    out.map_err(refused("pull the cable"))?;
+                }
+                if let Some(state) = state {
+                    folder::first_answer(&process, &dir, qmp.load(state)).await?;
+                }
+                Ok(qmp)
+            };
+            let qmp = match begun.await {
                 Ok(qmp) => qmp,
                 Err(error) => {
                     // Nobody would know of it any more.
@@ -57,12 +99,12 @@ impl Engine for QemuEngine {
                     return Err(error);
                 }
             };
-            Ok(Box::new(QemuVm { process, qmp: Ok(qmp) }) as Box<dyn VmProcess>)
+            Ok(Arc::new(QemuVm { process, qmp: Ok(qmp), _memory: memory }) as Arc<dyn VmProcess>)
         }
         .boxed()
     }
 
-    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Box<dyn VmProcess>>, EngineError>> {
+    fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {
         async move {
             let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
             let qmp = match connect(&process, &dir).await {
@@ -71,20 +113,59 @@ impl Engine for QemuEngine {
                 Err(EngineError::Died(_)) => return Ok(None),
                 Err(error) => Err(error.to_string()),
             };
-            Ok(Some(Box::new(QemuVm { process, qmp }) as Box<dyn VmProcess>))
+            Ok(Some(Arc::new(QemuVm { process, qmp, _memory: None }) as Arc<dyn VmProcess>))
         }
         .boxed()
     }
 }
 
-fn launch(spec: StartSpec) -> Result<Process, EngineError> {
+/// What `qemu-system-x86_64 --version` says first.
+async fn version() -> Result<String, EngineError> {
+    let output = tokio::process::Command::new(PROGRAM)
+        .arg("--version")
+        .output()
+        .await
+        .map_err(|source| EngineError::Program { program: PROGRAM.to_owned(), remedy: REMEDY, source })?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or_default().chars().take(200).collect())
+}
+
+const REMEDY: &str = "install it: sudo apt-get install qemu-system-x86 qemu-utils";
+
+/// A QEMU that was just started.
+struct Launched {
+    process: Process,
+    memory: Option<Arc<OwnedFd>>,
+    /// The number that it knows the file with its state by.
+    state: Option<RawFd>,
+}
+
+fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
+    let (mut memory, mut shared, mut kept) = (command::Memory::New, None, Vec::new());
+    let mut state = None;
+    if let Some(saved) = spec.from {
+        let own = |error| EngineError::io("put the saved memory into place")(error);
+        if saved.frozen {
+            let file = frozen.of(&saved.memory).map_err(own)?;
+            let copy = file.try_clone().map_err(own)?;
+            memory = command::Memory::Private(copy.as_raw_fd());
+            kept.push(copy);
+            shared = Some(file);
+        } else {
+            let file = frozen::thawed(&saved.memory).map_err(own)?;
+            memory = command::Memory::Own(file.as_raw_fd());
+            kept.push(file);
+        }
+        state = Some(saved.state.as_raw_fd());
+        kept.push(saved.state);
+    }
+    let layers: Vec<(RawFd, Format)> =
+        spec.layers.iter().map(|layer| (layer.file.as_raw_fd(), layer.format)).collect();
     let folder::Opened { log, console_log, agent, console } = folder::open(&spec.dir)?;
     let qmp = folder::listen(&spec.dir, QMP_SOCKET)?;
     let descriptors = command::Descriptors {
         kernel: spec.kernel.as_raw_fd(),
         initrd: spec.initrd.as_raw_fd(),
-        base: spec.base.as_raw_fd(),
-        overlay: spec.overlay.as_raw_fd(),
         tap: spec.tap.as_raw_fd(),
         agent: agent.as_raw_fd(),
         console: console.as_raw_fd(),
@@ -102,28 +183,26 @@ fn launch(spec: StartSpec) -> Result<Process, EngineError> {
             tsc::arguments(tsc::khz(), spec.kernel_hz)
         ),
         mac: spec.mac,
+        layers: &layers,
+        memory,
     };
+    let args = command::arguments(&machine, descriptors);
+    kept.extend([spec.kernel, spec.initrd, spec.tap, agent, console, console_log, qmp]);
+    kept.extend(spec.layers.into_iter().map(|layer| layer.file));
     let launch = Launch {
         engine: EngineName::Qemu,
         program: Program::InPath(PROGRAM.to_owned()),
-        remedy: "install it: sudo apt-get install qemu-system-x86 qemu-utils",
-        args: command::arguments(&machine, descriptors),
-        fds: vec![
-            spec.kernel,
-            spec.initrd,
-            spec.base,
-            spec.overlay,
-            spec.tap,
-            agent,
-            console,
-            console_log,
-            qmp,
-        ],
+        remedy: REMEDY,
+        args,
+        fds: kept,
         user: spec.user,
         may_mount: false,
+        // A clone is to cost little: most of what is QEMU's own is room for translated code, used here and there.
+        large_pages: memory == command::Memory::New,
         log,
     };
-    Process::spawn(launch, &spec.dir.run())
+    let process = Process::spawn(launch, &spec.dir.run())?;
+    Ok(Launched { process, memory: shared, state })
 }
 
 /// Connects to QEMU's control socket.
@@ -137,6 +216,20 @@ async fn connect(process: &Process, dir: &VmDir) -> Result<Qmp, EngineError> {
 
 fn refused(what: &'static str) -> impl FnOnce(QmpError) -> EngineError {
     move |error| EngineError::Refused { what, why: error.to_string() }
+}
+
+impl QemuVm {
+    /// Does something with the control connection that has no answer but that it is done.
+    async fn tell<'a, F>(
+        &'a self,
+        what: &'static str,
+        act: impl FnOnce(&'a Qmp) -> F,
+    ) -> Result<(), EngineError>
+    where
+        F: Future<Output = Result<(), QmpError>>,
+    {
+        act(self.qmp().map_err(refused(what))?).await.map_err(refused(what))
+    }
 }
 
 impl VmProcess for QemuVm {
@@ -163,23 +256,46 @@ impl VmProcess for QemuVm {
         .boxed()
     }
 
+    fn ram(&self) -> BoxFuture<'_, Result<Vec<Extent>, EngineError>> {
+        async {
+            let what = "tell where its memory is";
+            let qmp = self.qmp().map_err(refused(what))?;
+            // One piece, whatever the guest's holes.
+            let start = qmp.host_address(0).await.map_err(refused(what))?;
+            Ok(vec![Extent { start, length: qmp.memory_size().await.map_err(refused(what))? }])
+        }
+        .boxed()
+    }
+
+    fn save(&self, state: File) -> BoxFuture<'_, Result<(), EngineError>> {
+        async move {
+            // Of a set QEMU takes the descriptor that has the very access it wants.
+            let path = format!("/proc/self/fd/{}", state.as_raw_fd());
+            let state = as_root(|| OpenOptions::new().write(true).open(path));
+            let state = state.map_err(EngineError::io("open the file for the VM's state"))?;
+            self.tell("save its state", |qmp| qmp.save_devices(state.into(), command::STATE_SET)).await
+        }
+        .boxed()
+    }
+
+    fn switch_disk(&self, overlay: Layer) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.tell("go on on another disk", |qmp| qmp.switch_disk(overlay.file, command::DISK)).boxed()
+    }
+
+    fn set_link(&self, up: bool) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.tell("plug the cable", move |qmp| qmp.set_link(command::CABLE, up)).boxed()
+    }
+
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        async { self.qmp().map_err(refused("pause"))?.stop().await.map_err(refused("pause")) }.boxed()
+        self.tell("pause", Qmp::stop).boxed()
     }
 
     fn resume(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        async { self.qmp().map_err(refused("go on"))?.cont().await.map_err(refused("go on")) }.boxed()
+        self.tell("go on", Qmp::cont).boxed()
     }
 
     fn power_button(&self) -> BoxFuture<'_, Result<(), EngineError>> {
-        async {
-            self.qmp()
-                .map_err(refused("press the power button"))?
-                .system_powerdown()
-                .await
-                .map_err(refused("press the power button"))
-        }
-        .boxed()
+        self.tell("press the power button", Qmp::system_powerdown).boxed()
     }
 
     fn kill(&self) -> Result<(), EngineError> {
@@ -193,6 +309,7 @@ impl VmProcess for QemuVm {
             qmp.drained().await;
             match qmp.shutdown() {
                 Some(cause) if cause.guest && cause.reason == "guest-shutdown" => Exit::PoweredOff,
+                Some(cause) if cause.guest && cause.reason == "guest-reset" => Exit::Reset,
                 _ => exit,
             }
         }

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::os::fd::{OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::Deserialize;
@@ -15,6 +16,8 @@ use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufR
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
+
+use super::super::sockets;
 
 /// Longest line that is accepted, in bytes.
 const MAX_LINE: u64 = 256 * 1024;
@@ -51,6 +54,21 @@ pub struct Shutdown {
     pub reason: String,
 }
 
+/// How an incoming migration stands (`MigrationStatus` of qapi/migration.json), as far as it matters here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Incoming {
+    Loading,
+    Completed,
+    Failed,
+}
+
+/// What the events said so far.
+#[derive(Debug, Default)]
+struct Told {
+    shutdown: Option<Shutdown>,
+    incoming: Option<Incoming>,
+}
+
 type Answers = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>>>;
 
 /// A QMP connection in command mode.
@@ -58,7 +76,7 @@ type Answers = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>>
 pub struct Qmp {
     write: AsyncMutex<(OwnedWriteHalf, u64)>,
     answers: Answers,
-    shutdown: watch::Receiver<Option<Shutdown>>,
+    told: watch::Receiver<Told>,
     reader: tokio::task::JoinHandle<()>,
 }
 
@@ -86,9 +104,9 @@ impl Qmp {
             return Err(QmpError::Malformed("no greeting".to_owned()));
         }
         let answers = Answers::default();
-        let (events, shutdown) = watch::channel(None);
+        let (events, told) = watch::channel(Told::default());
         let reader = tokio::spawn(read_all(read, Arc::clone(&answers), events));
-        let qmp = Self { write: AsyncMutex::new((write, 0)), answers, shutdown, reader };
+        let qmp = Self { write: AsyncMutex::new((write, 0)), answers, told, reader };
         qmp.execute("qmp_capabilities", None).await?;
         Ok(qmp)
     }
@@ -116,19 +134,112 @@ impl Qmp {
         Ok(status.running)
     }
 
+    /// `set_link`: plugs a cable in, or out, at both ends.
+    pub async fn set_link(&self, cable: &str, up: bool) -> Result<(), QmpError> {
+        self.execute("set_link", Some(json!({ "name": cable, "up": up }))).await.map(drop)
+    }
+
+    /// `gpa2hva` of the human monitor: where a guest physical address lies in QEMU's own memory.
+    pub async fn host_address(&self, guest_address: u64) -> Result<u64, QmpError> {
+        let line = json!({ "command-line": format!("gpa2hva {guest_address:#x}") });
+        let answer = self.execute("human-monitor-command", Some(line)).await?;
+        let text = answer.as_str().unwrap_or_default();
+        let address =
+            text.trim_end().rsplit_once(" is 0x").and_then(|(_, hex)| u64::from_str_radix(hex, 16).ok());
+        address.ok_or_else(|| {
+            QmpError::Malformed(format!("gpa2hva: {}", text.chars().take(200).collect::<String>()))
+        })
+    }
+
+    /// `query-memory-size-summary`: bytes of RAM.
+    pub async fn memory_size(&self) -> Result<u64, QmpError> {
+        let answer = self.execute("query-memory-size-summary", None).await?;
+        let size = answer.get("base-memory").and_then(Value::as_u64);
+        size.ok_or_else(|| QmpError::Malformed("query-memory-size-summary without base-memory".to_owned()))
+    }
+
+    /// `xen-save-devices-state`: writes processors and devices, all but memory, to a file. Made for Xen, which keeps
+    /// guests' memory by itself, as we do. `set` is a number for the file while it lasts.
+    pub async fn save_devices(&self, state: OwnedFd, set: u32) -> Result<(), QmpError> {
+        self.execute_with("add-fd", Some(json!({ "fdset-id": set })), Some(state)).await?;
+        let file = json!({ "filename": format!("/dev/fdset/{set}"), "live": false });
+        let saved = self.execute("xen-save-devices-state", Some(file)).await;
+        self.execute("remove-fd", Some(json!({ "fdset-id": set }))).await?;
+        saved.map(drop)
+    }
+
+    /// `blockdev-snapshot`: what device `disk` writes goes from now on into the qcow2 `overlay`, whose header names what
+    /// the disk was until now.
+    pub async fn switch_disk(&self, overlay: OwnedFd, disk: &str) -> Result<(), QmpError> {
+        let active = self.active_node(disk).await?;
+        // Names and numbers that were not used before: nodes below stay, and so do their descriptors.
+        let added = self.execute_with("add-fd", None, Some(overlay)).await?;
+        let set = added.get("fdset-id").and_then(Value::as_u64);
+        let set = set.ok_or_else(|| QmpError::Malformed("add-fd without fdset-id".to_owned()))?;
+        let (file, node) = (format!("overlay{set}-file"), format!("overlay{set}"));
+        let options = json!({
+            "driver": "file", "node-name": file, "filename": format!("/dev/fdset/{set}"), "discard": "unmap",
+            "aio": "threads",
+        });
+        self.execute("blockdev-add", Some(options)).await?;
+        let options = json!({
+            "driver": "qcow2", "node-name": node, "file": file, "backing": null, "discard": "unmap",
+            "detect-zeroes": "unmap",
+        });
+        self.execute("blockdev-add", Some(options)).await?;
+        self.execute("blockdev-snapshot", Some(json!({ "node": active, "overlay": node }))).await.map(drop)
+    }
+
+    /// `query-block`: the node that a device reads and writes.
+    async fn active_node(&self, device: &str) -> Result<String, QmpError> {
+        let answer = self.execute("query-block", None).await?;
+        let of_device = |block: &&Value| {
+            let qdev = block.get("qdev").and_then(Value::as_str).unwrap_or_default();
+            qdev.split('/').any(|part| part == device)
+        };
+        let block = answer.as_array().and_then(|blocks| blocks.iter().find(of_device));
+        let node = block.and_then(|block| block.get("inserted")?.get("node-name")?.as_str());
+        node.map(str::to_owned).ok_or_else(|| QmpError::Malformed(format!("query-block without {device}")))
+    }
+
+    /// `migrate-incoming`: loads the state from an inherited descriptor into a QEMU that waits for it.
+    pub async fn load(&self, state: RawFd) -> Result<(), QmpError> {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.execute("migrate-set-capabilities", Some(events)).await?;
+        let mut told = self.told.clone();
+        self.execute("migrate-incoming", Some(json!({ "uri": format!("fd:{state}") }))).await?;
+        let ended =
+            told.wait_for(|told| matches!(told.incoming, Some(Incoming::Completed | Incoming::Failed)));
+        let ended = tokio::time::timeout(ANSWER_TIMEOUT, ended).await.map_err(|_| QmpError::Timeout)?;
+        match ended.map_err(|_| QmpError::Closed)?.incoming {
+            Some(Incoming::Completed) => Ok(()),
+            _ => Err(QmpError::Refused("the saved state does not load".to_owned())),
+        }
+    }
+
     /// The last `SHUTDOWN` event, if there was one.
     pub fn shutdown(&self) -> Option<Shutdown> {
-        self.shutdown.borrow().clone()
+        self.told.borrow().shutdown.clone()
     }
 
     /// Waits until everything QEMU sent before it closed the connection was read.
     pub async fn drained(&self) {
-        let mut shutdown = self.shutdown.clone();
+        let mut told = self.told.clone();
         // An error says that the reader has ended, which is what is waited for.
-        while shutdown.changed().await.is_ok() {}
+        while told.changed().await.is_ok() {}
     }
 
     async fn execute(&self, command: &str, arguments: Option<Value>) -> Result<Value, QmpError> {
+        self.execute_with(command, arguments, None).await
+    }
+
+    /// The same with a descriptor for QEMU to keep.
+    async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Option<Value>,
+        descriptor: Option<OwnedFd>,
+    ) -> Result<Value, QmpError> {
         let (sender, receiver) = oneshot::channel();
         {
             let mut guard = self.write.lock().await;
@@ -140,7 +251,11 @@ impl Qmp {
                 message["arguments"] = arguments;
             }
             self.answers.lock().unwrap_or_else(PoisonError::into_inner).insert(id, sender);
-            write.write_all(format!("{message}\r\n").as_bytes()).await?;
+            let line = format!("{message}\r\n");
+            match descriptor {
+                None => write.write_all(line.as_bytes()).await?,
+                Some(descriptor) => sockets::send_with(write.as_ref(), line.as_bytes(), &descriptor).await?,
+            }
         }
         match tokio::time::timeout(ANSWER_TIMEOUT, receiver).await {
             Ok(Ok(answer)) => answer,
@@ -162,15 +277,23 @@ async fn read_message<R: AsyncBufRead + Unpin>(read: &mut R) -> Result<Option<Va
     serde_json::from_slice(&line).map(Some).map_err(|error| QmpError::Malformed(error.to_string()))
 }
 
-async fn read_all(
-    mut read: BufReader<OwnedReadHalf>,
-    answers: Answers,
-    events: watch::Sender<Option<Shutdown>>,
-) {
+async fn read_all(mut read: BufReader<OwnedReadHalf>, answers: Answers, events: watch::Sender<Told>) {
     while let Ok(Some(message)) = read_message(&mut read).await {
-        if message.get("event").and_then(Value::as_str) == Some("SHUTDOWN") {
-            let cause = message.get("data").cloned().unwrap_or_default();
-            events.send_replace(serde_json::from_value(cause).ok());
+        let data = || message.get("data").cloned().unwrap_or_default();
+        match message.get("event").and_then(Value::as_str) {
+            Some("SHUTDOWN") => {
+                let cause = serde_json::from_value(data()).ok();
+                events.send_modify(|told| told.shutdown = cause);
+            }
+            Some("MIGRATION") => {
+                let incoming = match data().get("status").and_then(Value::as_str) {
+                    Some("completed") => Incoming::Completed,
+                    Some("failed") => Incoming::Failed,
+                    _ => Incoming::Loading,
+                };
+                events.send_modify(|told| told.incoming = Some(incoming));
+            }
+            _ => {}
         }
         let Some(id) = message.get("id").and_then(Value::as_u64) else { continue };
         let waiting = answers.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
@@ -215,10 +338,7 @@ mod tests {
         let (sender, receiver) = oneshot::channel();
         answers.lock().unwrap().insert(7, sender);
         drop(receiver);
-        let mut shutdown = qmp.shutdown.clone();
-        if shutdown.borrow_and_update().is_none() {
-            shutdown.changed().await.unwrap();
-        }
+        qmp.told.clone().wait_for(|told| told.shutdown.is_some()).await.unwrap();
         assert_eq!(qmp.shutdown().unwrap().reason, "guest-shutdown");
     }
 

@@ -67,7 +67,7 @@ async fn build(
     State(app): State<App>,
     Path(name): Path<String>,
 ) -> Result<(StatusCode, Json<Task>), Refusal> {
-    Ok((StatusCode::ACCEPTED, Json(app.images.build(&name)?)))
+    Ok((StatusCode::ACCEPTED, Json(app.images.build(&app.machines, &name)?)))
 }
 
 /// Compares every file of an image with its digest.

@@ -6,6 +6,7 @@ mod files;
 mod guest;
 mod images;
 mod logs;
+mod templates;
 mod vms;
 
 use utoipa_axum::router::OpenApiRouter;
@@ -20,6 +21,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .merge(files::routes())
         .merge(logs::routes())
         .merge(images::routes())
+        .merge(templates::routes())
         .merge(events::routes())
         .merge(daemon::routes())
 }

@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use catalyst_api::{ApiError, CreateVm, PowerRequest, UpdateVm, Vm};
+use catalyst_api::{ApiError, CloneVm, CreateVm, ErrorCode, MemoryInfo, PowerRequest, UpdateVm, Vm};
 use serde::Deserialize;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -13,12 +13,16 @@ use super::super::body::JsonBody;
 use super::super::error::Refusal;
 
 const TAG: &str = "VMs";
+/// Most clones that are made at once.
+const MOST_CLONES: usize = 256;
 
 pub(super) fn routes() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .routes(routes!(list, create))
         .routes(routes!(show, update, delete))
         .routes(routes!(power))
+        .routes(routes!(clone_all))
+        .routes(routes!(memory))
 }
 
 #[derive(Deserialize)]
@@ -94,6 +98,31 @@ async fn power(
     Path(id): Path<String>,
     JsonBody(request): JsonBody<PowerRequest>,
 ) -> Result<Json<Vm>, Refusal> {
-    let vm = app.machines.power(&id, request.op).await?;
+    let vm = app.machines.power(&id, request.op, request.cold).await?;
     Ok(Json(vm.view()))
+}
+
+/// Clones a VM with its disk. One that runs is cloned with its memory as well, and the clones run. All of them are made, or
+/// none.
+#[utoipa::path(post, path = "/v1/vms/{id}/clones", tag = TAG, params(("id" = String, Path)), request_body = CloneVm,
+    responses((status = 201, body = [Vm]), (status = 400, body = ApiError), (status = 404, body = ApiError),
+        (status = 409, body = ApiError)))]
+async fn clone_all(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    JsonBody(request): JsonBody<CloneVm>,
+) -> Result<(StatusCode, Json<Vec<Vm>>), Refusal> {
+    if !(1..=MOST_CLONES).contains(&request.ids.len()) {
+        let message = format!("'ids' has {} ids: 1 to {MOST_CLONES} are possible", request.ids.len());
+        return Err(Refusal::new(ErrorCode::InvalidRequest, message));
+    }
+    let made = app.machines.clone_all(&id, request.ids).await?;
+    Ok((StatusCode::CREATED, Json(made.iter().map(|vm| vm.view()).collect())))
+}
+
+/// Where the memory of a VM that is on is: its own, shared, untouched.
+#[utoipa::path(get, path = "/v1/vms/{id}/memory", tag = TAG, params(("id" = String, Path)),
+    responses((status = 200, body = MemoryInfo), (status = 404, body = ApiError), (status = 409, body = ApiError)))]
+async fn memory(State(app): State<App>, Path(id): Path<String>) -> Result<Json<MemoryInfo>, Refusal> {
+    Ok(Json(app.machines.memory(&id).await?))
 }

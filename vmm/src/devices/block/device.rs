@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_blk::{
 use virtio_queue::QueueState;
 use vmm_sys_util::epoll::EventSet;
 
-use super::image::Image;
+use super::image::{Image, ImageError};
 use super::state::BlockState;
 use super::worker::{Complaints, Disk, Worker};
 use super::{
@@ -67,6 +67,17 @@ impl Block {
     /// The disk's content, to be flushed when the machine ends.
     pub fn image(&self) -> &Image {
         &self.image
+    }
+
+    /// What is written goes into `overlay` from now on, an empty qcow2 on what the disk was. Threads of devices must be
+    /// paused.
+    pub fn switch(&mut self, overlay: std::fs::File) -> Result<(), ImageError> {
+        let image = self.image.under(overlay)?;
+        for active in &self.active {
+            active.worker.lock().unwrap_or_else(PoisonError::into_inner).disk.image = image.clone();
+        }
+        self.image = image;
+        Ok(())
     }
 
     fn start(&self, index: usize, queue: Virtqueue, features: u64) -> Result<Active, ActivateError> {

@@ -99,6 +99,9 @@ pub enum Refused {
     /// It has internal snapshots.
     #[error("it has {0} internal snapshots and cannot be written; delete them with `qemu-img snapshot -d`")]
     Snapshots(u32),
+    /// It is to take a disk's place, and has another size.
+    #[error("it has {0} bytes, and the disk {1}")]
+    Size(u64, u64),
     /// It shall be written, but its file cannot.
     #[error("its file is not open for writing, and the disk is not read-only")]
     NotWritable,
@@ -110,6 +113,8 @@ pub struct Image(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
+    /// The chain's files, for another that stands on it.
+    layers: Vec<(File, Format)>,
     access: RwLock<FormatAccess<Layer>>,
     /// The disk's own file.
     file: Arc<Shared>,
@@ -135,6 +140,9 @@ impl Image {
             }
             seen.push(identity);
         }
+        let kept = layers.iter().map(|(file, format)| Ok((file.try_clone()?, *format)));
+        let kept: io::Result<_> = kept.collect();
+        let kept = kept.map_err(|source| ImageError::File { layer: 0, source })?;
         let mut opened = None;
         for (layer, (file, format)) in layers.into_iter().enumerate().rev() {
             let below = opened.take().map(|(access, _, _)| access);
@@ -146,7 +154,22 @@ impl Image {
         }
         let size = access.size() / SECTOR * SECTOR;
         let freed = AtomicBool::new(false);
-        Ok(Self(Arc::new(Inner { access: RwLock::new(access), file, header, size, read_only, freed })))
+        let access = RwLock::new(access);
+        Ok(Self(Arc::new(Inner { layers: kept, access, file, header, size, read_only, freed })))
+    }
+
+    /// The same disk, written to the qcow2 `overlay` from now on, which is empty and as large. This one must not be
+    /// written any more.
+    pub fn under(&self, overlay: File) -> Result<Self, ImageError> {
+        let failed = |source| ImageError::File { layer: 0, source };
+        self.flush().map_err(failed)?;
+        let below = self.0.layers.iter().map(|(file, format)| Ok((file.try_clone()?, *format)));
+        let layers: io::Result<Vec<_>> = std::iter::once(Ok((overlay, Format::Qcow2))).chain(below).collect();
+        let image = Self::open(layers.map_err(failed)?, self.is_read_only())?;
+        if image.size() != self.size() {
+            return Err(ImageError::Refused { layer: 0, why: Refused::Size(image.size(), self.size()) });
+        }
+        Ok(image)
     }
 
     /// Its size in bytes, a multiple of [`SECTOR`]; what is left of a last sector is not seen.

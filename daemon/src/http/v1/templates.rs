@@ -1,0 +1,44 @@
+//! Templates and their warm states.
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use catalyst_api::{ApiError, Task, TemplateInfo, WarmRequest};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::super::App;
+use super::super::body::JsonBody;
+use super::super::error::Refusal;
+
+const TAG: &str = "Templates";
+
+pub(super) fn routes() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(list)).routes(routes!(show)).routes(routes!(warm))
+}
+
+/// All templates, with their warm states.
+#[utoipa::path(get, path = "/v1/templates", tag = TAG, responses((status = 200, body = [TemplateInfo])))]
+async fn list(State(app): State<App>) -> Result<Json<Vec<TemplateInfo>>, Refusal> {
+    Ok(Json(app.machines.templates().await?))
+}
+
+/// One template.
+#[utoipa::path(get, path = "/v1/templates/{name}", tag = TAG, params(("name" = String, Path)),
+    responses((status = 200, body = TemplateInfo), (status = 404, body = ApiError)))]
+async fn show(State(app): State<App>, Path(name): Path<String>) -> Result<Json<TemplateInfo>, Refusal> {
+    Ok(Json(app.machines.template(&name).await?))
+}
+
+/// Begins to make a warm state, which new VMs of that size go on from instead of booting.
+#[utoipa::path(post, path = "/v1/templates/{name}/warm", tag = TAG, params(("name" = String, Path)),
+    request_body = WarmRequest,
+    responses((status = 202, body = Task), (status = 400, body = ApiError), (status = 404, body = ApiError),
+        (status = 409, body = ApiError)))]
+async fn warm(
+    State(app): State<App>,
+    Path(name): Path<String>,
+    JsonBody(request): JsonBody<WarmRequest>,
+) -> Result<(StatusCode, Json<Task>), Refusal> {
+    Ok((StatusCode::ACCEPTED, Json(app.machines.warm(&name, request).await?)))
+}

@@ -1,0 +1,158 @@
+//! Clones of a VM that runs: it is frozen once, and each clone goes on from there.
+
+use std::sync::Arc;
+
+use catalyst_api::{EventKind, VmState};
+use futures_util::future::join_all;
+use tokio::sync::{mpsc, oneshot};
+use tracing::Instrument;
+
+use super::error::{CreateError, FreezeError, PowerError};
+use super::freeze::Frozen;
+use super::machine::{Asked, Command};
+use super::shared::Shared;
+use super::{Machines, Reservation, asked, with_lease};
+use crate::network::Lease;
+use crate::store::{VmConfig, VmId};
+
+/// A clone to be made: its id, which is taken for it.
+struct Wanted {
+    id: VmId,
+    lease: Lease,
+    tags: Vec<String>,
+    _reservation: Reservation,
+}
+
+impl Machines {
+    /// Makes clones of `parent`, with its disk, and where it runs with its memory too. All of them are there when this
+    /// returns, or none.
+    pub async fn clone_all(&self, parent: &str, ids: Vec<String>) -> Result<Vec<Arc<Shared>>, CreateError> {
+        let (machines, parent) = (self.clone(), parent.to_owned());
+        let made = async move {
+            let (shared, _) = machines.find(&parent)?;
+            if with_memory(shared.state()) {
+                let wanted = ids.into_iter().map(|id| (id, Vec::new())).collect();
+                return machines.clone_running(&parent, wanted).await;
+            }
+            let mut made = Vec::new();
+            for id in ids {
+                let request = catalyst_api::CreateVm {
+                    id,
+                    parent: Some(parent.clone()),
+                    ..catalyst_api::CreateVm::default()
+                };
+                match machines.create_whole(request).await {
+                    Ok(shared) => made.push(shared),
+                    Err(error) => {
+                        machines.unmake(&made).await;
+                        return Err(error);
+                    }
+                }
+            }
+            Ok(made)
+        };
+        // It is made whole or not at all, also when whoever asked is gone meanwhile.
+        tokio::spawn(made.in_current_span()).await.unwrap_or(Err(CreateError::Stopping))
+    }
+
+    /// Clones of a VM that runs; they run as well.
+    pub(super) async fn clone_running(
+        &self,
+        parent: &str,
+        ids: Vec<(String, Vec<String>)>,
+    ) -> Result<Vec<Arc<Shared>>, CreateError> {
+        let mut wanted = Vec::new();
+        for (id, tags) in ids {
+            let id = VmId::parse(&id)?;
+            let reservation = self.reserve(&id)?;
+            let lease = self.0.network.lease_for(id.as_str(), None);
+            wanted.push(Wanted {
+                lease: lease.inspect_err(|_| self.release(&wanted))?,
+                id,
+                tags,
+                _reservation: reservation,
+            });
+        }
+        let frozen = self.freeze(parent).await.inspect_err(|_| self.release(&wanted))?;
+        let mut made = Vec::new();
+        for one in &wanted {
+            match self.make_clone(&frozen, one).await {
+                Ok(clone) => made.push(clone),
+                Err(error) => {
+                    self.release(&wanted[made.len()..]);
+                    let made: Vec<_> = made.into_iter().map(|(shared, _)| shared).collect();
+                    self.unmake(&made).await;
+                    return Err(error);
+                }
+            }
+        }
+        let begun = join_all(made.iter().map(|(_, commands)| go_on(commands, &frozen))).await;
+        let made: Vec<_> = made.into_iter().map(|(shared, _)| shared).collect();
+        if let Some(error) = begun.into_iter().find_map(Result::err) {
+            self.unmake(&made).await;
+            return Err(error.into());
+        }
+        Ok(made)
+    }
+
+    async fn freeze(&self, parent: &str) -> Result<Arc<Frozen>, CreateError> {
+        let (_, commands) = self.find(parent)?;
+        let (reply, answer) = oneshot::channel();
+        commands.send(asked(Command::Freeze { reply })).await.map_err(|_| FreezeError::Stopping)?;
+        Ok(answer.await.map_err(|_| FreezeError::Stopping)??)
+    }
+
+    async fn make_clone(
+        &self,
+        frozen: &Arc<Frozen>,
+        wanted: &Wanted,
+    ) -> Result<(Arc<Shared>, mpsc::Sender<Asked>), CreateError> {
+        let base = VmConfig {
+            name: wanted.id.to_string(),
+            cpus: frozen.began.cpus,
+            memory_mib: frozen.began.memory_mib,
+            tags: wanted.tags.clone(),
+            ..frozen.config.clone()
+        };
+        let config = with_lease(base, &wanted.lease);
+        config.check()?;
+        let (context, frozen, id) = (Arc::clone(&self.0), Arc::clone(frozen), wanted.id.clone());
+        let dir = super::blocking(move || {
+            let owner = (context.owner.uid, context.owner.gid);
+            Ok(context.store.create(&id, &config, |dir| frozen.fill(dir, owner))?)
+        })
+        .await?;
+        let shared = self.add(dir, None)?;
+        self.0.events.send(EventKind::VmCreated { id: wanted.id.to_string() });
+        let (_, commands) = self.find(wanted.id.as_str())?;
+        Ok((shared, commands))
+    }
+
+    /// Gives back the addresses of clones that were not made.
+    fn release(&self, wanted: &[Wanted]) {
+        for one in wanted {
+            self.0.network.release(one.id.as_str());
+        }
+    }
+
+    /// Takes back what was made.
+    async fn unmake(&self, made: &[Arc<Shared>]) {
+        for shared in made {
+            if let Err(error) = self.delete(shared.dir().id().as_str(), true).await {
+                tracing::warn!(vm = %shared.dir().id(), %error, "a clone that was to be taken back stays");
+            }
+        }
+    }
+}
+
+async fn go_on(commands: &mpsc::Sender<Asked>, frozen: &Arc<Frozen>) -> Result<(), PowerError> {
+    let (reply, answer) = oneshot::channel();
+    let command = Command::GoOn { from: Arc::clone(frozen), reply };
+    commands.send(asked(command)).await.map_err(|_| PowerError::Stopping)?;
+    answer.await.map_err(|_| PowerError::Stopping)?
+}
+
+/// Whether a VM in that state is cloned with its memory.
+pub(super) fn with_memory(state: VmState) -> bool {
+    matches!(state, VmState::PoweredOn | VmState::Paused)
+}

@@ -1,0 +1,140 @@
+//! A running VM, frozen at one moment for others to go on from. The VM itself goes on as well.
+//!
+//! ```text
+//! while it runs     what its memory has in common with a file is copied; an empty overlay is made
+//! while it stands   devices are saved, its own pages copied; its disk so far becomes a layer that nobody writes
+//! ```
+//! The copy of its memory is made once, however many go on from it, and lives as long as they do. The VM keeps the memory
+//! that it has: nothing of its process is replaced, so that consoles, commands and connections live on.
+
+use std::fs::{self, File};
+use std::io::Read;
+use std::sync::Arc;
+
+use catalyst_api::EngineName;
+use catalyst_vmm::description::Format;
+
+use super::Context;
+use super::error::FreezeError;
+use crate::engine::capture::Memory;
+use crate::engine::{EngineError, Layer, Saved, VmProcess};
+use crate::saved::{self, SavedError};
+use crate::store::{Began, Chain, StoreError, VmConfig, VmDir, disk, files};
+
+/// More layers than this are not laid on each other.
+const MOST_LAYERS: usize = 32;
+/// The overlay that is to take the disk's place.
+const NEXT: &str = "disk.next.qcow2";
+
+/// What others go on from.
+#[derive(Debug)]
+pub(super) struct Frozen {
+    /// The engine that it was on.
+    pub engine: EngineName,
+    /// CPUs and memory.
+    pub began: Began,
+    /// The VM's configuration.
+    pub config: VmConfig,
+    /// The VM's folder, where the layers are.
+    pub dir: VmDir,
+    /// What the disks of the others stand on.
+    pub chain: Chain,
+    memory: File,
+    state: Vec<u8>,
+}
+
+impl Frozen {
+    /// What one of the others goes on from.
+    pub fn saved(&self) -> Result<Saved, SavedError> {
+        let memory = self.memory.try_clone().map_err(EngineError::io("copy a descriptor"))?;
+        let state = saved::in_memory(&self.state).map_err(EngineError::io("copy the VM's state"))?;
+        Ok(Saved { memory, frozen: true, state })
+    }
+
+    /// Puts a disk that stands on the frozen one into the folder of another VM.
+    pub fn fill(&self, to: &VmDir, owner: (u32, u32)) -> Result<(), StoreError> {
+        for name in &self.chain.own {
+            let (from, to) = (self.dir.path().join(name), to.path().join(name));
+            fs::hard_link(from, &to).map_err(StoreError::write(to))?;
+        }
+        to.write_chain(&self.chain)?;
+        files::write_atomically(&to.unnamed(), b"", 0o600).map_err(StoreError::write(to.unnamed()))?;
+        // A freeze always leaves a layer.
+        let below = to.path().join(self.chain.own.first().map_or("", String::as_str));
+        Ok(disk::create_overlay(&to.disk(), (&below, Format::Qcow2), self.config.disk_gib, owner)?)
+    }
+}
+
+/// Freezes the VM in `dir`. It runs when this returns, if it did before, whether or not this succeeds.
+pub(super) async fn freeze(
+    context: &Arc<Context>,
+    dir: &VmDir,
+    process: &dyn VmProcess,
+    began: Began,
+    running: bool,
+) -> Result<Frozen, FreezeError> {
+    let (_, config) = dir.read()?;
+    if dir.switching().exists() {
+        return Err(FreezeError::Unsettled(dir.id().clone()));
+    }
+    let mut chain = dir.chain()?;
+    if chain.own.len() >= MOST_LAYERS {
+        return Err(FreezeError::Layers { id: dir.id().clone(), most: MOST_LAYERS });
+    }
+    let owner = (context.owner.uid, context.owner.gid);
+    let layer = format!("layer-{}.qcow2", &uuid::Uuid::new_v4().simple().to_string()[..16]);
+    let next = dir.path().join(NEXT);
+    let below = dir.path().join(&layer);
+    disk::create_overlay(&next, (&below, Format::Qcow2), config.disk_gib, owner).map_err(StoreError::from)?;
+
+    let memory = saved::new_memory().map_err(EngineError::io("make room for a copy of the VM's memory"))?;
+    let state = saved::new_memory().map_err(EngineError::io("make room for the VM's state"))?;
+    let copy = |file: &File| file.try_clone().map_err(EngineError::io("copy a descriptor"));
+    let mut source = Memory::new(process.pid(), process.ram().await?);
+    let shared = source.is_shared().map_err(EngineError::io("look at the VM's memory"))?;
+    if !shared {
+        source = saved::copy_files(source, copy(&memory)?).await?;
+    }
+    chain.fresh = false;
+    chain.own.insert(0, layer);
+    process.pause().await?;
+    let stood = tokio::time::Instant::now();
+    let done = async {
+        if shared {
+            source = saved::copy_files(source, copy(&memory)?).await?;
+        }
+        saved::save(process, source, (&memory, &state)).await?;
+        switch(dir, process, &chain).await
+    };
+    let done: Result<(), FreezeError> = done.await;
+    if running {
+        process.resume().await?;
+    }
+    tracing::info!(vm = %dir.id(), ms = stood.elapsed().as_millis(), "frozen; it stood for that long");
+    done?;
+    saved::seal(&memory).map_err(EngineError::io("seal the copy of the VM's memory"))?;
+    let mut bytes = Vec::new();
+    let read = std::io::Seek::rewind(&mut &state).and_then(|()| (&state).read_to_end(&mut bytes));
+    read.map_err(EngineError::io("read the VM's state"))?;
+    Ok(Frozen { engine: process.engine(), began, config, dir: dir.clone(), chain, memory, state: bytes })
+}
+
+/// Makes the disk so far a layer below the overlay that lies ready, for the next start and for the process, which stands.
+///
+/// Whatever moment the daemon is killed at, the files are right for the next start: the layer is another name of the disk;
+/// from the chain's being written until the overlay takes the disk's name, the disk lies on itself, which changes nothing; an
+/// overlay that the process was not switched to stays empty above a disk that goes on being written. Only such a VM must
+/// not be frozen once more: the note `switching` says so until the next start.
+async fn switch(dir: &VmDir, process: &dyn VmProcess, chain: &Chain) -> Result<(), FreezeError> {
+    let next = dir.path().join(NEXT);
+    let layer = dir.path().join(chain.own.first().map_or("", String::as_str));
+    let file = disk::open_overlay(&next).map_err(StoreError::from)?;
+    files::write_atomically(&dir.switching(), b"", 0o600).map_err(StoreError::write(dir.switching()))?;
+    fs::hard_link(dir.disk(), &layer).map_err(StoreError::write(layer))?;
+    dir.write_chain(chain)?;
+    fs::rename(&next, dir.disk()).map_err(StoreError::write(dir.disk()))?;
+    files::sync_folder(dir.path()).map_err(StoreError::write(dir.disk()))?;
+    process.switch_disk(Layer { file: file.into(), format: Format::Qcow2 }).await?;
+    fs::remove_file(dir.switching()).map_err(StoreError::write(dir.switching()))?;
+    Ok(())
+}

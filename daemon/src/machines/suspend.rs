@@ -1,0 +1,81 @@
+//! A VM's machine on disk: saved when it is suspended, given up when it goes on or is not wanted any more.
+
+use std::fs;
+
+use catalyst_api::{PowerOp, VmState};
+
+use super::Context;
+use super::error::PowerError;
+use crate::engine::capture::Memory;
+use crate::engine::{EngineError, VmProcess};
+use crate::saved::{self, Machine, SavedDir, SavedError};
+use crate::store::{Began, StoreError, VmDir, files};
+
+/// What a VM without a process is: off, or suspended.
+pub(super) fn still(dir: &VmDir) -> VmState {
+    if dir.suspended().exists() { VmState::Suspended } else { VmState::PoweredOff }
+}
+
+/// Stops the VM and saves its machine. Its process is for the caller to end, or to let go on if this fails.
+pub(super) async fn suspend(
+    context: &Context,
+    dir: &VmDir,
+    process: &dyn VmProcess,
+    began: Began,
+) -> Result<(), PowerError> {
+    let aside = dir.path().join(".suspending");
+    let saved = SavedDir::new(&aside);
+    let done = async {
+        remove(&aside)?;
+        process.pause().await?;
+        let fit = context.engines.of(process.engine()).fit().await?;
+        let machine = Machine { fit, cpus: began.cpus, memory_mib: began.memory_mib };
+        let (memory, state) = saved.begin()?;
+        let source = Memory::new(process.pid(), process.ram().await?);
+        let out = memory.try_clone().map_err(EngineError::io("copy a descriptor"))?;
+        let source = saved::copy_files(source, out).await?;
+        saved::save(process, source, (&memory, &state)).await?;
+        let engine = process.engine();
+        let done =
+            tokio::task::spawn_blocking(move || saved.finish(engine, machine, (&memory, &state))).await;
+        done.map_err(|error| EngineError::Died(error.to_string()))??;
+        let failed = |what, source| SavedError::Io { what, path: dir.suspended(), source };
+        fs::rename(&aside, dir.suspended()).map_err(|error| failed("make the folder", error))?;
+        files::sync_folder(dir.path()).map_err(|error| failed("sync", error))
+    };
+    let done: Result<(), SavedError> = done.await;
+    done.map_err(|source| {
+        let _ = remove(&aside);
+        match source {
+            SavedError::Engine(source) => {
+                PowerError::Engine { id: dir.id().clone(), op: PowerOp::Suspend, source }
+            }
+            source => PowerError::Saved { id: dir.id().clone(), source },
+        }
+    })
+}
+
+fn remove(aside: &std::path::Path) -> Result<(), SavedError> {
+    match fs::remove_dir_all(aside) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            Err(SavedError::Io { what: "remove", path: aside.to_owned(), source })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Gives the saved machine up, if there is one: at once and for good.
+pub(super) fn forget(dir: &VmDir) -> Result<(), StoreError> {
+    let gone = dir.path().join(".forgotten");
+    let _ = fs::remove_dir_all(&gone);
+    match fs::rename(dir.suspended(), &gone) {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        renamed => renamed.map_err(StoreError::write(dir.suspended()))?,
+    }
+    files::sync_folder(dir.path()).map_err(StoreError::write(dir.suspended()))?;
+    // Whoever goes on from it has it open.
+    if let Err(error) = fs::remove_dir_all(&gone) {
+        tracing::warn!(path = %gone.display(), %error, "a saved machine that was given up stays on disk");
+    }
+    Ok(())
+}

@@ -1,0 +1,325 @@
+//! Making a warm state: boot the template once, use what a user will use, bring it to rest, save it, stop it for good.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use catalyst_images::Image;
+use catalyst_vmm::description::Format;
+use thiserror::Error;
+
+use super::{DISK, NEW, Warm, WarmStates};
+use crate::agent::{AgentError, AgentLink, AgentStatus, ExecEvent, ExecExit, ExecSpec, Identity};
+use crate::engine::capture::Memory;
+use crate::engine::{EngineError, Layer, StartSpec, VmProcess, sockets, vm_cid, vm_user};
+use crate::machines::Context;
+use crate::network::{Lease, NetworkError};
+use crate::privilege::as_root;
+use crate::saved::{self, Machine, SavedDir, SavedError};
+use crate::store::config::DEFAULT_DISK_GIB;
+use crate::store::identity::{self, IdentityError};
+use crate::store::{StoreError, VmDir, disk, sparse};
+
+/// How long a guest may take until Docker answers, on a software CPU too.
+const BOOT_LIMIT: Duration = Duration::from_mins(5);
+/// How long one of the commands may take.
+const COMMAND_LIMIT: Duration = Duration::from_mins(2);
+/// What the guest does by itself after the last command has a moment to end; no event tells of it.
+const SETTLE: Duration = Duration::from_secs(2);
+
+/// What is run once, as which user, so that its pages are shared by all that go on from here: a login, a container.
+const USED: &[(&str, &str)] = &[
+    (
+        "catalyst",
+        "d=$(mktemp -d) && ssh-keygen -q -t ed25519 -N '' -f $d/key && cat $d/key.pub >>~/.ssh/authorized_keys && \
+         ssh -i $d/key -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -o LogLevel=ERROR \
+         catalyst@127.0.0.1 true; e=$?; rm -rf $d; exit $e",
+    ),
+    ("catalyst", "docker run --rm busybox true"),
+    ("root", "true"),
+];
+
+/// Why there is no new warm state.
+#[derive(Debug, Error)]
+pub enum WarmError {
+    /// Another daemon, or another task, makes one.
+    #[error("A warm state of this image is being made already; wait for it")]
+    Busy,
+    /// A file.
+    #[error("Cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// The folder or disk of the VM that becomes one.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// Its identity.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// Its process.
+    #[error("The template does not run")]
+    Engine(#[from] EngineError),
+    /// Its guest did not come up.
+    #[error("The template's guest did not come up within {} s: Docker did not answer", BOOT_LIMIT.as_secs())]
+    Slow,
+    /// Its agent.
+    #[error("The template's guest cannot be brought to rest")]
+    Agent(#[from] AgentError),
+    /// A command failed.
+    #[error("In the template's guest '{command}' failed: {output}")]
+    Command {
+        /// The command.
+        command: &'static str,
+        /// What it said last.
+        output: String,
+    },
+    /// It could not be saved.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
+}
+
+fn failed(what: &'static str) -> impl FnOnce(io::Error) -> WarmError {
+    move |source| WarmError::Io { what, source }
+}
+
+/// The size of the VMs that are to go on from it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Size {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory in MiB.
+    pub memory_mib: u64,
+}
+
+/// Makes a warm state of `image`; `tell` hears how far it is, in percent and words.
+pub async fn make(
+    context: &Context,
+    image: &Image,
+    size: Size,
+    tell: impl Fn(u8, &str),
+) -> Result<Warm, WarmError> {
+    let states = WarmStates::of(image);
+    let lock = states.lock().map_err(failed("make the folder of warm states"))?.ok_or(WarmError::Busy)?;
+    states.sweep(None).map_err(failed("sweep the folder of warm states"))?;
+    tell(5, "booting the template");
+    let template = Template::start(context, image, size).await?;
+    let made = template.become_warm(context, &states, size, tell).await;
+    template.end(context).await;
+    let warm = made?;
+    states.sweep(Some(&warm)).map_err(failed("remove the warm state that it replaces"))?;
+    drop(lock);
+    Ok(warm)
+}
+
+/// The VM that becomes a warm state. It is on no network.
+struct Template {
+    dir: VmDir,
+    lease: Lease,
+    process: Arc<dyn VmProcess>,
+}
+
+impl Template {
+    async fn start(context: &Context, image: &Image, size: Size) -> Result<Self, WarmError> {
+        let dir = context.store.make_warming()?;
+        let name = dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let lease = context.network.lease_for(&name, None)?;
+        let started = Self::launch(context, image, size, &dir, &lease).await;
+        match started {
+            Ok(process) => Ok(Self { dir, lease, process }),
+            Err(error) => {
+                context.network.release(&name);
+                let _ = fs::remove_dir_all(dir.path());
+                Err(error)
+            }
+        }
+    }
+
+    async fn launch(
+        context: &Context,
+        image: &Image,
+        size: Size,
+        dir: &VmDir,
+        lease: &Lease,
+    ) -> Result<Arc<dyn VmProcess>, WarmError> {
+        let owner = (context.owner.uid, context.owner.gid);
+        let made = disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), DEFAULT_DISK_GIB, owner);
+        made.map_err(StoreError::from)?;
+        let open = |path: &Path| File::open(path).map(OwnedFd::from).map_err(failed("open the image"));
+        let overlay = disk::open_overlay(&dir.disk()).map_err(StoreError::from)?;
+        let spec = StartSpec {
+            cpus: size.cpus,
+            memory_mib: size.memory_mib,
+            kernel: open(&image.vmlinux)?,
+            initrd: open(&image.initrd)?,
+            command_line: image.kernel_command_line(&[]),
+            command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
+            kernel_hz: image.manifest.kernel_hz,
+            layers: vec![
+                Layer { file: overlay.into(), format: Format::Qcow2 },
+                Layer { file: open(&image.disk)?, format: Format::Raw },
+            ],
+            tap: context.network.loose_tap(lease)?.fd,
+            mac: lease.mac.0,
+            user: vm_user(lease.address),
+            cid: vm_cid(lease.address),
+            from: None,
+            dir: dir.clone(),
+        };
+        let process = context.engines.chosen().start(spec).await?;
+        process.resume().await?;
+        Ok(process)
+    }
+
+    async fn become_warm(
+        &self,
+        context: &Context,
+        states: &WarmStates,
+        size: Size,
+        tell: impl Fn(u8, &str),
+    ) -> Result<Warm, WarmError> {
+        self.bring_to_rest(&tell).await?;
+        tell(80, "saving memory and devices");
+        self.process.set_link(false).await?;
+        self.process.pause().await?;
+        let engine = context.engines.chosen();
+        let machine = Machine { fit: engine.fit().await?, cpus: size.cpus, memory_mib: size.memory_mib };
+        let name = format!(
+            "{}-{}x{}-{}",
+            engine.name(),
+            size.cpus,
+            size.memory_mib,
+            &uuid::Uuid::new_v4().simple().to_string()[..8]
+        );
+        let aside = states.0.join(format!("{NEW}{name}"));
+        let saved = SavedDir::new(&aside);
+        let files = as_root(|| saved.begin())?;
+        let memory = Memory::new(self.process.pid(), self.process.ram().await?);
+        let out = files.0.try_clone().map_err(failed("copy a descriptor"))?;
+        let memory = saved::copy_files(memory, out).await?;
+        saved::save(self.process.as_ref(), memory, (&files.0, &files.1)).await?;
+        // It will not run again; its disk is what it left.
+        self.process.kill()?;
+        self.process.exited().await;
+        tell(95, "keeping its disk");
+        copy_disk(&self.dir.disk(), &aside.join(DISK)).map_err(failed("keep the template's disk"))?;
+        let path = states.0.join(&name);
+        let manifest = as_root(|| {
+            let manifest = saved.finish(engine.name(), machine, (&files.0, &files.1))?;
+            fs::set_permissions(&aside, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+                .and_then(|()| fs::rename(&aside, &path))
+                .and_then(|()| crate::store::files::sync_folder(&states.0))
+                .map_err(failed("put the warm state into place"))?;
+            Ok::<_, WarmError>(manifest)
+        })?;
+        Ok(Warm { name, manifest, path })
+    }
+
+    /// Waits until everything is up, uses it once, and lets it come to rest. The link is closed at the end.
+    async fn bring_to_rest(&self, tell: &impl Fn(u8, &str)) -> Result<(), WarmError> {
+        let stream = sockets::connect(&self.dir.run(), sockets::AGENT).await.map_err(AgentError::from)?;
+        let link = AgentLink::connect(stream).await?;
+        let up = async {
+            reaches(&link, |status| status.hello.is_some()).await?;
+            tell(30, "the guest is up; waiting for Docker");
+            link.identify(&self.identity()?).await?;
+            reaches(&link, |status| status.ssh && status.docker).await
+        };
+        tokio::time::timeout(BOOT_LIMIT, up).await.map_err(|_| WarmError::Slow)??;
+        tell(50, "using what users use");
+        for (user, command) in USED {
+            run(&link, user, command).await?;
+        }
+        tell(65, "coming to rest");
+        tokio::time::sleep(SETTLE).await;
+        link.rest().await?;
+        drop(link);
+        tokio::time::sleep(SETTLE).await;
+        Ok(())
+    }
+
+    fn identity(&self) -> Result<Identity, WarmError> {
+        let keys = identity::Identity::generate()?;
+        Ok(Identity {
+            hostname: "template".to_owned(),
+            domain: self.lease.domain.clone(),
+            mac: self.lease.mac.to_string(),
+            address: self.lease.address,
+            prefix: self.lease.prefix,
+            gateway: self.lease.gateway,
+            dns: self.lease.dns,
+            machine_id: keys.machine_id,
+            host_keys: keys.host_keys,
+            authorized_keys: Vec::new(),
+            unix_ns: 0,
+            seed: String::new(),
+            clone: false,
+        })
+    }
+
+    /// Ends it, and takes away what it had.
+    async fn end(self, context: &Context) {
+        if let Err(error) = self.process.kill() {
+            tracing::warn!(%error, "the template's process may live on");
+        }
+        self.process.exited().await;
+        context.network.release(&self.lease.id);
+        if let Err(error) = fs::remove_dir_all(self.dir.path()) {
+            tracing::warn!(path = %self.dir.path().display(), %error, "a template's folder stays");
+        }
+    }
+}
+
+async fn reaches(link: &AgentLink, wanted: impl Fn(&AgentStatus) -> bool) -> Result<(), WarmError> {
+    let mut status = link.status();
+    let gone = || AgentError::Gone("the guest ended".to_owned());
+    let reached = status.wait_for(|status| wanted(status) || !status.connected).await.map_err(|_| gone())?;
+    if reached.connected { Ok(()) } else { Err(gone().into()) }
+}
+
+async fn run(link: &AgentLink, user: &str, command: &'static str) -> Result<(), WarmError> {
+    let spec = ExecSpec {
+        argv: ["sh", "-c", command].map(str::to_owned).to_vec(),
+        user: Some(user.to_owned()),
+        timeout_ms: u64::try_from(COMMAND_LIMIT.as_millis()).ok(),
+        ..ExecSpec::default()
+    };
+    let (_stdin, _control, mut events) = link.exec(spec).await?.split();
+    let mut last = String::new();
+    loop {
+        match events.next().await {
+            Some(ExecEvent::Stdout(bytes) | ExecEvent::Stderr(bytes)) => {
+                last =
+                    String::from_utf8_lossy(&bytes).chars().filter(|c| !c.is_control()).take(500).collect();
+            }
+            Some(ExecEvent::Exit(ExecExit::Code(0))) => return Ok(()),
+            Some(ExecEvent::Exit(exit)) => {
+                let output = if last.is_empty() { format!("{exit:?}") } else { last };
+                return Err(WarmError::Command { command, output });
+            }
+            Some(ExecEvent::Lost(why)) => return Err(AgentError::Gone(why).into()),
+            None => return Err(AgentError::Gone("the command was lost".to_owned()).into()),
+        }
+    }
+}
+
+/// Copies the disk of the VM, which is off, to where root alone writes and VMs read.
+fn copy_disk(from: &Path, to: &Path) -> io::Result<()> {
+    let source = disk::open_qcow2(from, false).map_err(io::Error::other)?;
+    as_root(|| {
+        let mut options = OpenOptions::new();
+        let target = options.write(true).create_new(true).mode(0o644).open(to)?;
+        sparse::copy(&source, &target)?;
+        target.sync_all()
+    })
+}

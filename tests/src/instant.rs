@@ -1,0 +1,137 @@
+//! Figures of instant clone, as a user would see them.
+
+use std::time::{Duration, Instant};
+
+use crate::World;
+use crate::world::ran;
+
+/// Medians are of so many.
+const RUNS: usize = 10;
+/// VMs that are asked for at once.
+const MANY: usize = 20;
+/// What a VM that is left alone does by itself has an end after this.
+const IDLE: Duration = Duration::from_secs(10);
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// A world whose VMs go on from a warm state, of which the copy in memory is there.
+///
+/// # Panics
+/// If there is no warm state that fits.
+fn warmed() -> World {
+    let world = World::new();
+    world.catalyst(&["vm", "create", "first"]).ok();
+    world.catalyst(&["vmpower", "on", "first", "--wait"]).ok();
+    let first = world.curl("GET", "/v1/vms/first", None).json();
+    assert_eq!(first["start_mode"], "warm", "make image makes the template warm");
+    world.catalyst(&["vm", "delete", "--force", "first"]).ok();
+    world
+}
+
+/// Waits for the first bytes of the guest's sshd at its own address.
+fn banner(world: &World, vm: &str) {
+    let vm = world.curl("GET", &format!("/v1/vms/{vm}"), None).json();
+    let address = vm["address"].as_str().expect("an address");
+    let mut bash = world.command("timeout");
+    bash.args(["60", "bash", "-c", &format!("exec 3<>/dev/tcp/{address}/22; head -c 4 <&3")]);
+    assert_eq!(ran(bash).ok(), "SSH-");
+}
+
+/// From nothing to an SSH banner: `vm create`, `vmpower on`, and the banner, in ms.
+pub fn to_banner() -> f64 {
+    let world = warmed();
+    median((0..RUNS).map(|run| one_banner(&world, &format!("vm{run}"))).collect())
+}
+
+fn one_banner(world: &World, vm: &str) -> f64 {
+    let begun = Instant::now();
+    world.catalyst(&["vm", "create", vm]).ok();
+    world.catalyst(&["vmpower", "on", vm]).ok();
+    banner(world, vm);
+    let taken = begun.elapsed().as_secs_f64() * 1000.0;
+    world.catalyst(&["vm", "delete", "--force", vm]).ok();
+    taken
+}
+
+/// From the request to power on to the answer of a command in the guest, in ms.
+pub fn to_exec() -> f64 {
+    let world = warmed();
+    let one = |run: usize| {
+        let vm = format!("vm{run}");
+        world.catalyst(&["vm", "create", &vm]).ok();
+        let begun = Instant::now();
+        world.catalyst(&["vmpower", "on", &vm]).ok();
+        world.catalyst(&["guest", "exec", &vm, "--", "true"]).ok();
+        let taken = begun.elapsed().as_secs_f64() * 1000.0;
+        world.catalyst(&["vm", "delete", "--force", &vm]).ok();
+        taken
+    };
+    median((0..RUNS).map(one).collect())
+}
+
+/// Private memory of a clone that was left alone: its guest's and its process's own, in MiB.
+pub fn idle_private() -> f64 {
+    let world = warmed();
+    world.catalyst(&["vm", "create", "vm"]).ok();
+    world.catalyst(&["vmpower", "on", "vm"]).ok();
+    std::thread::sleep(IDLE);
+    let memory = world.curl("GET", "/v1/vms/vm/memory", None).json();
+    let mib = |what: &str| memory[what].as_f64().unwrap_or_default() / f64::from(1 << 20);
+    eprintln!("  guest {:.1} MiB, process {:.1} MiB", mib("private"), mib("overhead"));
+    mib("private") + mib("overhead")
+}
+
+/// Clones asked for at once until the last answers SSH, in s; then their memory (PSS) after they were left alone, in GiB.
+fn many() -> (f64, f64) {
+    let world = warmed();
+    let ids: Vec<String> = (0..MANY).map(|number| format!("vm{number}")).collect();
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for id in &ids {
+            let world = &world;
+            scope.spawn(move || {
+                world.catalyst(&["vm", "create", id]).ok();
+                world.catalyst(&["vmpower", "on", id]).ok();
+                banner(world, id);
+            });
+        }
+    });
+    let taken = begun.elapsed().as_secs_f64();
+    std::thread::sleep(IDLE);
+    let pss = |id: &String| {
+        let pid = world.vm_pid(id).expect("it runs");
+        let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps_rollup");
+        let line = text.lines().find_map(|line| line.strip_prefix("Pss:")).expect("Pss");
+        line.split_whitespace().next().and_then(|kib| kib.parse::<f64>().ok()).expect("KiB")
+    };
+    (taken, ids.iter().map(pss).sum::<f64>() / f64::from(1 << 20))
+}
+
+/// See [`many`].
+pub fn many_to_banner() -> f64 {
+    many().0
+}
+
+/// See [`many`].
+pub fn many_memory() -> f64 {
+    many().1
+}
+
+/// How long a VM stands while it is cloned with its memory, in ms, as its daemon logs it.
+pub fn frozen() -> f64 {
+    let world = warmed();
+    world.catalyst(&["vm", "create", "vm"]).ok();
+    world.catalyst(&["vmpower", "on", "vm", "--wait"]).ok();
+    for run in 0..RUNS {
+        world.catalyst(&["vm", "clone", "vm", &format!("copy{run}")]).ok();
+        world.catalyst(&["vm", "delete", "--force", &format!("copy{run}")]).ok();
+    }
+    let log = world.daemon_log();
+    let told = log.lines().filter(|line| line.contains("it stood for that long"));
+    let ms =
+        told.filter_map(|line| line.rsplit_once("ms=")?.1.split_whitespace().next()?.parse::<f64>().ok());
+    median(ms.collect())
+}
