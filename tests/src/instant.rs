@@ -36,7 +36,10 @@ fn banner(world: &World, vm: &str) {
     let vm = world.curl("GET", &format!("/v1/vms/{vm}"), None).json();
     let address = vm["address"].as_str().expect("an address");
     let mut bash = world.command("timeout");
-    bash.args(["60", "bash", "-c", &format!("exec 3<>/dev/tcp/{address}/22; head -c 4 <&3")]);
+    // "No route to host" is said while nobody answers by ARP.
+    let script =
+        format!("until exec 3<>/dev/tcp/{address}/22; do sleep 0.05; done 2>/dev/null; head -c 4 <&3");
+    bash.args(["60", "bash", "-c", &script]);
     assert_eq!(ran(bash).ok(), "SSH-");
 }
 
