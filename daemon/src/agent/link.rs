@@ -23,7 +23,7 @@ const ANSWER_LIMIT: Duration = Duration::from_mins(1);
 /// A clock that is set within this is near enough.
 const CLOCK_ERROR: Duration = Duration::from_millis(20);
 /// How often it is tried.
-const CLOCK_TRIES: usize = 8;
+const CLOCK_TRIES: usize = 50;
 /// How long a guest may take to come to rest, on a software CPU too.
 const REST_LIMIT: Duration = Duration::from_mins(3);
 /// Frames that may wait to be written.
