@@ -19,7 +19,7 @@ use catalyst_daemon::engine::Engines;
 use catalyst_daemon::events::Events;
 use catalyst_daemon::http::{self, App};
 use catalyst_daemon::images::Images;
-use catalyst_daemon::machines::{Context, Machines, Parts};
+use catalyst_daemon::machines::{Context, Machines};
 use catalyst_daemon::network::{Network, NetworkConfig};
 use catalyst_daemon::settings::{Args, Settings, default_state_dir};
 use catalyst_daemon::store::Store;
@@ -120,7 +120,7 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let engines = tokio::spawn(Engines::choose(args.engine, probe::run()));
     let events = Events::default();
     let images = ImageStore::open(&args.image_dir);
-    let tasks = Tasks::new(events.clone());
+    let tasks = Tasks::new(events);
     let image_tasks = Images::new(images.clone(), tasks.clone(), state_dir.clone());
     if let Err(error) = image_tasks.register() {
         tracing::warn!(dir = %args.image_dir.display(), %error, "cannot note the use of the images");
@@ -134,17 +134,8 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let store = Store::open(&state_dir)?;
     let engines = engines.await.map_err(|error| StartError::Runtime(std::io::Error::other(error)))??;
     tracing::info!(engine = %engines.name(), why = engines.why(), "engine");
-    let context = Context::new(Parts {
-        store,
-        images,
-        network,
-        engines,
-        events,
-        owner: owner.clone(),
-        access_keys,
-        tasks,
-        warms_by_itself: !args.no_warming,
-    });
+    let mut context = Context::new(store, images, network, engines, tasks, owner.clone(), access_keys);
+    context.warms_by_itself = !args.no_warming;
     let machines = Machines::load(context).await?;
 
     let app = App { machines, images: image_tasks, settings, stop: Arc::clone(&stop) };

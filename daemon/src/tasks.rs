@@ -30,6 +30,11 @@ impl Tasks {
         Self { events, list: Arc::default() }
     }
 
+    /// Where they are told.
+    pub fn events(&self) -> &Events {
+        &self.events
+    }
+
     fn lock(&self) -> MutexGuard<'_, Vec<Task>> {
         // Nothing panics while it holds the lock; if it did, the list would still be whole.
         self.list.lock().unwrap_or_else(PoisonError::into_inner)

@@ -77,7 +77,8 @@ pub struct Layer {
 pub struct Saved {
     /// Its RAM, as [`capture`] writes it.
     pub memory: File,
-    /// Whether others may go on from the same memory: then nobody writes it, and each pays for what it changes.
+    /// Whether others may go on from the same memory: then nobody writes it, and each pays for what it changes. Whoever
+    /// goes on from it is a copy, and its cable is out until [`VmProcess::set_link`].
     pub frozen: bool,
     /// What [`VmProcess::save`] wrote.
     pub state: OwnedFd,

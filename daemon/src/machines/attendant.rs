@@ -59,7 +59,7 @@ async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, lin
             if identify(context, shared, process, link, unnamed).await {
                 if std::mem::take(&mut unnamed) {
                     // The time that it was told with its identity may have been long on the way.
-                    set_clock(shared, link);
+                    set_clock(shared, link.clone());
                 }
                 now = status.borrow().clone();
             }
@@ -68,7 +68,7 @@ async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, lin
         {
             // It knows who it is, but may have stood still since, with its clock.
             told = Some(hello.epoch);
-            set_clock(shared, link);
+            set_clock(shared, link.clone());
         }
         shared.set_guest(guest_status(&now));
         if status.changed().await.is_err() {
@@ -78,8 +78,8 @@ async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, lin
 }
 
 /// Sets the guest's clock; nobody waits for it.
-fn set_clock(shared: &Shared, link: &AgentLink) {
-    let (id, link) = (shared.dir().id().clone(), link.clone());
+pub(super) fn set_clock(shared: &Shared, link: AgentLink) {
+    let id = shared.dir().id().clone();
     tokio::spawn(async move {
         if let Err(error) = link.set_clock().await {
             tracing::warn!(vm = %id, %error, "the guest's clock was not set");

@@ -8,7 +8,7 @@
 //! that it has: nothing of its process is replaced, so that consoles, commands and connections live on.
 
 use std::fs::{self, File};
-use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 
 use catalyst_api::EngineName;
@@ -89,11 +89,10 @@ pub(super) async fn freeze(
 
     let memory = saved::new_memory().map_err(EngineError::io("make room for a copy of the VM's memory"))?;
     let state = saved::new_memory().map_err(EngineError::io("make room for the VM's state"))?;
-    let copy = |file: &File| file.try_clone().map_err(EngineError::io("copy a descriptor"));
     let mut source = Memory::new(process.pid(), process.ram().await?);
     let shared = source.is_shared().map_err(EngineError::io("look at the VM's memory"))?;
     if !shared {
-        source = saved::copy_files(source, copy(&memory)?).await?;
+        source = saved::copy_files(source, &memory).await?;
     }
     chain.fresh = false;
     chain.own.insert(0, layer);
@@ -101,7 +100,7 @@ pub(super) async fn freeze(
     let stood = tokio::time::Instant::now();
     let done = async {
         if shared {
-            source = saved::copy_files(source, copy(&memory)?).await?;
+            source = saved::copy_files(source, &memory).await?;
         }
         saved::save(process, source, (&memory, &state)).await?;
         switch(dir, process, &chain).await
@@ -113,10 +112,8 @@ pub(super) async fn freeze(
     tracing::info!(vm = %dir.id(), ms = stood.elapsed().as_millis(), "frozen; it stood for that long");
     done?;
     saved::seal(&memory).map_err(EngineError::io("seal the copy of the VM's memory"))?;
-    let mut bytes = Vec::new();
-    let read = std::io::Seek::rewind(&mut &state).and_then(|()| (&state).read_to_end(&mut bytes));
-    read.map_err(EngineError::io("read the VM's state"))?;
-    Ok(Frozen { engine: process.engine(), began, config, dir: dir.clone(), chain, memory, state: bytes })
+    let state = saved::read_state(&state, Path::new("of the frozen VM"))?;
+    Ok(Frozen { engine: process.engine(), began, config, dir: dir.clone(), chain, memory, state })
 }
 
 /// Makes the disk so far a layer below the overlay that lies ready, for the next start and for the process, which stands.

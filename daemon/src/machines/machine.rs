@@ -261,15 +261,10 @@ impl Machine {
         Ok(())
     }
 
-    /// The guest's clock stood still with its CPUs; nobody waits for it to be right again.
+    /// The guest's clock stood still with its CPUs.
     fn set_guest_clock(&self) {
         if let Some(agent) = self.shared.agent() {
-            let id = self.shared.dir().id().clone();
-            tokio::spawn(async move {
-                if let Err(error) = agent.set_clock().await {
-                    tracing::warn!(vm = %id, %error, "the guest's clock was not set");
-                }
-            });
+            attendant::set_clock(&self.shared, agent);
         }
     }
 

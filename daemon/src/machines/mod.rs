@@ -67,20 +67,6 @@ pub struct Context {
     vms: RwLock<BTreeMap<VmId, Entry>>,
 }
 
-/// What a [`Context`] is made of; see there.
-#[expect(missing_docs, missing_debug_implementations, reason = "said there")]
-pub struct Parts {
-    pub store: Store,
-    pub images: ImageStore,
-    pub network: Network,
-    pub engines: Engines,
-    pub events: Events,
-    pub owner: Owner,
-    pub access_keys: AccessKeys,
-    pub tasks: Tasks,
-    pub warms_by_itself: bool,
-}
-
 impl std::fmt::Debug for Context {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Context").field("store", &self.store).finish_non_exhaustive()
@@ -99,10 +85,17 @@ enum Entry {
 pub struct Machines(Arc<Context>);
 
 impl Context {
-    /// Brings together what VMs are made of.
-    pub fn new(parts: Parts) -> Self {
-        let Parts { store, images, network, engines, events, owner, access_keys, tasks, warms_by_itself } =
-            parts;
+    /// Brings together what VMs are made of. Events are told where those of the tasks are.
+    pub fn new(
+        store: Store,
+        images: ImageStore,
+        network: Network,
+        engines: Engines,
+        tasks: Tasks,
+        owner: Owner,
+        access_keys: AccessKeys,
+    ) -> Self {
+        let events = tasks.events().clone();
         let (missed, vms) = (Missed::default(), RwLock::default());
         Self {
             store,
@@ -113,7 +106,7 @@ impl Context {
             owner,
             access_keys,
             tasks,
-            warms_by_itself,
+            warms_by_itself: true,
             missed,
             vms,
         }

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 
-use catalyst_api::StartMode;
+use catalyst_api::{EngineName, PowerOp, StartMode};
 use catalyst_images::Image;
 use catalyst_vmm::description::Format;
 
@@ -15,7 +15,7 @@ use super::freeze::Frozen;
 use super::shared::Shared;
 use super::suspend;
 use crate::agent;
-use crate::engine::{Layer, Saved, StartSpec, VmProcess, vm_cid, vm_user};
+use crate::engine::{EngineError, Layer, Saved, StartSpec, VmProcess, vm_cid, vm_user};
 use crate::privilege::as_root;
 use crate::saved::SavedDir;
 use crate::store::identity::{Identity, IdentityError};
@@ -65,18 +65,26 @@ pub(super) async fn go_on(
     let dir = shared.dir();
     let (_, config) = dir.read()?;
     let image = image(context, dir, &config)?;
-    let chosen = context.engines.name();
-    if frozen.engine != chosen {
-        let why = format!("it was on engine {}, VMs are started on {chosen} here", frozen.engine);
-        return Err(PowerError::Misfit { id: dir.id().clone(), why });
-    }
+    same_engine(context, dir, frozen.engine)?;
     let from = frozen.saved().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
     let process = launch(context, shared, &config, &image, &dir.chain()?, Some(from)).await?;
-    if let Err(source) = process.set_link(false).await {
-        end(process.as_ref()).await;
-        return Err(PowerError::Engine { id: dir.id().clone(), op: catalyst_api::PowerOp::On, source });
-    }
     Ok(Started { process, began: Began { mode: StartMode::Clone, ..frozen.began } })
+}
+
+/// A machine goes on only on the engine that it was on.
+fn same_engine(context: &Context, dir: &VmDir, was: EngineName) -> Result<(), PowerError> {
+    let here = context.engines.name();
+    if was == here {
+        return Ok(());
+    }
+    let why = format!("it was on engine {was}, VMs are started on {here} here");
+    Err(PowerError::Misfit { id: dir.id().clone(), why })
+}
+
+/// What the engine said when the VM was to be on.
+fn not_started(dir: &VmDir) -> impl FnOnce(EngineError) -> PowerError {
+    let id = dir.id().clone();
+    |source| PowerError::Engine { id, op: PowerOp::On, source }
 }
 
 fn image(context: &Context, dir: &VmDir, config: &VmConfig) -> Result<Image, PowerError> {
@@ -97,21 +105,10 @@ async fn resume(
     let saved = SavedDir::new(dir.suspended());
     let manifest = saved.read().map_err(unusable)?;
     let engine = context.engines.chosen();
-    let misfit = |why: String| PowerError::Misfit { id: dir.id().clone(), why };
-    if manifest.engine != engine.name() {
-        return Err(misfit(format!(
-            "it was on engine {}, VMs are started on {} here",
-            manifest.engine,
-            engine.name()
-        )));
-    }
-    let fit = engine.fit().await.map_err(|source| PowerError::Engine {
-        id: dir.id().clone(),
-        op: catalyst_api::PowerOp::On,
-        source,
-    })?;
+    same_engine(context, dir, manifest.engine)?;
+    let fit = engine.fit().await.map_err(not_started(dir))?;
     if let Some(why) = fit.refuses(&manifest.fit) {
-        return Err(misfit(why.to_string()));
+        return Err(PowerError::Misfit { id: dir.id().clone(), why: why.to_string() });
     }
     let from = saved.open(&manifest, false).map_err(unusable)?;
     let began = Began { mode: StartMode::Resume, cpus: manifest.cpus, memory_mib: manifest.memory_mib };
@@ -225,12 +222,11 @@ async fn launch(
     from: Option<Saved>,
 ) -> Result<Arc<dyn VmProcess>, PowerError> {
     let dir = shared.dir().clone();
-    let id = dir.id().clone();
     let identity = Identity::load_or_generate(&dir.identity())?;
     let lease = shared.lease();
     context.network.up().await?;
     let tap = context.network.open_tap(&lease).await?;
-    tracing::debug!(vm = %id, tap = tap.name, "tap");
+    tracing::debug!(vm = %dir.id(), tap = tap.name, "tap");
     let spec = StartSpec {
         cpus: config.cpus,
         memory_mib: config.memory_mib,
@@ -250,11 +246,7 @@ async fn launch(
     // A process that begins now has what the files say.
     let _ = std::fs::remove_file(spec.dir.switching());
     spec.dir.forget_began()?;
-    context.engines.chosen().start(spec).await.map_err(|source| PowerError::Engine {
-        id,
-        op: catalyst_api::PowerOp::On,
-        source,
-    })
+    context.engines.chosen().start(spec).await.map_err(not_started(shared.dir()))
 }
 
 /// The files that the VM's disk consists of.

@@ -32,8 +32,7 @@ pub(super) async fn suspend(
         let machine = Machine { fit, cpus: began.cpus, memory_mib: began.memory_mib };
         let (memory, state) = saved.begin()?;
         let source = Memory::new(process.pid(), process.ram().await?);
-        let out = memory.try_clone().map_err(EngineError::io("copy a descriptor"))?;
-        let source = saved::copy_files(source, out).await?;
+        let source = saved::copy_files(source, &memory).await?;
         saved::save(process, source, (&memory, &state)).await?;
         let engine = process.engine();
         let done =

@@ -12,12 +12,13 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use catalyst_api::EngineName;
+use catalyst_images::digest::hex;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
-use crate::engine::capture::{Memory, Owned};
+use crate::engine::capture::Memory;
 use crate::engine::{EngineError, Fit, Saved, VmProcess};
 use crate::store::{files, sparse};
 
@@ -204,10 +205,8 @@ impl SavedDir {
 }
 
 /// Copies what the process's memory has in common with files into `out`, which is empty; gives the memory back.
-pub async fn copy_files(source: Memory, out: File) -> Result<Memory, SavedError> {
-    let copied = tokio::task::spawn_blocking(move || source.copy_files(&out).map(|()| source)).await;
-    let copied = copied.map_err(|error| io::Error::other(error.to_string())).and_then(|copied| copied);
-    Ok(copied.map_err(EngineError::io("copy the VM's memory"))?)
+pub async fn copy_files(source: Memory, out: &File) -> Result<Memory, SavedError> {
+    in_background(out, move |out| source.copy_files(out).map(|()| source)).await
 }
 
 /// Writes a machine that stands still to its files; what its memory has in common with files must be there already
@@ -216,12 +215,19 @@ pub async fn save(
     process: &dyn VmProcess,
     source: Memory,
     (memory, state): (&File, &File),
-) -> Result<Owned, SavedError> {
-    let copy = |file: &File| file.try_clone().map_err(EngineError::io("copy a descriptor"));
-    process.save(copy(state)?).await?;
-    let out = copy(memory)?;
-    let copied = tokio::task::spawn_blocking(move || source.copy_own(&out)).await;
-    let copied = copied.map_err(|error| io::Error::other(error.to_string())).and_then(|copied| copied);
+) -> Result<(), SavedError> {
+    process.save(state.try_clone().map_err(EngineError::io("copy a descriptor"))?).await?;
+    in_background(memory, move |out| source.copy_own(out)).await
+}
+
+/// Copies memory to `out` where it may take its time.
+async fn in_background<T: Send + 'static>(
+    out: &File,
+    copy: impl FnOnce(&File) -> io::Result<T> + Send + 'static,
+) -> Result<T, SavedError> {
+    let out = out.try_clone().map_err(EngineError::io("copy a descriptor"))?;
+    let copied = tokio::task::spawn_blocking(move || copy(&out)).await;
+    let copied = copied.map_err(io::Error::other).and_then(|copied| copied);
     Ok(copied.map_err(EngineError::io("copy the VM's memory"))?)
 }
 
@@ -235,7 +241,8 @@ fn open(path: &Path) -> Result<File, SavedError> {
     }
 }
 
-fn read_state(mut state: &File, path: &Path) -> Result<Vec<u8>, SavedError> {
+/// The whole state in a file, which is named in errors; one that is empty or too long is none.
+pub fn read_state(mut state: &File, path: &Path) -> Result<Vec<u8>, SavedError> {
     use std::io::Seek;
     let mut bytes = Vec::new();
     state
@@ -266,10 +273,6 @@ pub fn new_memory() -> io::Result<File> {
 /// Seals a memfd: nobody can write it, or make it longer or shorter, any more.
 pub fn seal(memory: impl AsFd) -> io::Result<()> {
     Ok(fcntl_add_seals(memory, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

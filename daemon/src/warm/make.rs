@@ -205,8 +205,7 @@ impl Template {
         let saved = SavedDir::new(&aside);
         let files = as_root(|| saved.begin())?;
         let memory = Memory::new(self.process.pid(), self.process.ram().await?);
-        let out = files.0.try_clone().map_err(failed("copy a descriptor"))?;
-        let memory = saved::copy_files(memory, out).await?;
+        let memory = saved::copy_files(memory, &files.0).await?;
         saved::save(self.process.as_ref(), memory, (&files.0, &files.1)).await?;
         // It will not run again; its disk is what it left.
         self.process.kill()?;

@@ -31,9 +31,8 @@ pub struct Descriptors {
 }
 
 /// Describes the VM of `spec`. Values are passed on as they are; [`Description::check`] refuses those that cannot be.
-///
-/// `from` are the descriptors of saved memory and state, where the VM goes on from there.
-pub fn describe(spec: &StartSpec, fd: Descriptors, from: Option<(RawFd, RawFd)>) -> Description {
+pub fn describe(spec: &StartSpec, fd: Descriptors) -> Description {
+    let from = spec.from.as_ref();
     let boot = || Boot {
         kernel: spec.kernel.as_raw_fd(),
         initrd: Some(spec.initrd.as_raw_fd()),
@@ -47,11 +46,11 @@ pub fn describe(spec: &StartSpec, fd: Descriptors, from: Option<(RawFd, RawFd)>)
         cpus: u8::try_from(spec.cpus).unwrap_or(u8::MAX),
         memory_mib: spec.memory_mib,
         huge_pages: true,
-        memory: from.map(|(memory, _)| memory),
+        memory: from.map(|saved| saved.memory.as_raw_fd()),
         kvm: fd.kvm,
         control: fd.control,
         boot: from.is_none().then(boot),
-        restore: from.map(|(_, state)| state),
+        restore: from.map(|saved| saved.state.as_raw_fd()),
         paused: true,
         disks: vec![Disk {
             layers: spec
@@ -63,7 +62,11 @@ pub fn describe(spec: &StartSpec, fd: Descriptors, from: Option<(RawFd, RawFd)>)
             queues: 1,
             serial: String::new(),
         }],
-        nics: vec![Nic { tap: spec.tap.as_raw_fd(), mac: spec.mac, link_up: None }],
+        nics: vec![Nic {
+            tap: spec.tap.as_raw_fd(),
+            mac: spec.mac,
+            link_up: from.and_then(|saved| saved.frozen.then_some(false)),
+        }],
         uart: Some(Console { listener: Some(fd.console), log: Some(fd.console_log) }),
         serial: Some(Serial {
             console: None,
@@ -117,7 +120,7 @@ mod tests {
     #[test]
     fn the_monitor_understands_it_and_every_descriptor_is_in_it_once() {
         let spec = spec();
-        let text = serde_json::to_vec(&describe(&spec, FD, None)).unwrap();
+        let text = serde_json::to_vec(&describe(&spec, FD)).unwrap();
         let read = Description::from_json(&text).unwrap();
         let named: Vec<RawFd> = read.descriptors().into_iter().map(|(_, fd)| fd).collect();
         let [overlay, base] = [0, 1].map(|layer: usize| &spec.layers[layer].file);
@@ -131,7 +134,7 @@ mod tests {
     #[test]
     fn the_overlay_stands_on_the_base_and_nothing_of_a_software_cpu_is_told() {
         let spec = spec();
-        let described = describe(&spec, FD, None);
+        let described = describe(&spec, FD);
         let layers = &described.disks[0].layers;
         assert_eq!((layers[0].fd, layers[0].format), (spec.layers[0].file.as_raw_fd(), Format::Qcow2));
         assert_eq!((layers[1].fd, layers[1].format), (spec.layers[1].file.as_raw_fd(), Format::Raw));
@@ -142,9 +145,20 @@ mod tests {
     }
 
     #[test]
+    fn a_copy_begins_without_its_cable_and_who_goes_on_alone_as_it_was() {
+        for (frozen, link_up) in [(true, Some(false)), (false, None)] {
+            let file = || File::open("/dev/null").unwrap();
+            let from = Some(crate::engine::Saved { memory: file(), frozen, state: file().into() });
+            let described = describe(&StartSpec { from, ..spec() }, FD);
+            assert!(described.boot.is_none() && described.restore.is_some() && described.memory.is_some());
+            assert_eq!(described.nics[0].link_up, link_up);
+        }
+    }
+
+    #[test]
     fn more_cpus_than_the_monitor_has_are_refused_not_cut() {
         let many = StartSpec { cpus: 300, ..spec() };
-        let error = describe(&many, FD, None).check().unwrap_err().to_string();
+        let error = describe(&many, FD).check().unwrap_err().to_string();
         assert!(error.contains("cpus"), "{error}");
     }
 }

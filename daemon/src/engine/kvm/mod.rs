@@ -4,18 +4,17 @@ pub mod control;
 pub mod description;
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Seek, Write};
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use catalyst_api::EngineName;
+use catalyst_images::digest::hex;
 use catalyst_vmm::control::protocol::{Cause, Command, RunState};
-use catalyst_vmm::description::Description;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use rustix::fs::MemfdFlags;
 use sha2::{Digest, Sha256};
 
 use super::capture::Extent;
@@ -23,6 +22,7 @@ use super::process::{Exit, Launch, Process, Program};
 use super::qemu::tsc;
 use super::{Engine, EngineError, Fit, Layer, StartSpec, VmProcess, folder, sockets};
 use crate::privilege::as_root;
+use crate::saved::in_memory;
 use crate::settings::sibling;
 use crate::store::VmDir;
 use control::{Control, ControlError};
@@ -179,10 +179,12 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
         console_log: console_log.as_raw_fd(),
         vsock: vsock.as_raw_fd(),
     };
-    let from = spec.from.as_ref().map(|saved| (saved.memory.as_raw_fd(), saved.state.as_raw_fd()));
-    let described = description::describe(&spec, descriptors, from);
+    let described = description::describe(&spec, descriptors);
     described.check()?;
-    let described = memfd(&described).map_err(EngineError::io("write the description of the VM"))?;
+    let described = serde_json::to_vec(&described).map_err(io::Error::from);
+    let described = described
+        .and_then(|text| in_memory(&text))
+        .map_err(EngineError::io("write the description of the VM"))?;
     let launch = Launch {
         engine: EngineName::Kvm,
         program,
@@ -226,14 +228,6 @@ fn open_kvm() -> Result<OwnedFd, EngineError> {
     })
 }
 
-/// The description in a file without a name, to be read from its beginning.
-fn memfd(description: &Description) -> io::Result<OwnedFd> {
-    let mut file = File::from(rustix::fs::memfd_create("description", MemfdFlags::CLOEXEC)?);
-    file.write_all(&serde_json::to_vec(description)?)?;
-    file.rewind()?;
-    Ok(file.into())
-}
-
 /// What a guest sees of the processor: who made it, and what it can do (/proc/cpuinfo, of the first).
 fn processor() -> io::Result<String> {
     let text = std::fs::read_to_string("/proc/cpuinfo")?;
@@ -242,7 +236,7 @@ fn processor() -> io::Result<String> {
         line.and_then(|line| line.split_once(':')).map_or("", |(_, value)| value.trim()).to_owned()
     };
     let digest = Sha256::digest(of("flags"));
-    let digest: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    let digest = hex(&digest[..8]);
     let [vendor, family, model, stepping] = ["vendor_id", "cpu family", "model", "stepping"].map(of);
     Ok(format!("{vendor} {family}/{model}/{stepping} {digest}"))
 }
