@@ -9,6 +9,7 @@ use catalyst_agent_protocol::{
     Channel, Control, Decoder, Frame, HEADER, Identity, MAX_PAYLOAD, MAX_STREAMS, Problem, Reply, Request,
     ShutdownKind, StreamChannel, VERSION, encode,
 };
+use catalyst_images::digest::hex;
 use rand::RngCore;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -26,6 +27,8 @@ const CLOCK_ERROR: Duration = Duration::from_millis(20);
 const CLOCK_TRIES: usize = 50;
 /// How long a guest may take to come to rest, on a software CPU too.
 const REST_LIMIT: Duration = Duration::from_mins(3);
+/// A guest's user may have put programs in the way, each of which may take a minute.
+const IDENTIFY_LIMIT: Duration = Duration::from_mins(10);
 /// Frames that may wait to be written.
 const OUTBOX: usize = 32;
 
@@ -81,14 +84,12 @@ impl AgentLink {
 
     /// Gives the guest its identity; returns when it is applied. Time and random bytes are filled in here.
     pub async fn identify(&self, identity: &Identity) -> Result<(), AgentError> {
-        let mut seed = [0_u8; 32];
-        rand::rng().fill_bytes(&mut seed);
-        let identity = Identity {
-            unix_ns: unix_ns(),
-            seed: seed.iter().map(|byte| format!("{byte:02x}")).collect(),
-            ..identity.clone()
-        };
-        self.done(Request::Identify(Box::new(identity))).await?;
+        let identity = Identity { unix_ns: unix_ns(), seed: seed(), ..identity.clone() };
+        let request = Request::Identify(Box::new(identity));
+        match self.request_within(self.0.new_id(), request, IDENTIFY_LIMIT).await? {
+            Reply::Done => {}
+            _ => return Err(AgentError::Unexpected),
+        }
         self.0.status.send_modify(|status| status.identity = true);
         Ok(())
     }
@@ -98,12 +99,12 @@ impl AgentLink {
         self.done(Request::Shutdown { kind }).await
     }
 
-    /// Sets the guest's clock to the host's. It is late by the way there: where the way there and back takes long, as to a
+    /// Sets the guest's clock to the host's, and mixes a seed into its random generator. The clock is late by the way there: where the way there and back takes long, as to a
     /// guest that has just begun, it is tried again.
     pub async fn set_clock(&self) -> Result<(), AgentError> {
         for _ in 0..CLOCK_TRIES {
             let begun = Instant::now();
-            self.done(Request::SetClock { unix_ns: unix_ns() }).await?;
+            self.done(Request::SetClock { unix_ns: unix_ns(), seed: seed() }).await?;
             if begun.elapsed() <= CLOCK_ERROR {
                 break;
             }
@@ -392,6 +393,13 @@ impl Inner {
 fn new_epoch() -> u32 {
     // 0 is the epoch of a guest that was not greeted.
     rand::rng().next_u32().max(1)
+}
+
+/// 32 random bytes in hexadecimal.
+fn seed() -> String {
+    let mut seed = [0_u8; 32];
+    rand::rng().fill_bytes(&mut seed);
+    hex(&seed)
 }
 
 fn unix_ns() -> u64 {

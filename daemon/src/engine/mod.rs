@@ -77,8 +77,7 @@ pub struct Layer {
 pub struct Saved {
     /// Its RAM, as [`capture`] writes it.
     pub memory: File,
-    /// Whether others may go on from the same memory: then nobody writes it, and each pays for what it changes. Whoever
-    /// goes on from it is a copy, and its cable is out until [`VmProcess::set_link`].
+    /// Whether others may go on from the same memory: then nobody writes it, and each pays for what it changes.
     pub frozen: bool,
     /// What [`VmProcess::save`] wrote.
     pub state: OwnedFd,
@@ -209,9 +208,6 @@ pub trait VmProcess: Send + Sync {
 
     /// The disk goes on in another file, an empty overlay on what it was; the virtual CPUs must stand.
     fn switch_disk(&self, overlay: Layer) -> BoxFuture<'_, Result<(), EngineError>>;
-
-    /// Plugs the NIC's cable in, or out.
-    fn set_link(&self, up: bool) -> BoxFuture<'_, Result<(), EngineError>>;
 
     /// Stops the virtual CPUs.
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>>;

@@ -110,11 +110,8 @@ async fn identify(
         return failed("the guest did not take its identity", &error);
     }
     if copy {
-        if let Err(error) = process.set_link(true).await {
+        if let Err(error) = context.network.plug_in(&shared.lease(), process.pid()).await {
             return failed("the guest has no network", &error);
-        }
-        if let Err(error) = context.network.introduce(&shared.lease()).await {
-            tracing::debug!(vm = %id, %error, "the host will ask for the guest's hardware address");
         }
         if let Err(error) = std::fs::remove_file(shared.dir().unnamed()) {
             return failed("the guest will be told again who it is", &error);

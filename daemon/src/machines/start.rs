@@ -225,7 +225,12 @@ async fn launch(
     let identity = Identity::load_or_generate(&dir.identity())?;
     let lease = shared.lease();
     context.network.up().await?;
-    let tap = context.network.open_tap(&lease).await?;
+    let tap = if dir.unnamed().exists() {
+        context.network.forget_neighbour(&lease).await;
+        context.network.loose_tap(&lease)?
+    } else {
+        context.network.open_tap(&lease).await?
+    };
     tracing::debug!(vm = %dir.id(), tap = tap.name, "tap");
     let spec = StartSpec {
         cpus: config.cpus,
@@ -295,6 +300,7 @@ pub(super) fn guest_identity(
         address: lease.address,
         prefix: lease.prefix,
         gateway: lease.gateway,
+        gateway_mac: lease.gateway_mac.to_string(),
         dns: lease.dns,
         machine_id: identity.machine_id,
         host_keys: identity.host_keys,

@@ -33,6 +33,8 @@ pub struct Lease {
     pub prefix: u8,
     /// The default router, which is the bridge.
     pub gateway: Ipv4Addr,
+    /// The hardware address of the bridge.
+    pub gateway_mac: Mac,
     /// The name server, which is the bridge.
     pub dns: Ipv4Addr,
     /// The domain to search: [`DOMAIN`].
@@ -128,6 +130,7 @@ impl LeaseTable {
             address,
             prefix: self.subnet.prefix(),
             gateway: self.gateway(),
+            gateway_mac: self.bridge_mac,
             dns: self.gateway(),
             domain: DOMAIN.to_owned(),
             changed: (!changes.is_empty()).then(|| changes.join("; ")),

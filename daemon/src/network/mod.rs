@@ -204,39 +204,69 @@ impl Network {
     /// [`NetworkError::NoBridge`] before [`Network::up`], [`NetworkError::NoTun`], [`NetworkError::NotRoot`], and
     /// [`NetworkError::NoLease`] for a lease that was released.
     pub async fn open_tap(&self, lease: &Lease) -> Result<Tap, NetworkError> {
+        let tap = self.loose_tap(lease)?;
+        self.plug(lease, &tap.name).await?;
+        Ok(tap)
+    }
+
+    /// Makes a tap that is down and on no bridge, for a guest that is to reach nobody, or not yet.
+    ///
+    /// # Errors
+    /// [`NetworkError::NoTun`], [`NetworkError::NotRoot`].
+    pub fn loose_tap(&self, lease: &Lease) -> Result<Tap, NetworkError> {
+        tap::create(lease)
+    }
+
+    /// Puts a loose tap on the bridge and sets it up. One that is there already stays.
+    ///
+    /// # Errors
+    /// As [`Network::open_tap`]'s.
+    pub async fn plug(&self, lease: &Lease, tap: &str) -> Result<(), NetworkError> {
         // Not while the network goes down: a port that is new then would go with the bridge.
         let _changing = self.inner.changing.lock().await;
         let netlink = Netlink::open()?;
         let bridge = self.own_bridge(&netlink).await?;
         let bridge = bridge.ok_or_else(|| NetworkError::NoBridge { bridge: self.inner.bridge.clone() })?;
         self.publish(lease)?;
-        let tap = tap::create(lease)?;
-        tap::disable_ipv6(&tap.name)?;
+        tap::disable_ipv6(tap)?;
         let gone = || NetworkError::Tap {
             address: lease.address,
             source: std::io::Error::from(std::io::ErrorKind::NotFound),
         };
-        let link = netlink.link(&tap.name).await?.ok_or_else(gone)?;
-        netlink.attach(&link, &bridge).await?;
-        Ok(tap)
+        let link = netlink.link(tap).await?.ok_or_else(gone)?;
+        netlink.attach(&link, &bridge).await
     }
 
-    /// Tells the host where the guest with that lease is, now that it is reached. What was sent before waits for an answer
-    /// by ARP, which is asked for but once a second.
-    pub async fn introduce(&self, lease: &Lease) -> Result<(), NetworkError> {
-        let netlink = Netlink::open()?;
-        match self.own_bridge(&netlink).await? {
-            Some(bridge) => netlink.introduce(&bridge, lease.address, lease.mac).await,
-            None => Err(NetworkError::NoBridge { bridge: self.inner.bridge.clone() }),
-        }
-    }
-
-    /// Makes a tap that is on no bridge, for a guest that is to reach nobody.
+    /// Puts the tap that a VM process holds on the bridge, and tells the host where the guest is: what was sent before
+    /// waits for an answer by ARP, which is asked for but once a second.
     ///
     /// # Errors
-    /// [`NetworkError::NoTun`], [`NetworkError::NotRoot`].
-    pub fn loose_tap(&self, lease: &Lease) -> Result<Tap, NetworkError> {
-        tap::create(lease)
+    /// As [`Network::open_tap`]'s, and [`NetworkError::Tap`] if the process has none.
+    pub async fn plug_in(&self, lease: &Lease, pid: u32) -> Result<(), NetworkError> {
+        let tap = as_root(|| tap::held_by(pid))
+            .map_err(|source| NetworkError::Tap { address: lease.address, source })?;
+        self.plug(lease, &tap).await?;
+        self.introduce(lease, Some(lease.mac)).await;
+        Ok(())
+    }
+
+    /// Lets the host forget who had this address before, so that what is sent to the guest from now on waits for it.
+    pub async fn forget_neighbour(&self, lease: &Lease) {
+        self.introduce(lease, None).await;
+    }
+
+    async fn introduce(&self, lease: &Lease, mac: Option<Mac>) {
+        let told = async {
+            let netlink = Netlink::open()?;
+            match self.own_bridge(&netlink).await? {
+                Some(bridge) => netlink.introduce(&bridge, lease.address, mac).await,
+                None => Ok(()),
+            }
+        };
+        let told: Result<(), NetworkError> = told.await;
+        if let Err(error) = told {
+            tracing::debug!(id = lease.id, %error, "the host will ask for the guest's hardware address");
+        }
     }
 
     /// Whether the guest with `mac` holds `address` now: it is asked over the bridge by ARP, for at most 0.9 s.

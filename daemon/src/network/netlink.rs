@@ -51,15 +51,20 @@ impl Netlink {
         Ok(Self { handle, task: tokio::spawn(connection) })
     }
 
-    /// Tells the kernel which hardware address an address behind `link` has, to be confirmed when it is next used. Who
-    /// waits for an answer by ARP goes on.
-    pub async fn introduce(&self, link: &Link, address: Ipv4Addr, mac: Mac) -> Result<(), NetworkError> {
-        self.handle
-            .neighbours()
-            .add(link.index, address.into())
-            .link_layer_address(&mac.0)
-            .state(NeighbourState::Stale)
-            .replace()
+    /// Tells the kernel which hardware address an address behind `link` has, to be confirmed when it is next used: who waits
+    /// for an answer by ARP goes on. With `None` it forgets the one that it knows.
+    pub async fn introduce(
+        &self,
+        link: &Link,
+        address: Ipv4Addr,
+        mac: Option<Mac>,
+    ) -> Result<(), NetworkError> {
+        let request = self.handle.neighbours().add(link.index, address.into()).replace();
+        let request = match mac {
+            Some(mac) => request.link_layer_address(&mac.0).state(NeighbourState::Stale),
+            None => request.state(NeighbourState::Failed),
+        };
+        request
             .execute()
             .await
             .map_err(|error| failed(format!("introduce {address} to {}", link.name), &error))

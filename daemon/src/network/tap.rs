@@ -10,6 +10,8 @@ use super::error::NetworkError;
 use super::lease::Lease;
 use crate::privilege::as_root;
 
+const TUN: &str = "/dev/net/tun";
+
 /// What the kernel makes names from: it puts the lowest free number for `%d`.
 const PATTERN: &[u8] = b"cattap%d";
 
@@ -33,11 +35,7 @@ pub struct Tap {
 /// Makes a tap, not yet up and on no bridge.
 pub(crate) fn create(lease: &Lease) -> Result<Tap, NetworkError> {
     let file = as_root(|| {
-        OpenOptions::new()
-            .read(true)
-            .write(true)
-            .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
-            .open("/dev/net/tun")
+        OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(TUN)
     })
     .map_err(NetworkError::NoTun)?;
     // SAFETY: ifreq is plain data, for which zero bytes are a value.
@@ -59,6 +57,21 @@ pub(crate) fn create(lease: &Lease) -> Result<Tap, NetworkError> {
     }
     let name: Vec<u8> = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| c.cast_unsigned()).collect();
     Ok(Tap { fd: file.into(), name: String::from_utf8_lossy(&name).into_owned() })
+}
+
+/// The name of the tap that the process holds (proc(5), `/proc/PID/fdinfo`).
+pub(crate) fn held_by(pid: u32) -> io::Result<String> {
+    let process = Path::new("/proc").join(pid.to_string());
+    for entry in std::fs::read_dir(process.join("fd"))? {
+        let entry = entry?;
+        if std::fs::read_link(entry.path()).is_ok_and(|target| target == Path::new(TUN)) {
+            let info = std::fs::read_to_string(process.join("fdinfo").join(entry.file_name()))?;
+            if let Some(name) = info.lines().find_map(|line| line.strip_prefix("iff:")) {
+                return Ok(name.trim().to_owned());
+            }
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("process {pid} holds none")))
 }
 
 /// Switches IPv6 off on an interface; a kernel without IPv6 is fine.

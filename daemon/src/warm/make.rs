@@ -190,7 +190,6 @@ impl Template {
     ) -> Result<Warm, WarmError> {
         self.bring_to_rest(&tell).await?;
         tell(80, "saving memory and devices");
-        self.process.set_link(false).await?;
         self.process.pause().await?;
         let engine = context.engines.chosen();
         let machine = Machine { fit: engine.fit().await?, cpus: size.cpus, memory_mib: size.memory_mib };
@@ -231,7 +230,7 @@ impl Template {
         let up = async {
             reaches(&link, |status| status.hello.is_some()).await?;
             tell(30, "the guest is up; waiting for Docker");
-            link.identify(&self.identity()?).await?;
+            link.identify(&self.identity(false)?).await?;
             reaches(&link, |status| status.ssh && status.docker).await
         };
         tokio::time::timeout(BOOT_LIMIT, up).await.map_err(|_| WarmError::Slow)??;
@@ -239,6 +238,8 @@ impl Template {
         for (user, command) in USED {
             run(&link, user, command).await?;
         }
+        // As a clone's is, so that what is read and made for that is there.
+        link.identify(&self.identity(true)?).await?;
         tell(65, "coming to rest");
         tokio::time::sleep(SETTLE).await;
         link.rest().await?;
@@ -247,22 +248,26 @@ impl Template {
         Ok(())
     }
 
-    fn identity(&self) -> Result<Identity, WarmError> {
+    /// Of nobody; as a `clone` it has another name and MAC address.
+    fn identity(&self, clone: bool) -> Result<Identity, WarmError> {
+        let mut mac = self.lease.mac;
+        mac.0[5] ^= u8::from(clone);
         let keys = identity::Identity::generate()?;
         Ok(Identity {
-            hostname: "template".to_owned(),
+            hostname: if clone { "clone" } else { "template" }.to_owned(),
             domain: self.lease.domain.clone(),
-            mac: self.lease.mac.to_string(),
+            mac: mac.to_string(),
             address: self.lease.address,
             prefix: self.lease.prefix,
             gateway: self.lease.gateway,
+            gateway_mac: self.lease.gateway_mac.to_string(),
             dns: self.lease.dns,
             machine_id: keys.machine_id,
             host_keys: keys.host_keys,
             authorized_keys: Vec::new(),
             unix_ns: 0,
             seed: String::new(),
-            clone: false,
+            clone,
         })
     }
 

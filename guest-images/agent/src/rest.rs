@@ -8,6 +8,7 @@ use std::process::Command;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 
+use crate::identity::host_keys;
 use crate::session::Config;
 
 /// The argument with which the program fills free memory and ends.
@@ -16,8 +17,11 @@ pub const FILL: &str = "--fill-free-memory";
 const LEFT_KIB: usize = 24 * 1024;
 const PAGE: usize = 4096;
 
-/// Writes out what is held back, and fills free memory with zeros.
+/// Has sshd wait for the keys of the next guest, writes out what is held back, and fills free memory with zeros.
 pub fn rest(config: &Config) -> io::Result<()> {
+    if !config.files_only() {
+        host_keys::park(config)?;
+    }
     nix::unistd::sync();
     if config.files_only() {
         return Ok(());

@@ -145,9 +145,9 @@ impl Session {
                 self.reply(epoch, id, Reply::Done);
                 return shutdown::shut_down(self, kind);
             }
-            Request::SetClock { unix_ns } => match identity::clock::set(&self.config, unix_ns) {
+            Request::SetClock { unix_ns, seed } => match identity::go_on(&self.config, unix_ns, &seed) {
                 Ok(()) => Reply::Done,
-                Err(error) => failed(ProblemKind::Failed, error.to_string()),
+                Err(problem) => Reply::Failed(problem),
             },
             Request::Rest => match rest::rest(&self.config) {
                 Ok(()) => Reply::Done,

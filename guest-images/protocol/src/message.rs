@@ -115,10 +115,14 @@ pub enum Request {
         /// What comes after.
         kind: ShutdownKind,
     },
-    /// Set the clock.
+    /// Set the clock, and mix a seed into the random generator: the guest stood still, and another may have gone on from the
+    /// same memory.
     SetClock {
         /// Nanoseconds since 1970.
         unix_ns: u64,
+        /// 32 random bytes in hexadecimal, or nothing.
+        #[serde(default)]
+        seed: String,
     },
     /// Come to rest before the guest's memory is copied: what is held back is written, free memory is filled with zeros,
     /// which take no room in a copy. What runs goes on running.
@@ -192,6 +196,9 @@ pub struct Identity {
     pub prefix: u8,
     /// Default route.
     pub gateway: Ipv4Addr,
+    /// MAC address of the gateway, which then is not asked for, or nothing.
+    #[serde(default)]
+    pub gateway_mac: String,
     /// Name server.
     pub dns: Ipv4Addr,
     /// machine-id(5).

@@ -33,7 +33,7 @@ pub const PROGRAM: &str = "catalyst-vmm";
 const CONTROL_SOCKET: &str = "control.sock";
 const VSOCK_SOCKET: &str = "vsock.sock";
 /// The generation of the machine's make-up: another number where a saved machine would not fit any more.
-const MACHINE: u32 = 1;
+const MACHINE: u32 = 2;
 /// How long the monitor may take from its start to its first answer, which is when it has loaded the kernel.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long one that was found again may take.
@@ -305,10 +305,6 @@ impl VmProcess for KvmVm {
             self.control(what)?.switch_disk(&overlay.file).await.map_err(refused(what))
         }
         .boxed()
-    }
-
-    fn set_link(&self, up: bool) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.tell("plug the cable", Command::SetLink(up)).boxed()
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>> {

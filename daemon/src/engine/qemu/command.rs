@@ -112,7 +112,7 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
         );
         // The state is that of devices alone (`xen-save-devices-state`), without what a migration has around it.
         arg("-global", "migration.send-configuration=off".into());
-        // Once is enough for a bridge; a clone's cable is out. With none QEMU 7.2 dies when the guest resets its NIC.
+        // Once is enough for a bridge; a clone is on none yet. With none QEMU 7.2 dies when the guest resets its NIC.
         arg("-global", "migration.announce-rounds=1".into());
         arg("-incoming", "defer".into());
         // There is no kernel to boot anew with: the daemon starts another process.

@@ -134,11 +134,6 @@ impl Qmp {
         Ok(status.running)
     }
 
-    /// `set_link`: plugs a cable in, or out, at both ends.
-    pub async fn set_link(&self, cable: &str, up: bool) -> Result<(), QmpError> {
-        self.execute("set_link", Some(json!({ "name": cable, "up": up }))).await.map(drop)
-    }
-
     /// `gpa2hva` of the human monitor: where a guest physical address lies in QEMU's own memory.
     pub async fn host_address(&self, guest_address: u64) -> Result<u64, QmpError> {
         let line = json!({ "command-line": format!("gpa2hva {guest_address:#x}") });

@@ -3,8 +3,10 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 
+use catalyst_agent_protocol::Identity;
 use nix::mount::{MsFlags, mount};
 
 use super::random::uuid;
@@ -12,6 +14,9 @@ use crate::files::replace;
 use crate::session::Config;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// Where a user puts programs that are run in each clone before anybody reaches it.
+const HOOKS: &str = "etc/catalyst/clone.d";
+const HOOK_SECONDS: &str = "60";
 const OWN_BOOT_ID: &str = "/run/catalyst/boot_id";
 
 /// Gives the guest another boot_id and another Docker engine id.
@@ -43,6 +48,40 @@ fn boot_id() -> io::Result<()> {
         mount(Some(own), BOOT_ID, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     }
     Ok(())
+}
+
+/// Runs what a user has put into the folder for clones, in the order of names, each for at most [`HOOK_SECONDS`]. What it
+/// writes goes to the agent's log. The first that fails ends it: a clone that is not what it is to be reaches nobody.
+pub fn run_hooks(config: &Config, identity: &Identity) -> Result<(), String> {
+    let folder = config.root.join(HOOKS);
+    let Ok(entries) = fs::read_dir(&folder) else { return Ok(()) };
+    let mut hooks: Vec<PathBuf> =
+        entries.flatten().map(|entry| entry.path()).filter(|path| runs(path)).collect();
+    hooks.sort();
+    for hook in hooks {
+        let status = Command::new("timeout")
+            .arg(HOOK_SECONDS)
+            .arg(&hook)
+            .stdin(Stdio::null())
+            .env("CATALYST_NAME", &identity.hostname)
+            .env("CATALYST_ADDRESS", identity.address.to_string())
+            .env("CATALYST_MAC", &identity.mac)
+            .status();
+        let shown = hook.display();
+        match status {
+            Ok(status) if status.success() => {}
+            Ok(status) => return Err(format!("the clone's hook {shown} failed: {status}")),
+            Err(error) => return Err(format!("the clone's hook {shown} cannot be run: {error}")),
+        }
+    }
+    Ok(())
+}
+
+/// Whether it is a program; what an editor left behind is none.
+fn runs(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let plain = !name.starts_with('.') && !name.ends_with('~');
+    plain && fs::metadata(path).is_ok_and(|about| about.is_file() && about.mode() & 0o111 != 0)
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 pub mod clock;
 mod cloned;
+pub mod host_keys;
 mod netlink;
 mod network;
 mod random;
@@ -31,6 +32,7 @@ fn doing<E: std::fmt::Display>(what: &'static str) -> impl FnOnce(E) -> Problem 
 /// What of an identity is not text.
 struct Checked {
     mac: [u8; 6],
+    gateway_mac: Option<[u8; 6]>,
     seed: [u8; random::SEED],
 }
 
@@ -43,15 +45,33 @@ pub fn apply(config: &Config, identity: &Identity) -> Result<(), Problem> {
         random::seed(checked.seed).map_err(doing("seeding the random generator"))?;
     }
     names(config, identity)?;
-    host_keys(config, identity)?;
+    let sshd = host_keys::apply(config, &identity.host_keys)?;
     authorized_keys(config, identity)?;
     if config.network && !config.files_only() {
-        network::apply(identity, checked.mac).map_err(doing("setting up the network"))?;
+        network::apply(identity, checked.mac, checked.gateway_mac)
+            .map_err(doing("setting up the network"))?;
     }
     if identity.clone {
         cloned::apply(config).map_err(doing("telling the clone from its original"))?;
+        cloned::run_hooks(config, identity)
+            .map_err(|message| Problem { kind: ProblemKind::Failed, message })?;
+    }
+    // Until then nobody gets an answer, and nobody is to be turned away.
+    if let Some(sshd) = sshd {
+        sshd.wait();
     }
     Ok(())
+}
+
+/// Sets the clock after the guest stood still, and mixes a seed in if one is given.
+pub fn go_on(config: &Config, unix_ns: u64, seed: &str) -> Result<(), Problem> {
+    clock::set(config, unix_ns).map_err(doing("setting the clock"))?;
+    if seed.is_empty() || config.files_only() {
+        return Ok(());
+    }
+    let seed = random::from_hex(seed).ok_or("the seed is not 64 hexadecimal digits");
+    let seed = seed.map_err(|message| Problem { kind: ProblemKind::Invalid, message: message.to_owned() })?;
+    random::seed(seed).map_err(doing("seeding the random generator"))
 }
 
 fn check(identity: &Identity) -> Result<Checked, &'static str> {
@@ -80,8 +100,12 @@ fn check(identity: &Identity) -> Result<Checked, &'static str> {
     let is_line = |line: &String| line.len() <= 16 * 1024 && !line.contains(['\n', '\r', '\0']);
     require(lines.len() <= 64 && lines.iter().all(is_line), "the authorized keys are no lines, or too many")?;
     let mac = parse_mac(&identity.mac).ok_or("the MAC address is not that of a host")?;
+    let gateway_mac = match identity.gateway_mac.as_str() {
+        "" => None,
+        text => Some(parse_mac(text).ok_or("the gateway's MAC address is not that of a host")?),
+    };
     let seed = random::from_hex(&identity.seed).ok_or("the seed is not 64 hexadecimal digits")?;
-    Ok(Checked { mac, seed })
+    Ok(Checked { mac, gateway_mac, seed })
 }
 
 fn is_label(text: &str) -> bool {
@@ -149,19 +173,6 @@ fn hosts(before: &str, names: &str) -> String {
     let at = before.lines().position(|line| is_own(&line)).unwrap_or(1).min(lines.len());
     lines.insert(at, &own);
     lines.join("\n") + "\n"
-}
-
-fn host_keys(config: &Config, identity: &Identity) -> Step<()> {
-    let folder = config.root.join("etc/ssh");
-    for key in &identity.host_keys {
-        let private = folder.join(format!("ssh_host_{}_key", key.kind));
-        let public = folder.join(format!("ssh_host_{}_key.pub", key.kind));
-        let line = |text: &str| format!("{}\n", text.trim_end());
-        replace(&private, line(&key.private).as_bytes(), 0o600, None)
-            .and_then(|()| replace(&public, line(&key.public).as_bytes(), 0o644, None))
-            .map_err(doing("writing the SSH host keys"))?;
-    }
-    Ok(())
 }
 
 fn authorized_keys(config: &Config, identity: &Identity) -> Step<()> {

@@ -52,7 +52,7 @@ fn what_is_not_understood_is_answered_if_it_can_be() {
     host.send(&Control::Request { id: 0, request: Request::Ping });
     assert!(failed_as(&host.reply(0), ProblemKind::Invalid));
     assert!(failed_as(&host.request(Request::Close { stream: 12345 }), ProblemKind::NotFound));
-    assert_eq!(host.request(Request::SetClock { unix_ns: 1 }), Reply::Done);
+    assert_eq!(host.request(Request::SetClock { unix_ns: 1, seed: String::new() }), Reply::Done);
     assert_eq!(host.request(Request::Shutdown { kind: ShutdownKind::PowerOff }), Reply::Done);
 }
 
@@ -123,6 +123,7 @@ fn identity() -> Identity {
         address: [192, 168, 77, 5].into(),
         prefix: 24,
         gateway: [192, 168, 77, 1].into(),
+        gateway_mac: "52:54:00:00:00:02".into(),
         dns: [192, 168, 77, 1].into(),
         machine_id: "0123456789abcdef0123456789abcdef".into(),
         host_keys: vec![key("ed25519"), key("rsa")],
@@ -131,6 +132,43 @@ fn identity() -> Identity {
         seed: "ab".repeat(32),
         clone: true,
     }
+}
+
+#[test]
+fn a_clone_is_nobody_before_its_hooks_are_done() {
+    let mut host = Host::greeted();
+    let root = host.folder.join("root");
+    let folder = root.join("etc/catalyst/clone.d");
+    std::fs::create_dir_all(&folder).unwrap();
+    let hook = |name: &str, mode: u32, text: &str| {
+        std::fs::write(folder.join(name), format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(folder.join(name), PermissionsExt::from_mode(mode)).unwrap();
+    };
+    let told = root.join("told");
+    let tell = format!("echo $0 $CATALYST_NAME $CATALYST_ADDRESS $CATALYST_MAC >>{}", told.display());
+    hook("20-second", 0o755, &tell);
+    hook("10-first", 0o700, &tell);
+    hook("15-no-program", 0o644, &tell);
+    hook("15-left~", 0o755, &tell);
+    assert_eq!(host.request(Request::Identify(Box::new(identity()))), Reply::Done);
+    let lines = std::fs::read_to_string(&told).unwrap();
+    let who = "photon-1 192.168.77.5 52:54:00:00:00:01";
+    let [first, second] = ["10-first", "20-second"].map(|name| folder.join(name).display().to_string());
+    assert_eq!(lines, format!("{first} {who}\n{second} {who}\n"));
+
+    hook("30-fails", 0o755, "exit 3");
+    hook("40-never", 0o755, &tell);
+    let reply = host.request(Request::Identify(Box::new(identity())));
+    assert!(
+        matches!(&reply, Reply::Failed(problem) if problem.message.contains("30-fails failed")),
+        "{reply:?}"
+    );
+    assert!(!std::fs::read_to_string(&told).unwrap().contains("40-never"));
+    // Only a clone has any of it done.
+    assert_eq!(
+        host.request(Request::Identify(Box::new(Identity { clone: false, ..identity() }))),
+        Reply::Done
+    );
 }
 
 #[test]
