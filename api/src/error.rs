@@ -15,6 +15,8 @@ pub enum ErrorCode {
     Forbidden,
     /// No such VM.
     VmNotFound,
+    /// No such snapshot.
+    SnapshotNotFound,
     /// No such image.
     ImageNotFound,
     /// No such task.
@@ -25,6 +27,8 @@ pub enum ErrorCode {
     MethodNotAllowed,
     /// A VM of this id exists.
     VmExists,
+    /// The VM has a snapshot of this name.
+    SnapshotExists,
     /// The VM's state does not allow it.
     WrongState,
     /// Something else uses it.

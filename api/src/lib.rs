@@ -10,6 +10,7 @@ pub mod event;
 pub mod exec;
 pub mod image;
 pub mod legacy;
+pub mod snapshot;
 pub mod system;
 pub mod template;
 pub mod vm;
@@ -19,6 +20,7 @@ pub use error::{ApiError, ErrorCode};
 pub use event::{Event, EventKind};
 pub use exec::{ExecFrame, ExecOutput, ExecRequest, TerminalSize};
 pub use image::{ImageInfo, ImageState, Task, TaskState};
+pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot};
 pub use system::{NetworkInfo, Version};
 pub use template::{TemplateInfo, WarmInfo, WarmRequest};
 pub use vm::{

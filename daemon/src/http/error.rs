@@ -11,7 +11,9 @@ use catalyst_api::{ApiError, ErrorCode};
 use catalyst_images::ImageError;
 
 use crate::engine::EngineError;
-use crate::machines::error::{ChangeError, CreateError, FreezeError, GuestError, PowerError, UnknownVm};
+use crate::machines::error::{
+    ChangeError, CreateError, FreezeError, GuestError, PowerError, SnapshotError, UnknownVm,
+};
 use crate::saved::SavedError;
 use crate::store::disk::DiskError;
 use crate::store::{ConfigError, StoreError};
@@ -76,11 +78,13 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::InvalidRequest => StatusCode::BAD_REQUEST,
         ErrorCode::Forbidden => StatusCode::FORBIDDEN,
         ErrorCode::VmNotFound
+        | ErrorCode::SnapshotNotFound
         | ErrorCode::ImageNotFound
         | ErrorCode::TaskNotFound
         | ErrorCode::PathNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::VmExists
+        | ErrorCode::SnapshotExists
         | ErrorCode::WrongState
         | ErrorCode::InUse
         | ErrorCode::ImageUnusable
@@ -214,6 +218,24 @@ impl Failure for FreezeError {
             Self::State { .. } | Self::Unsettled(_) | Self::Layers { .. } => ErrorCode::WrongState,
             Self::Engine(engine) => engine_code(engine),
             Self::Saved(saved) => saved_code(saved),
+            Self::Store(store) => store_code(store),
+            Self::Stopping => ErrorCode::Internal,
+        }
+    }
+}
+
+impl Failure for SnapshotError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Vm(_) => ErrorCode::VmNotFound,
+            Self::Unknown { .. } => ErrorCode::SnapshotNotFound,
+            Self::Exists { .. } => ErrorCode::SnapshotExists,
+            Self::Name { .. } | Self::Description { .. } => ErrorCode::InvalidRequest,
+            Self::TooMany { .. } | Self::State { .. } => ErrorCode::WrongState,
+            Self::Template { source, .. } => image_code(source),
+            Self::Freeze(freeze) => freeze.code(),
+            Self::Saved(saved) => saved_code(saved),
+            Self::Power(power) => power.code(),
             Self::Store(store) => store_code(store),
             Self::Stopping => ErrorCode::Internal,
         }

@@ -108,6 +108,82 @@ pub enum FreezeError {
     Stopping,
 }
 
+/// Why a snapshot could not be made, gone back to, or deleted.
+#[derive(Debug, Error)]
+pub enum SnapshotError {
+    /// No such VM.
+    #[error(transparent)]
+    Vm(#[from] UnknownVm),
+    /// No such snapshot.
+    #[error("The VM '{id}' has no snapshot '{name}'; see: catalyst vm snapshot list {id}")]
+    Unknown {
+        /// The VM.
+        id: VmId,
+        /// The name.
+        name: String,
+    },
+    /// There is one already.
+    #[error("The VM '{id}' has a snapshot '{name}' already; choose another name, or delete it")]
+    Exists {
+        /// The VM.
+        id: VmId,
+        /// The name.
+        name: String,
+    },
+    /// No name.
+    #[error("A snapshot's name has 1 to {most} characters, none of them '/' or a control character")]
+    Name {
+        /// The longest.
+        most: usize,
+    },
+    /// No description.
+    #[error("A snapshot's description is one line of at most {most} characters")]
+    Description {
+        /// The longest.
+        most: usize,
+    },
+    /// Enough.
+    #[error("The VM '{id}' has {most} snapshots, which is the most; delete some")]
+    TooMany {
+        /// The VM.
+        id: VmId,
+        /// The most.
+        most: usize,
+    },
+    /// The VM is on its way from one state to another, or cannot be used.
+    #[error("The VM '{id}' is {state}; wait until that is over, or power it off")]
+    State {
+        /// The VM.
+        id: VmId,
+        /// Its state.
+        state: VmState,
+    },
+    /// The template cannot be used.
+    #[error("The template of '{id}' cannot be used")]
+    Template {
+        /// The VM.
+        id: VmId,
+        /// Why not.
+        #[source]
+        source: ImageError,
+    },
+    /// The VM could not be frozen.
+    #[error(transparent)]
+    Freeze(#[from] FreezeError),
+    /// Its machine could not be saved.
+    #[error(transparent)]
+    Saved(#[from] SavedError),
+    /// Its process did not end, or no new one began.
+    #[error(transparent)]
+    Power(#[from] PowerError),
+    /// A file.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The daemon is stopping.
+    #[error("The daemon is stopping")]
+    Stopping,
+}
+
 /// Why a VM could not be changed or deleted.
 #[derive(Debug, Error)]
 pub enum ChangeError {

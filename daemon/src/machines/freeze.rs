@@ -19,8 +19,12 @@ use super::error::FreezeError;
 use crate::engine::capture::Memory;
 use crate::engine::{EngineError, Layer, Saved, VmProcess};
 use crate::saved::{self, SavedError};
+use crate::store::layers::{self, Merge};
 use crate::store::{Began, Chain, StoreError, VmConfig, VmDir, disk, files};
 
+/// From so many layers on, those that can be are merged before there is one more; from twice as many, also those that
+/// clones have in common.
+const MANY_LAYERS: usize = 8;
 /// More layers than this are not laid on each other.
 const MOST_LAYERS: usize = 32;
 /// The overlay that is to take the disk's place.
@@ -74,35 +78,37 @@ pub(super) async fn freeze(
     running: bool,
 ) -> Result<Frozen, FreezeError> {
     let (_, config) = dir.read()?;
-    if dir.switching().exists() {
-        return Err(FreezeError::Unsettled(dir.id().clone()));
-    }
-    let mut chain = dir.chain()?;
-    if chain.own.len() >= MOST_LAYERS {
-        return Err(FreezeError::Layers { id: dir.id().clone(), most: MOST_LAYERS });
-    }
-    let owner = (context.owner.uid, context.owner.gid);
-    let layer = format!("layer-{}.qcow2", &uuid::Uuid::new_v4().simple().to_string()[..16]);
-    let next = dir.path().join(NEXT);
-    let below = dir.path().join(&layer);
-    disk::create_overlay(&next, (&below, Format::Qcow2), config.disk_gib, owner).map_err(StoreError::from)?;
-
     let memory = saved::new_memory().map_err(EngineError::io("make room for a copy of the VM's memory"))?;
     let state = saved::new_memory().map_err(EngineError::io("make room for the VM's state"))?;
+    let mut chain = copy(context, dir, process, running, (&memory, &state)).await?;
+    chain.at = None;
+    saved::seal(&memory).map_err(EngineError::io("seal the copy of the VM's memory"))?;
+    let state = saved::read_state(&state, Path::new("of the frozen VM"))?;
+    Ok(Frozen { engine: process.engine(), began, config, dir: dir.clone(), chain, memory, state })
+}
+
+/// Copies the VM's memory and devices to files, and makes its disk so far a layer: it stands on what this returns. It runs
+/// when this returns, if it did before, whether or not this succeeds.
+pub(super) async fn copy(
+    context: &Arc<Context>,
+    dir: &VmDir,
+    process: &dyn VmProcess,
+    running: bool,
+    (memory, state): (&File, &File),
+) -> Result<Chain, FreezeError> {
+    let chain = prepare(context, dir).await?;
     let mut source = Memory::new(process.pid(), process.ram().await?);
     let shared = source.is_shared().map_err(EngineError::io("look at the VM's memory"))?;
     if !shared {
-        source = saved::copy_files(source, &memory).await?;
+        source = saved::copy_files(source, memory).await?;
     }
-    chain.fresh = false;
-    chain.own.insert(0, layer);
     process.pause().await?;
     let stood = tokio::time::Instant::now();
     let done = async {
         if shared {
-            source = saved::copy_files(source, &memory).await?;
+            source = saved::copy_files(source, memory).await?;
         }
-        saved::save(process, source, (&memory, &state)).await?;
+        saved::save(process, source, (memory, state)).await?;
         switch(dir, process, &chain).await
     };
     let done: Result<(), FreezeError> = done.await;
@@ -110,10 +116,43 @@ pub(super) async fn freeze(
         process.resume().await?;
     }
     tracing::info!(vm = %dir.id(), ms = stood.elapsed().as_millis(), "frozen; it stood for that long");
-    done?;
-    saved::seal(&memory).map_err(EngineError::io("seal the copy of the VM's memory"))?;
-    let state = saved::read_state(&state, Path::new("of the frozen VM"))?;
-    Ok(Frozen { engine: process.engine(), began, config, dir: dir.clone(), chain, memory, state })
+    done.map(|()| chain)
+}
+
+/// Makes the disk of a VM that has no process a layer: it stands on what this returns.
+pub(super) async fn lay_over(context: &Arc<Context>, dir: &VmDir) -> Result<Chain, FreezeError> {
+    let chain = prepare(context, dir).await?;
+    lay(dir, &chain)?;
+    Ok(chain)
+}
+
+/// Makes an overlay for the disk to go on in; it is on the returned chain, and not yet in use.
+async fn prepare(context: &Arc<Context>, dir: &VmDir) -> Result<Chain, FreezeError> {
+    let (_, config) = dir.read()?;
+    if dir.switching().exists() {
+        return Err(FreezeError::Unsettled(dir.id().clone()));
+    }
+    let owner = (context.owner.uid, context.owner.gid);
+    let layers = dir.chain()?.own.len();
+    if layers >= MANY_LAYERS {
+        let merge = Merge { still: false, shared: layers >= 2 * MANY_LAYERS, owner };
+        let own = dir.clone();
+        let merged = tokio::task::spawn_blocking(move || own.shorten(merge)).await;
+        if let Ok(Err(error)) = merged {
+            tracing::warn!(vm = %dir.id(), %error, "the layers of its disk stay many");
+        }
+    }
+    let mut chain = dir.chain()?;
+    if chain.own.len() >= MOST_LAYERS {
+        return Err(FreezeError::Layers { id: dir.id().clone(), most: MOST_LAYERS });
+    }
+    let layer = layers::new_name();
+    let below = dir.path().join(&layer);
+    let next = dir.path().join(NEXT);
+    disk::create_overlay(&next, (&below, Format::Qcow2), config.disk_gib, owner).map_err(StoreError::from)?;
+    chain.fresh = false;
+    chain.own.insert(0, layer);
+    Ok(chain)
 }
 
 /// Makes the disk so far a layer below the overlay that lies ready, for the next start and for the process, which stands.
@@ -123,15 +162,19 @@ pub(super) async fn freeze(
 /// overlay that the process was not switched to stays empty above a disk that goes on being written. Only such a VM must
 /// not be frozen once more: the note `switching` says so until the next start.
 async fn switch(dir: &VmDir, process: &dyn VmProcess, chain: &Chain) -> Result<(), FreezeError> {
-    let next = dir.path().join(NEXT);
-    let layer = dir.path().join(chain.own.first().map_or("", String::as_str));
-    let file = disk::open_overlay(&next).map_err(StoreError::from)?;
+    let file = disk::open_overlay(&dir.path().join(NEXT)).map_err(StoreError::from)?;
     files::write_atomically(&dir.switching(), b"", 0o600).map_err(StoreError::write(dir.switching()))?;
-    fs::hard_link(dir.disk(), &layer).map_err(StoreError::write(layer))?;
-    dir.write_chain(chain)?;
-    fs::rename(&next, dir.disk()).map_err(StoreError::write(dir.disk()))?;
-    files::sync_folder(dir.path()).map_err(StoreError::write(dir.disk()))?;
+    lay(dir, chain)?;
     process.switch_disk(Layer { file: file.into(), format: Format::Qcow2 }).await?;
     fs::remove_file(dir.switching()).map_err(StoreError::write(dir.switching()))?;
     Ok(())
+}
+
+/// Gives the disk the name of the first layer of `chain`, and its own to the overlay that lies ready.
+fn lay(dir: &VmDir, chain: &Chain) -> Result<(), StoreError> {
+    let layer = dir.path().join(chain.own.first().map_or("", String::as_str));
+    fs::hard_link(dir.disk(), &layer).map_err(StoreError::write(layer))?;
+    dir.write_chain(chain)?;
+    fs::rename(dir.path().join(NEXT), dir.disk()).map_err(StoreError::write(dir.disk()))?;
+    files::sync_folder(dir.path()).map_err(StoreError::write(dir.disk()))
 }

@@ -12,6 +12,8 @@
 //! While a guest shuts down, commands are still taken: `off` overtakes a `shutdown`.
 //! A process that ends because the guest asked for a reset is followed by the next, as after `on`.
 
+mod keep;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,13 +23,12 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::Instrument;
 
-use super::error::{ChangeError, FreezeError, PowerError};
-use super::freeze::{self, Frozen};
+use super::error::{ChangeError, FreezeError, PowerError, SnapshotError};
+use super::freeze::Frozen;
 use super::resets::Resets;
 use super::shared::Shared;
-use super::{Context, attendant, start, suspend};
-use crate::engine::capture::Memory;
-use crate::engine::{EngineError, Exit, VmProcess};
+use super::{Context, attendant, snapshots, start, suspend};
+use crate::engine::{Exit, VmProcess};
 use crate::store::{Began, VmDir, disk, files, logs};
 
 /// How long a guest may take to shut down. Vagrant's HTTP client gives up after 60 s and does
@@ -64,6 +65,11 @@ pub(super) enum Command {
     GoOn {
         from: Arc<Frozen>,
         reply: Reply<PowerError>,
+    },
+    /// Makes a snapshot, goes back to one, or deletes one.
+    Snapshot {
+        request: snapshots::Request,
+        reply: Reply<SnapshotError>,
     },
     /// Where its memory is.
     Memory {
@@ -178,6 +184,9 @@ impl Machine {
                 let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
                 let _ = reply.send(self.begin(None, start::go_on(&context, &shared, &from)).await);
             }
+            Command::Snapshot { request, reply } => {
+                let _ = reply.send(self.snapshot(request).await);
+            }
             Command::Memory { reply } => {
                 let _ = reply.send(self.memory().await);
             }
@@ -210,7 +219,7 @@ impl Machine {
                 self.start(cold, None).await
             }
             (PowerOp::Off, VmState::Suspended) => {
-                suspend::forget(self.shared.dir())?;
+                self.shared.dir().forget_suspended()?;
                 self.shared.enter(VmState::PoweredOff, Some("its saved machine was given up".to_owned()));
                 Ok(())
             }
@@ -233,32 +242,6 @@ impl Machine {
             (PowerOp::Suspend, VmState::PoweredOn | VmState::Paused) => self.suspend(state).await,
             _ => Err(PowerError::State { id, state, op }),
         }
-    }
-
-    /// Saves the machine to disk and ends its process. If that fails, it is `before` as it was.
-    async fn suspend(&mut self, before: VmState) -> Result<(), PowerError> {
-        let id = self.shared.dir().id().clone();
-        let (Some(running), Some(began)) = (&self.process, self.shared.facts().began) else {
-            return Err(PowerError::State { id, state: before, op: PowerOp::Suspend });
-        };
-        self.shared.enter(VmState::Suspending, None);
-        let begun = Instant::now();
-        let process = Arc::clone(&running.process);
-        if let Err(error) = suspend::suspend(&self.context, self.shared.dir(), process.as_ref(), began).await
-        {
-            let reason = crate::http::error::chain(&error).join(": ");
-            let went_on = if before == VmState::PoweredOn { process.resume().await } else { Ok(()) };
-            let state = if went_on.is_ok() { before } else { VmState::Paused };
-            self.shared.enter(state, Some(format!("it was not suspended: {reason}")));
-            return Err(error);
-        }
-        // What it was lies on disk: the process is of no use any more.
-        process.kill().map_err(|source| PowerError::Engine { id, op: PowerOp::Suspend, source })?;
-        process.exited().await;
-        self.release();
-        self.shared.enter(VmState::Suspended, None);
-        tracing::info!(vm = %self.shared.dir().id(), ms = begun.elapsed().as_millis(), "suspended");
-        Ok(())
     }
 
     /// The guest's clock stood still with its CPUs.
@@ -320,48 +303,11 @@ impl Machine {
         }
     }
 
-    async fn memory(&self) -> Result<MemoryInfo, PowerError> {
-        let id = self.shared.dir().id().clone();
-        let Some(running) = &self.process else {
-            return Err(PowerError::Off(id));
-        };
-        let read = async {
-            let memory = Memory::new(running.process.pid(), running.process.ram().await?);
-            let read = tokio::task::spawn_blocking(move || {
-                Ok((memory.size(), memory.owned()?, memory.anonymous()?))
-            });
-            let read = read.await.map_err(std::io::Error::other).and_then(|read: std::io::Result<_>| read);
-            read.map_err(EngineError::io("look at the VM's memory"))
-        };
-        let (ram, owned, anonymous) = read.await.map_err(|source| PowerError::Look { id, source })?;
-        Ok(MemoryInfo {
-            ram,
-            private: owned.private,
-            shared: owned.shared,
-            untouched: ram.saturating_sub(owned.private + owned.shared),
-            overhead: anonymous.saturating_sub(owned.private),
-        })
-    }
-
-    async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
-        self.adopt_again().await;
-        let (id, state) = (self.shared.dir().id().clone(), self.shared.state());
-        let running = match state {
-            VmState::PoweredOn => true,
-            VmState::Paused => false,
-            _ => return Err(FreezeError::State { id, state }),
-        };
-        let (Some(process), Some(began)) = (&self.process, self.shared.facts().began) else {
-            return Err(FreezeError::State { id, state });
-        };
-        let process = Arc::clone(&process.process);
-        freeze::freeze(&self.context, self.shared.dir(), process.as_ref(), began, running).await
-    }
-
     /// Takes over the process that an earlier daemon left, if there is one.
     async fn adopt(&mut self) {
         self.shared.facts().unadopted = false;
         let dir = self.shared.dir().clone();
+        self.sweep();
         let user = crate::engine::vm_user(self.shared.address());
         match self.context.engines.adopt(dir.clone(), user).await {
             Ok(Some(process)) => {
@@ -392,6 +338,16 @@ impl Machine {
                 self.shared.facts().unadopted = true;
                 self.shared.enter(VmState::Blocked, Some(reason));
             }
+        }
+    }
+
+    /// Ends what a daemon that was killed had begun with the VM's files.
+    fn sweep(&self) {
+        let dir = self.shared.dir();
+        let swept = dir.finish_restoring().and_then(|()| dir.sweep_snapshots());
+        if let Err(error) = swept.and_then(|()| dir.collect_layers()) {
+            let reason = crate::http::error::chain(&error).join(": ");
+            tracing::warn!(vm = %dir.id(), reason, "what an earlier daemon left stays");
         }
     }
 

@@ -11,6 +11,7 @@ pub mod guest;
 mod machine;
 mod resets;
 pub mod shared;
+mod snapshots;
 mod start;
 mod suspend;
 mod templates;
@@ -326,7 +327,7 @@ impl Machines {
                     let (from, to) = (parent.dir().path().join(name), dir.path().join(name));
                     std::fs::hard_link(from, &to).map_err(StoreError::write(to))?;
                 }
-                dir.write_chain(&chain)?;
+                dir.write_chain(&Chain { at: None, ..chain })?;
                 Ok(copy_disk(&handle, &commands, dir)?)
             };
             match context.store.create(&id, &config, copy) {

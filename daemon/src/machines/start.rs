@@ -13,7 +13,6 @@ use super::Context;
 use super::error::PowerError;
 use super::freeze::Frozen;
 use super::shared::Shared;
-use super::suspend;
 use crate::agent;
 use crate::engine::{EngineError, Layer, Saved, StartSpec, VmProcess, vm_cid, vm_user};
 use crate::privilege::as_root;
@@ -35,6 +34,7 @@ pub(super) async fn start(
     cold: bool,
 ) -> Result<Started, PowerError> {
     let dir = shared.dir();
+    dir.finish_restoring()?;
     let (_, config) = dir.read()?;
     let image = image(context, dir, &config)?;
     let chain = dir.chain()?;
@@ -43,7 +43,7 @@ pub(super) async fn start(
         if !cold {
             return resume(context, shared, &config, &image, &chain).await;
         }
-        suspend::forget(dir)?;
+        dir.forget_suspended()?;
     }
     if chain.fresh
         && !cold
@@ -115,7 +115,7 @@ async fn resume(
     let sized = VmConfig { cpus: began.cpus, memory_mib: began.memory_mib, ..config.clone() };
     let process = launch(context, shared, &sized, image, chain, Some(from)).await?;
     // Before it can run: what it does to its disk from now on, the saved memory knows nothing of.
-    if let Err(error) = suspend::forget(dir) {
+    if let Err(error) = dir.forget_suspended() {
         end(process.as_ref()).await;
         return Err(error.into());
     }
@@ -171,7 +171,7 @@ async fn start_warm(
     let saved = warm.open().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
     // An overlay that was never written: another one is as good.
     overlay(context, dir, config, (&WarmStates::of(image).disk(&warm.name), Format::Qcow2))?;
-    let chain = Chain { warm: Some(warm.name.clone()), ..Chain::default() };
+    let chain = Chain { warm: Some(warm.name.clone()), at: dir.chain()?.at, ..Chain::default() };
     // Before it can run, so that no later start takes what it wrote for empty.
     dir.write_chain(&chain)?;
     files::write_atomically(&dir.unnamed(), b"", 0o600).map_err(StoreError::write(dir.unnamed()))?;
@@ -197,7 +197,7 @@ fn settle(
     if chain.warm.is_some() {
         overlay(context, dir, config, (&image.disk, Format::Raw))?;
     }
-    let chain = Chain::default();
+    let chain = Chain { at: chain.at, ..Chain::default() };
     dir.write_chain(&chain)?;
     Ok(chain)
 }

@@ -9,7 +9,7 @@ use super::error::PowerError;
 use crate::engine::capture::Memory;
 use crate::engine::{EngineError, VmProcess};
 use crate::saved::{self, Machine, SavedDir, SavedError};
-use crate::store::{Began, StoreError, VmDir, files};
+use crate::store::{Began, VmDir, files};
 
 /// What a VM without a process is: off, or suspended.
 pub(super) fn still(dir: &VmDir) -> VmState {
@@ -61,20 +61,4 @@ fn remove(aside: &std::path::Path) -> Result<(), SavedError> {
         }
         _ => Ok(()),
     }
-}
-
-/// Gives the saved machine up, if there is one: at once and for good.
-pub(super) fn forget(dir: &VmDir) -> Result<(), StoreError> {
-    let gone = dir.path().join(".forgotten");
-    let _ = fs::remove_dir_all(&gone);
-    match fs::rename(dir.suspended(), &gone) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        renamed => renamed.map_err(StoreError::write(dir.suspended()))?,
-    }
-    files::sync_folder(dir.path()).map_err(StoreError::write(dir.suspended()))?;
-    // Whoever goes on from it has it open.
-    if let Err(error) = fs::remove_dir_all(&gone) {
-        tracing::warn!(path = %gone.display(), %error, "a saved machine that was given up stays on disk");
-    }
-    Ok(())
 }

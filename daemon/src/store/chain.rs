@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{StoreError, VmDir, files, io_error};
 
+/// The file.
+pub(super) const FILE: &str = "disk.json";
 /// Longest file, in bytes.
 const MAX_SIZE: usize = 64 * 1024;
 /// Most layers that are the VM's own.
@@ -25,17 +27,20 @@ pub struct Chain {
     /// The warm state of the image (the folder's name) whose disk lies below those.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub warm: Option<String>,
+    /// The snapshot that the VM comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
 }
 
 /// Whether `name` is a file beside others and nothing else.
-fn is_plain(name: &str) -> bool {
+pub(super) fn is_plain(name: &str) -> bool {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
     (1..=80).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('.')
 }
 
 impl VmDir {
     fn chain_file(&self) -> std::path::PathBuf {
-        self.path().join("disk.json")
+        self.path().join(FILE)
     }
 
     /// What the disk stands on.
@@ -48,19 +53,29 @@ impl VmDir {
         };
         let chain: Chain =
             serde_json::from_slice(&bytes).map_err(|error| io_error("understand", &path)(error.into()))?;
-        if chain.own.len() > MAX_LAYERS || !chain.own.iter().chain(&chain.warm).all(|name| is_plain(name)) {
-            let no_name = std::io::Error::other("it names what is no file beside it");
-            return Err(io_error("understand", &path)(no_name));
-        }
+        check(&chain).map_err(io_error("understand", &path))?;
         Ok(chain)
     }
 
     /// Says what the disk stands on.
     pub fn write_chain(&self, chain: &Chain) -> Result<(), StoreError> {
-        let path = self.chain_file();
-        let text = serde_json::to_vec_pretty(chain).map_err(std::io::Error::from);
-        text.and_then(|text| files::write_atomically(&path, &text, 0o644)).map_err(io_error("write", &path))
+        write(&self.chain_file(), chain)
     }
+}
+
+/// Refuses a chain that leads out of its folder.
+pub(super) fn check(chain: &Chain) -> std::io::Result<()> {
+    let mut names = chain.own.iter().chain(&chain.warm).chain(&chain.at);
+    if chain.own.len() > MAX_LAYERS || !names.all(|name| is_plain(name)) {
+        return Err(std::io::Error::other("it names what is no file beside it"));
+    }
+    Ok(())
+}
+
+/// Writes a chain to a file.
+pub(super) fn write(path: &std::path::Path, chain: &Chain) -> Result<(), StoreError> {
+    let text = serde_json::to_vec_pretty(chain).map_err(std::io::Error::from);
+    text.and_then(|text| files::write_atomically(path, &text, 0o644)).map_err(io_error("write", path))
 }
 
 #[cfg(test)]
@@ -74,8 +89,11 @@ mod tests {
         let dir = Store::open(state.path()).unwrap().dir(&VmId::parse("web1").unwrap());
         std::fs::create_dir(dir.path()).unwrap();
         assert_eq!(dir.chain().unwrap(), Chain::default());
-        let chain =
-            Chain { fresh: false, own: vec!["layer-1.qcow2".into()], warm: Some("qemu-1x1024-ab".into()) };
+        let chain = Chain {
+            own: vec!["layer-1.qcow2".into()],
+            warm: Some("qemu-1x1024-ab".into()),
+            ..Chain::default()
+        };
         dir.write_chain(&chain).unwrap();
         assert_eq!(dir.chain().unwrap(), chain);
         for name in ["../../etc/shadow", "/etc/shadow", "", ".", "..", "a/b", "a\0b"] {

@@ -77,6 +77,11 @@ pub fn create_overlay(
     // -u: the base is known to be whole; opening it here would only cost time.
     command.args(["create", "-q", "-u", "-f", "qcow2", "-F", format, "-b"]).arg(base).arg(path);
     command.arg(format!("{gib}G")).stdin(Stdio::null());
+    run_as(command, owner, path)
+}
+
+/// Runs the tool, which makes or changes the disk `path`.
+fn run_as(mut command: Command, owner: (u32, u32), path: &Path) -> Result<(), DiskError> {
     if rustix::process::geteuid().is_root() && owner.0 != 0 {
         command.uid(owner.0).gid(owner.1);
     }
@@ -91,6 +96,24 @@ pub fn create_overlay(
     } else {
         Err(DiskError::Create { path: shown, message })
     }
+}
+
+/// Writes what the qcow2 `upper` holds into the qcow2 `lower`, both of which nobody has open. What lies below them in their
+/// headers is not looked at. Runs the tool as `owner` (uid, gid).
+pub fn commit(upper: &Path, lower: &Path, owner: (u32, u32)) -> Result<(), DiskError> {
+    let file = |path: &Path| serde_json::json!({ "driver": "file", "filename": path });
+    let below = serde_json::json!({ "driver": "qcow2", "file": file(lower), "backing": null });
+    let disk = serde_json::json!({ "driver": "qcow2", "file": file(upper), "backing": below });
+    let mut command = Command::new("qemu-img");
+    // -d: what was written is not taken out of the upper one.
+    command.args(["commit", "-q", "-d"]).arg(format!("json:{disk}")).stdin(Stdio::null());
+    run_as(command, owner, lower)
+}
+
+/// Waits until what was written to a disk lies on the medium.
+pub fn sync(path: &Path) -> Result<(), DiskError> {
+    let failed = |source| DiskError::Io { what: "sync", path: path.display().to_string(), source };
+    File::open(path).and_then(|file| file.sync_all()).map_err(failed)
 }
 
 /// Opens a VM's own disk for reading and writing and checks its header.

@@ -10,7 +10,9 @@ pub mod disk;
 pub mod files;
 pub mod id;
 pub mod identity;
+pub mod layers;
 pub mod logs;
+pub mod snapshots;
 pub mod sparse;
 pub mod vmx;
 
@@ -25,6 +27,7 @@ pub use began::Began;
 pub use chain::Chain;
 pub use config::{ConfigError, VmConfig};
 pub use id::{IdError, VmId};
+pub use snapshots::Snapshot;
 pub use vmx::Vmx;
 
 /// Folders that are being built start with this.
@@ -128,6 +131,22 @@ impl VmDir {
     /// The machine as it was when it was suspended; there while it is.
     pub fn suspended(&self) -> PathBuf {
         self.path.join("suspended")
+    }
+
+    /// Gives the machine that is suspended up, if there is one: at once and for good.
+    pub fn forget_suspended(&self) -> Result<(), StoreError> {
+        let gone = self.path.join(".forgotten");
+        let _ = fs::remove_dir_all(&gone);
+        match fs::rename(self.suspended(), &gone) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            renamed => renamed.map_err(StoreError::write(self.suspended()))?,
+        }
+        files::sync_folder(&self.path).map_err(StoreError::write(self.suspended()))?;
+        // Whoever goes on from it has it open.
+        if let Err(error) = fs::remove_dir_all(&gone) {
+            tracing::warn!(path = %gone.display(), %error, "a saved machine that was given up stays on disk");
+        }
+        Ok(())
     }
 
     /// There while it is not known which of two files the VM process writes its disk to.

@@ -6,6 +6,7 @@ mod files;
 mod guest;
 mod images;
 mod logs;
+mod snapshots;
 mod templates;
 mod vms;
 
@@ -21,6 +22,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .merge(files::routes())
         .merge(logs::routes())
         .merge(images::routes())
+        .merge(snapshots::routes())
         .merge(templates::routes())
         .merge(events::routes())
         .merge(daemon::routes())

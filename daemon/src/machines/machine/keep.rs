@@ -1,0 +1,115 @@
+//! What is kept of a VM beyond its process: suspended, frozen, as a snapshot; and where its memory is.
+
+use std::sync::Arc;
+
+use catalyst_api::{MemoryInfo, PowerOp, VmState};
+use tokio::time::Instant;
+
+use super::super::error::{FreezeError, PowerError, SnapshotError};
+use super::super::freeze::{self, Frozen};
+use super::super::{snapshots, suspend};
+use super::Machine;
+use crate::engine::EngineError;
+use crate::engine::capture::Memory;
+
+impl Machine {
+    /// Saves the machine to disk and ends its process. If that fails, it is `before` as it was.
+    pub(super) async fn suspend(&mut self, before: VmState) -> Result<(), PowerError> {
+        let id = self.shared.dir().id().clone();
+        let (Some(running), Some(began)) = (&self.process, self.shared.facts().began) else {
+            return Err(PowerError::State { id, state: before, op: PowerOp::Suspend });
+        };
+        self.shared.enter(VmState::Suspending, None);
+        let begun = Instant::now();
+        let process = Arc::clone(&running.process);
+        if let Err(error) = suspend::suspend(&self.context, self.shared.dir(), process.as_ref(), began).await
+        {
+            let reason = crate::http::error::chain(&error).join(": ");
+            let went_on = if before == VmState::PoweredOn { process.resume().await } else { Ok(()) };
+            let state = if went_on.is_ok() { before } else { VmState::Paused };
+            self.shared.enter(state, Some(format!("it was not suspended: {reason}")));
+            return Err(error);
+        }
+        // What it was lies on disk: the process is of no use any more.
+        process.kill().map_err(|source| PowerError::Engine { id, op: PowerOp::Suspend, source })?;
+        process.exited().await;
+        self.release();
+        self.shared.enter(VmState::Suspended, None);
+        tracing::info!(vm = %self.shared.dir().id(), ms = begun.elapsed().as_millis(), "suspended");
+        Ok(())
+    }
+
+    pub(super) async fn memory(&self) -> Result<MemoryInfo, PowerError> {
+        let id = self.shared.dir().id().clone();
+        let Some(running) = &self.process else {
+            return Err(PowerError::Off(id));
+        };
+        let read = async {
+            let memory = Memory::new(running.process.pid(), running.process.ram().await?);
+            let read = tokio::task::spawn_blocking(move || {
+                Ok((memory.size(), memory.owned()?, memory.anonymous()?))
+            });
+            let read = read.await.map_err(std::io::Error::other).and_then(|read: std::io::Result<_>| read);
+            read.map_err(EngineError::io("look at the VM's memory"))
+        };
+        let (ram, owned, anonymous) = read.await.map_err(|source| PowerError::Look { id, source })?;
+        Ok(MemoryInfo {
+            ram,
+            private: owned.private,
+            shared: owned.shared,
+            untouched: ram.saturating_sub(owned.private + owned.shared),
+            overhead: anonymous.saturating_sub(owned.private),
+        })
+    }
+
+    pub(super) async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
+        self.adopt_again().await;
+        let (id, state) = (self.shared.dir().id().clone(), self.shared.state());
+        let running = match state {
+            VmState::PoweredOn => true,
+            VmState::Paused => false,
+            _ => return Err(FreezeError::State { id, state }),
+        };
+        let (Some(process), Some(began)) = (&self.process, self.shared.facts().began) else {
+            return Err(FreezeError::State { id, state });
+        };
+        let process = Arc::clone(&process.process);
+        freeze::freeze(&self.context, self.shared.dir(), process.as_ref(), began, running).await
+    }
+
+    pub(super) async fn snapshot(&mut self, request: snapshots::Request) -> Result<(), SnapshotError> {
+        self.adopt_again().await;
+        let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
+        let (id, state) = (shared.dir().id().clone(), shared.state());
+        let settled =
+            matches!(state, VmState::PoweredOn | VmState::Paused | VmState::PoweredOff | VmState::Suspended);
+        if !settled || shared.facts().unadopted {
+            return Err(SnapshotError::State { id, state });
+        }
+        match request {
+            snapshots::Request::Create(asked) => {
+                let process = self.process.as_ref().map(|running| Arc::clone(&running.process));
+                let began = shared.facts().began;
+                let running = match (&process, began) {
+                    (Some(process), Some(began)) => {
+                        Some(snapshots::Running { process: process.as_ref(), began })
+                    }
+                    (None, _) => None,
+                    (Some(_), None) => return Err(SnapshotError::State { id, state }),
+                };
+                snapshots::create(&context, &shared, running, asked).await
+            }
+            snapshots::Request::Restore { name, start } => {
+                let ran = snapshots::prepare(&context, &shared, &name).await?;
+                self.kill("it goes back to a snapshot").await?;
+                snapshots::go_back(&shared).await?;
+                self.shared.enter(suspend::still(shared.dir()), Some(format!("it went back to '{name}'")));
+                let goes_on = start && ran && shared.state() == VmState::Suspended;
+                if goes_on { Ok(self.start(false, None).await?) } else { Ok(()) }
+            }
+            snapshots::Request::Delete { name } => {
+                snapshots::delete(&context, &shared, &name, self.process.is_none()).await
+            }
+        }
+    }
+}
