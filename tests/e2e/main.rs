@@ -12,6 +12,7 @@ mod common;
 mod cpus;
 mod crash;
 mod daemons;
+mod faults;
 mod hosts;
 mod images;
 mod instant;
@@ -27,6 +28,7 @@ use catalyst_tests::harness::{self, Group};
 const GROUPS: &[Group] = &[
     ("many", many::many),
     ("instant", instant::instant),
+    ("faults", faults::faults),
     ("life", life::life),
     ("owner", owner::owner),
     ("pair", pair::pair),

@@ -216,6 +216,7 @@ impl Failure for FreezeError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::State { .. } | Self::Unsettled(_) | Self::Layers { .. } => ErrorCode::WrongState,
+            Self::Power(power) => power.code(),
             Self::Engine(engine) => engine_code(engine),
             Self::Saved(saved) => saved_code(saved),
             Self::Store(store) => store_code(store),

@@ -94,6 +94,9 @@ pub enum FreezeError {
         /// The most that is possible.
         most: usize,
     },
+    /// It had to be suspended before, and to go on.
+    #[error(transparent)]
+    Power(#[from] PowerError),
     /// Its process.
     #[error("The VM cannot be frozen")]
     Engine(#[from] EngineError),

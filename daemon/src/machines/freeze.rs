@@ -102,6 +102,9 @@ pub(super) async fn copy(
     if !shared {
         source = saved::copy_files(source, memory).await?;
     }
+    if running {
+        dir.note_standing()?;
+    }
     process.pause().await?;
     let stood = tokio::time::Instant::now();
     let done = async {
@@ -114,6 +117,7 @@ pub(super) async fn copy(
     let done: Result<(), FreezeError> = done.await;
     if running {
         process.resume().await?;
+        dir.forget_standing();
     }
     tracing::info!(vm = %dir.id(), ms = stood.elapsed().as_millis(), "frozen; it stood for that long");
     done.map(|()| chain)

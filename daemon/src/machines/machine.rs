@@ -310,15 +310,23 @@ impl Machine {
         self.sweep();
         let user = crate::engine::vm_user(self.shared.address());
         match self.context.engines.adopt(dir.clone(), user).await {
+            // It was saved, or was being put together from what was saved, and has not run since.
+            Ok(Some(process)) if suspend::still(&dir) == VmState::Suspended => {
+                start::end(process.as_ref()).await;
+                dir.forget_standing();
+                self.shared.enter(VmState::Suspended, None);
+            }
             Ok(Some(process)) => {
-                // One that stands and of which nothing is noted was being started when its daemon was killed.
+                // One that was to go on does, and one that was being started when its daemon was killed begins.
                 let begins = dir.began().is_none();
+                let goes_on = begins || dir.standing().exists();
                 let state = match process.is_running().await {
-                    Ok(false) if begins && process.resume().await.is_ok() => VmState::PoweredOn,
+                    Ok(false) if goes_on && process.resume().await.is_ok() => VmState::PoweredOn,
                     Ok(false) => VmState::Paused,
                     _ => VmState::PoweredOn,
                 };
-                self.attach(process, None);
+                dir.forget_standing();
+                self.attach(process, dir.begins().filter(|_| begins));
                 self.shared.enter(state, None);
                 // The name server that an earlier daemon started is watched by this one from now on.
                 if let Err(error) = self.context.network.up().await {
@@ -368,7 +376,7 @@ impl Machine {
         let _ = std::fs::remove_file(dir.reason());
         let began = match began {
             Some(began) => {
-                if let Err(error) = dir.note_began(began) {
+                if let Err(error) = dir.note_began() {
                     tracing::warn!(vm = %dir.id(), %error, "the next daemon will not know how it began");
                 }
                 Some(began)

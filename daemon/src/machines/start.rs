@@ -52,8 +52,9 @@ pub(super) async fn start(
         return Ok(Started { process, began: began(StartMode::Warm) });
     }
     let chain = settle(context, dir, &config, chain, &image)?;
-    let process = launch(context, shared, &config, &image, &chain, None).await?;
-    Ok(Started { process, began: began(StartMode::Cold) })
+    let began = began(StartMode::Cold);
+    let process = launch(context, shared, &config, &image, &chain, (began, None)).await?;
+    Ok(Started { process, began })
 }
 
 /// Goes on from another VM's memory. Its cable is out until it knows who it is.
@@ -67,8 +68,9 @@ pub(super) async fn go_on(
     let image = image(context, dir, &config)?;
     same_engine(context, dir, frozen.engine)?;
     let from = frozen.saved().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
-    let process = launch(context, shared, &config, &image, &dir.chain()?, Some(from)).await?;
-    Ok(Started { process, began: Began { mode: StartMode::Clone, ..frozen.began } })
+    let began = Began { mode: StartMode::Clone, ..frozen.began };
+    let process = launch(context, shared, &config, &image, &dir.chain()?, (began, Some(from))).await?;
+    Ok(Started { process, began })
 }
 
 /// A machine goes on only on the engine that it was on.
@@ -113,7 +115,7 @@ async fn resume(
     let from = saved.open(&manifest, false).map_err(unusable)?;
     let began = Began { mode: StartMode::Resume, cpus: manifest.cpus, memory_mib: manifest.memory_mib };
     let sized = VmConfig { cpus: began.cpus, memory_mib: began.memory_mib, ..config.clone() };
-    let process = launch(context, shared, &sized, image, chain, Some(from)).await?;
+    let process = launch(context, shared, &sized, image, chain, (began, Some(from))).await?;
     // Before it can run: what it does to its disk from now on, the saved memory knows nothing of.
     if let Err(error) = dir.forget_suspended() {
         end(process.as_ref()).await;
@@ -175,7 +177,8 @@ async fn start_warm(
     // Before it can run, so that no later start takes what it wrote for empty.
     dir.write_chain(&chain)?;
     files::write_atomically(&dir.unnamed(), b"", 0o600).map_err(StoreError::write(dir.unnamed()))?;
-    let started = launch(context, shared, config, image, &chain, Some(saved)).await;
+    let began = Began { mode: StartMode::Warm, cpus: config.cpus, memory_mib: config.memory_mib };
+    let started = launch(context, shared, config, image, &chain, (began, Some(saved))).await;
     if started.is_err() {
         let _ = std::fs::remove_file(dir.unnamed());
         dir.write_chain(&Chain { fresh: true, ..chain })?;
@@ -219,7 +222,7 @@ async fn launch(
     config: &VmConfig,
     image: &Image,
     chain: &Chain,
-    from: Option<Saved>,
+    (began, from): (Began, Option<Saved>),
 ) -> Result<Arc<dyn VmProcess>, PowerError> {
     let dir = shared.dir().clone();
     let identity = Identity::load_or_generate(&dir.identity())?;
@@ -250,7 +253,8 @@ async fn launch(
     };
     // A process that begins now has what the files say.
     let _ = std::fs::remove_file(spec.dir.switching());
-    spec.dir.forget_began()?;
+    spec.dir.forget_standing();
+    spec.dir.note_begins(began)?;
     context.engines.chosen().start(spec).await.map_err(not_started(shared.dir()))
 }
 

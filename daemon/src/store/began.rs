@@ -1,5 +1,8 @@
 //! How a VM's process began, noted beside its lock for the next daemon.
 
+use std::path::{Path, PathBuf};
+use std::{fs, io};
+
 use catalyst_api::StartMode;
 use serde::{Deserialize, Serialize};
 
@@ -20,29 +23,44 @@ pub struct Began {
 }
 
 impl VmDir {
-    fn began_file(&self) -> std::path::PathBuf {
+    fn began_file(&self) -> PathBuf {
         self.run().join("began")
     }
 
-    /// Notes how the process began.
-    pub fn note_began(&self, began: Began) -> Result<(), StoreError> {
-        let path = self.began_file();
-        let text = serde_json::to_vec(&began).map_err(std::io::Error::from);
+    fn begins_file(&self) -> PathBuf {
+        self.path().join("begins")
+    }
+
+    /// Notes how the process that is about to be started begins.
+    pub fn note_begins(&self, began: Began) -> Result<(), StoreError> {
+        match fs::remove_file(self.began_file()) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(StoreError::write(self.began_file())(error));
+            }
+            _ => {}
+        }
+        let path = self.begins_file();
+        let text = serde_json::to_vec(&began).map_err(io::Error::from);
         text.and_then(|text| files::write_atomically(&path, &text, 0o600)).map_err(StoreError::write(path))
     }
 
-    /// Takes the note away, before another process begins.
-    pub fn forget_began(&self) -> Result<(), StoreError> {
-        match std::fs::remove_file(self.began_file()) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(StoreError::write(self.began_file())(error))
-            }
-            _ => Ok(()),
-        }
+    /// Notes that it has begun: it runs.
+    pub fn note_began(&self) -> Result<(), StoreError> {
+        let path = self.began_file();
+        fs::rename(self.begins_file(), &path).map_err(StoreError::write(path))
     }
 
-    /// What was noted; `None` where nothing was, as by earlier versions.
+    /// How the process that runs began; `None` where nothing was noted, as by earlier versions.
     pub fn began(&self) -> Option<Began> {
-        serde_json::from_slice(&files::read_bounded(&self.began_file(), MAX_SIZE).ok()?).ok()
+        read(&self.began_file())
     }
+
+    /// How the process begins that was started and does not run yet.
+    pub fn begins(&self) -> Option<Began> {
+        read(&self.begins_file())
+    }
+}
+
+fn read(path: &Path) -> Option<Began> {
+    serde_json::from_slice(&files::read_bounded(path, MAX_SIZE).ok()?).ok()
 }

@@ -154,6 +154,25 @@ impl VmDir {
         self.path.join("switching")
     }
 
+    /// There while the daemon has the VM stand to save it, and lets it go on after.
+    pub fn standing(&self) -> PathBuf {
+        self.path.join("standing")
+    }
+
+    /// Notes that the VM is to go on, should the daemon that has it stand end.
+    pub fn note_standing(&self) -> Result<(), StoreError> {
+        files::write_atomically(&self.standing(), b"", 0o600).map_err(StoreError::write(self.standing()))
+    }
+
+    /// Takes that note away.
+    pub fn forget_standing(&self) {
+        if let Err(error) = fs::remove_file(self.standing())
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %self.standing().display(), %error, "a note stays");
+        }
+    }
+
     /// There while the guest is a copy of another and does not yet know who it is.
     pub fn unnamed(&self) -> PathBuf {
         self.path.join("unnamed")

@@ -19,6 +19,9 @@ impl Machine {
         let (Some(running), Some(began)) = (&self.process, self.shared.facts().began) else {
             return Err(PowerError::State { id, state: before, op: PowerOp::Suspend });
         };
+        if before == VmState::PoweredOn {
+            self.shared.dir().note_standing()?;
+        }
         self.shared.enter(VmState::Suspending, None);
         let begun = Instant::now();
         let process = Arc::clone(&running.process);
@@ -27,6 +30,7 @@ impl Machine {
             let reason = crate::http::error::chain(&error).join(": ");
             let went_on = if before == VmState::PoweredOn { process.resume().await } else { Ok(()) };
             let state = if went_on.is_ok() { before } else { VmState::Paused };
+            self.shared.dir().forget_standing();
             self.shared.enter(state, Some(format!("it was not suspended: {reason}")));
             return Err(error);
         }
@@ -34,6 +38,7 @@ impl Machine {
         process.kill().map_err(|source| PowerError::Engine { id, op: PowerOp::Suspend, source })?;
         process.exited().await;
         self.release();
+        self.shared.dir().forget_standing();
         self.shared.enter(VmState::Suspended, None);
         tracing::info!(vm = %self.shared.dir().id(), ms = begun.elapsed().as_millis(), "suspended");
         Ok(())
@@ -62,8 +67,19 @@ impl Machine {
         })
     }
 
+    /// A daemon that was killed may have left it open which file the process writes its disk to. A process that begins now
+    /// has what the files say.
+    async fn settle_disk(&mut self) -> Result<(), PowerError> {
+        if self.shared.state() != VmState::PoweredOn || !self.shared.dir().switching().exists() {
+            return Ok(());
+        }
+        self.suspend(VmState::PoweredOn).await?;
+        self.start(false, Some("its disk was being laid over when an earlier daemon ended")).await
+    }
+
     pub(super) async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
         self.adopt_again().await;
+        self.settle_disk().await?;
         let (id, state) = (self.shared.dir().id().clone(), self.shared.state());
         let running = match state {
             VmState::PoweredOn => true,
@@ -88,6 +104,7 @@ impl Machine {
         }
         match request {
             snapshots::Request::Create(asked) => {
+                self.settle_disk().await?;
                 let process = self.process.as_ref().map(|running| Arc::clone(&running.process));
                 let began = shared.facts().began;
                 let running = match (&process, began) {
