@@ -129,11 +129,70 @@ pub enum Vm {
     },
     /// Change a VM; CPUs and memory take effect at its next power-on
     Set(Set),
+    /// Keep a VM as it is, disk and memory, and go back to that
+    #[command(subcommand)]
+    Snapshot(Snapshot),
     /// Switch VMs on and off (same as `vmpower`)
     #[command(subcommand)]
     Power(Power),
     /// Print a VM's address (same as `guest getip`)
     Getip(GetIp),
+}
+
+/// `vm snapshot …`
+#[derive(Debug, Subcommand)]
+pub enum Snapshot {
+    /// Make a snapshot: of disk and memory, or of the disk where the VM is off
+    Create {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// Its name [default: the time]
+        name: Option<String>,
+        /// What there is to say of it, in one line
+        #[arg(long, value_name = "TEXT")]
+        description: Option<String>,
+    },
+    /// List snapshots: a table on a terminal, names alone in a pipe
+    #[command(visible_alias = "ls")]
+    List {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// A table, in a pipe too
+        #[arg(short, long, conflicts_with = "quiet")]
+        long: bool,
+        /// Names alone, on a terminal too
+        #[arg(short, long)]
+        quiet: bool,
+    },
+    /// Show which snapshot comes from which
+    Tree {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+    },
+    /// Go back to a snapshot; what the VM is now is lost
+    Restore {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// The snapshot
+        name: String,
+        /// Leave a VM that ran suspended there
+        #[arg(long)]
+        no_start: bool,
+    },
+    /// Delete snapshots and give their space back
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// The snapshots
+        #[arg(required = true, value_name = "NAME")]
+        names: Vec<String>,
+    },
 }
 
 /// `vm create`

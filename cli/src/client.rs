@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{
-    Address, ApiError, CloneVm, CreateVm, Doctor, ErrorCode, ImageInfo, MemoryInfo, NetworkInfo,
-    PowerRequest, SshInfo, Task, TemplateInfo, UpdateVm, Version, Vm, WarmRequest,
+    Address, ApiError, CloneVm, CreateSnapshot, CreateVm, Doctor, ErrorCode, ImageInfo, MemoryInfo,
+    NetworkInfo, PowerRequest, RestoreSnapshot, Snapshot, SshInfo, Task, TemplateInfo, UpdateVm, Version, Vm,
+    WarmRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -216,6 +217,27 @@ impl Client {
         self.call(&Method::POST, &path(&["vms", id, "clones"]), Some(request), POWER)
     }
 
+    /// `GET /v1/vms/{id}/snapshots`.
+    pub fn snapshots(&self, id: &str) -> Result<Vec<Snapshot>, ClientError> {
+        self.get(&path(&["vms", id, "snapshots"]))
+    }
+
+    /// `POST /v1/vms/{id}/snapshots`.
+    pub fn create_snapshot(&self, id: &str, body: &CreateSnapshot) -> Result<Snapshot, ClientError> {
+        self.call(&Method::POST, &path(&["vms", id, "snapshots"]), Some(body), POWER)
+    }
+
+    /// `POST /v1/vms/{id}/snapshots/{name}/restore`.
+    pub fn restore_snapshot(&self, id: &str, name: &str, body: RestoreSnapshot) -> Result<Vm, ClientError> {
+        let target = path(&["vms", id, "snapshots", name, "restore"]);
+        self.call(&Method::POST, &target, Some(&body), POWER)
+    }
+
+    /// `DELETE /v1/vms/{id}/snapshots/{name}`.
+    pub fn delete_snapshot(&self, id: &str, name: &str) -> Result<(), ClientError> {
+        self.discard_within(&Method::DELETE, &path(&["vms", id, "snapshots", name]), POWER)
+    }
+
     /// `DELETE /v1/vms/{id}`.
     pub fn delete(&self, id: &str, force: bool) -> Result<(), ClientError> {
         let query = if force { "?force=true" } else { "" };
@@ -337,8 +359,12 @@ impl Client {
     }
 
     fn discard(&self, method: &Method, target: &str) -> Result<(), ClientError> {
-        let mut response = self.checked(method, target, None, Patience::Whole(ANSWER))?;
-        self.read_whole(&mut response, ANSWER).map(drop)
+        self.discard_within(method, target, ANSWER)
+    }
+
+    fn discard_within(&self, method: &Method, target: &str, limit: Duration) -> Result<(), ClientError> {
+        let mut response = self.checked(method, target, None, Patience::Whole(limit))?;
+        self.read_whole(&mut response, limit).map(drop)
     }
 
     fn stream(&self, target: &str, patience: Patience) -> Result<Stream, ClientError> {

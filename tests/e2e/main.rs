@@ -21,6 +21,8 @@ mod life;
 mod many;
 mod owner;
 mod pair;
+mod rounds;
+mod snapshots;
 
 use catalyst_tests::harness::{self, Group};
 
@@ -29,6 +31,8 @@ const GROUPS: &[Group] = &[
     ("many", many::many),
     ("instant", instant::instant),
     ("faults", faults::faults),
+    ("rounds", rounds::rounds),
+    ("snapshots", snapshots::snapshots),
     ("life", life::life),
     ("owner", owner::owner),
     ("pair", pair::pair),

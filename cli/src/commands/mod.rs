@@ -10,6 +10,7 @@ mod image;
 mod logs;
 mod network;
 mod power;
+pub mod snapshot;
 pub mod ssh;
 mod template;
 mod vm;

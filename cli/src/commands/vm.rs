@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use catalyst_api::{CloneVm, CreateVm, MemoryInfo, PowerOp, UpdateVm, Version, Vm, VmState};
 
-use super::{Context, for_each, guest, power};
+use super::{Context, for_each, guest, power, snapshot};
 use crate::Outcome;
 use crate::args;
 use crate::client::Client;
@@ -24,6 +24,7 @@ pub fn run(context: &Context, command: args::Vm) -> Outcome {
         args::Vm::Show(one) => show(context, &one.id),
         args::Vm::Delete { ids, force } => delete(context, &ids, force),
         args::Vm::Set(change) => set(context, change),
+        args::Vm::Snapshot(command) => snapshot::run(context, command),
         args::Vm::Power(command) => power::run(context, command),
         args::Vm::Getip(command) => guest::getip(context, &command),
     }

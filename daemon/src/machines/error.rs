@@ -134,7 +134,9 @@ pub enum SnapshotError {
         name: String,
     },
     /// No name.
-    #[error("A snapshot's name has 1 to {most} characters, none of them '/' or a control character")]
+    #[error(
+        "A snapshot's name has 1 to {most} characters, none of them '/' or a control character, and is not '.' or '..'"
+    )]
     Name {
         /// The longest.
         most: usize,

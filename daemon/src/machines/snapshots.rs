@@ -99,7 +99,9 @@ pub(super) async fn create(
 fn check(asked: &CreateSnapshot) -> Result<(), SnapshotError> {
     let count = asked.name.chars().count();
     let plain = |text: &str| !text.chars().any(char::is_control);
-    if !(1..=LONGEST_NAME).contains(&count) || !plain(&asked.name) || asked.name.contains('/') {
+    // It is part of a path in REST.
+    let path = asked.name.contains('/') || [".", ".."].contains(&asked.name.as_str());
+    if !(1..=LONGEST_NAME).contains(&count) || !plain(&asked.name) || path {
         return Err(SnapshotError::Name { most: LONGEST_NAME });
     }
     if asked.description.chars().count() > LONGEST_DESCRIPTION || !plain(&asked.description) {

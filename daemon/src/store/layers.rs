@@ -74,7 +74,7 @@ impl VmDir {
             {
                 self.merge_disk(chain, count, merge.owner)?;
             } else if let Some(run) = run(&chain, &snapshots, movable) {
-                self.merge_run(&run, chain, snapshots, merge.owner)?;
+                self.merge_run(&run, &chain, snapshots, merge.owner)?;
             } else {
                 return self.collect_layers();
             }
@@ -96,7 +96,7 @@ impl VmDir {
     fn merge_run(
         &self,
         run: &[String],
-        chain: Chain,
+        chain: &Chain,
         snapshots: Vec<Snapshot>,
         owner: (u32, u32),
     ) -> Result<(), StoreError> {
@@ -116,7 +116,7 @@ impl VmDir {
                 self.rewrite_snapshot(&Snapshot { chain, ..snapshot })?;
             }
         }
-        replaced(&chain).map_or(Ok(()), |chain| self.write_chain(&chain))
+        replaced(chain).map_or(Ok(()), |chain| self.write_chain(&chain))
     }
 
     /// `files`, the uppermost first, become one.
@@ -164,7 +164,7 @@ fn run(chain: &Chain, snapshots: &[Snapshot], movable: impl Fn(&String) -> bool)
     chains.iter().find_map(|chain| {
         let joins =
             |pair: &[String]| movable(&pair[0]) && movable(&pair[1]) && only_below(&pair[1], &pair[0]);
-        let start = chain.own.windows(2).position(|pair| joins(pair))?;
+        let start = chain.own.windows(2).position(joins)?;
         let length = chain.own[start..].windows(2).take_while(|pair| joins(pair)).count() + 1;
         Some(chain.own[start..start + length].to_vec())
     })
