@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full lint licences fuzz fuzz-short bench bench-monitor lab install uninstall clean
+.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -67,7 +67,11 @@ e2e-lab: image
 
 test: lint licences unit e2e e2e-lab fuzz-short ## all tests, but for those that take hours
 
-test-full: test e2e-kvm bench-monitor ## those too
+# A daemon killed at every step, and hundreds of rounds, where `make test` tries some.
+test-long: image
+	CATALYST_TEST_FULL=1 cargo test --release -p catalyst-tests --test e2e -- faults rounds --nocapture
+
+test-full: test test-long e2e-kvm bench-monitor ## those too
 
 lint: setup ## formatting and clippy
 	cargo fmt --all --check

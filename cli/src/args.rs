@@ -148,6 +148,7 @@ pub enum Snapshot {
         #[arg(value_parser = names::vm_id)]
         vm: String,
         /// Its name [default: the time]
+        #[arg(value_parser = names::snapshot)]
         name: Option<String>,
         /// What there is to say of it, in one line
         #[arg(long, value_name = "TEXT")]
@@ -178,6 +179,7 @@ pub enum Snapshot {
         #[arg(value_parser = names::vm_id)]
         vm: String,
         /// The snapshot
+        #[arg(value_parser = names::snapshot)]
         name: String,
         /// Leave a VM that ran suspended there
         #[arg(long)]
@@ -190,7 +192,7 @@ pub enum Snapshot {
         #[arg(value_parser = names::vm_id)]
         vm: String,
         /// The snapshots
-        #[arg(required = true, value_name = "NAME")]
+        #[arg(required = true, value_name = "NAME", value_parser = names::snapshot)]
         names: Vec<String>,
     },
 }

@@ -16,6 +16,15 @@ pub fn image(text: &str) -> Result<String, String> {
     plain(text, "an image's name")
 }
 
+/// Checks the name of a snapshot as far as it must go into a path: what is empty, `.` or `..` there
+/// is another path. The rest of the rule is the daemon's.
+pub fn snapshot(text: &str) -> Result<String, String> {
+    if ["", ".", ".."].contains(&text) {
+        return Err("a snapshot's name cannot be empty, '.' or '..'".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
 fn plain(text: &str, what: &str) -> Result<String, String> {
     if text.is_empty() {
         return Err(format!("{what} cannot be empty"));
@@ -84,6 +93,16 @@ mod tests {
             let message = vm_id(id).unwrap_err();
             assert!(message.contains(reason), "{id:?}: {message}");
             assert!(!message.contains('\n'));
+        }
+    }
+
+    #[test]
+    fn a_snapshots_name_is_no_other_path() {
+        for name in ["", ".", ".."] {
+            assert!(snapshot(name).is_err(), "{name:?}");
+        }
+        for name in ["never on", "...", "ä"] {
+            assert_eq!(snapshot(name).as_deref(), Ok(name));
         }
     }
 

@@ -73,6 +73,10 @@ fn wrong_use_is_code_2_and_one_line() {
         &["guest", "exec", "web1"],
         &["guest", "exec", "web1", "-e", "NOVALUE", "true"],
         &["image", "build", "../lumen"],
+        &["vm", "snapshot", "create", "web1", ""],
+        &["vm", "snapshot", "restore", "web1", ".."],
+        &["vm", "snapshot", "delete", "web1"],
+        &["vm", "snapshot", "list", "web1", "-l", "-q"],
         &["--no-such-option"],
     ] {
         let output = run(words);
@@ -96,7 +100,8 @@ fn no_command_is_help_and_code_2() {
 
 #[test]
 fn help_and_version_are_no_errors() {
-    for words in [&["--help"][..], &["vm", "create", "--help"], &["--version"]] {
+    for words in [&["--help"][..], &["vm", "create", "--help"], &["vm", "snapshot", "--help"], &["--version"]]
+    {
         let output = run(words);
         assert_eq!(output.status.code(), Some(0));
         assert!(!output.stdout.is_empty() && output.stderr.is_empty(), "{output:?}");
@@ -222,7 +227,9 @@ fn completion_knows_the_commands() {
         let output = run(&["completion", shell]);
         assert_eq!(output.status.code(), Some(0));
         let script = String::from_utf8(output.stdout).unwrap();
-        assert!(script.contains("vmpower") && script.contains("getip"), "{shell}");
+        for word in ["vmpower", "getip", "snapshot"] {
+            assert!(script.contains(word), "{shell}: {word}");
+        }
     }
 }
 

@@ -72,14 +72,15 @@ fn holdings(world: &World) -> Holdings {
         ip.args(["-brief", "link"]);
         ip
     });
-    let leases = world.curl("GET", "/v1/network", None).json();
+    let network = world.curl("GET", "/v1/network", None).json();
+    let leases = network["leases"].as_u64().and_then(|count| usize::try_from(count).ok());
     [
         ("processes of VMs", vm_processes(world).len()),
         ("descriptors", count(format!("/proc/{pid}/fd"))),
         ("taps", links.ok().matches("cattap").count()),
         ("VM folders", count(world.state_dir().join("vms").display().to_string())),
         ("files of the VM", count(world.vm_dir(VM).display().to_string())),
-        ("leases", leases["leases"].as_array().map_or(0, Vec::len)),
+        ("leases", leases.unwrap()),
         ("KiB of the daemon", rss.split_whitespace().next().unwrap().parse().unwrap()),
     ]
     .into()

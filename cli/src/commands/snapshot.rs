@@ -1,7 +1,9 @@
 //! `vm snapshot …`
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::HashMap;
+use std::iter::successors;
 use std::process::ExitCode;
+use std::rc::Rc;
 
 use catalyst_api::{CreateSnapshot, RestoreSnapshot, Snapshot};
 
@@ -12,6 +14,8 @@ use crate::{Outcome, args, output, size, text};
 
 /// The VM's present state in a tree.
 const NOW: &str = "(now)";
+/// Levels of a tree that are indented: as many as a VM can have snapshots.
+const DEEPEST: usize = 256;
 
 /// Runs a `vm snapshot` command.
 pub fn run(context: &Context, command: args::Snapshot) -> Outcome {
@@ -37,9 +41,12 @@ pub fn run(context: &Context, command: args::Snapshot) -> Outcome {
 fn create(context: &Context, vm: &str, name: Option<String>, description: Option<String>) -> Outcome {
     let name = name.unwrap_or_else(|| time_name(text::since(0)));
     let body = CreateSnapshot { name, description: description.unwrap_or_default() };
-    let made = context.client()?.create_snapshot(vm, &body)?;
+    let client = context.client()?;
+    let line = Board::new().spinner(format!("{vm}: making a snapshot"));
+    let made = client.create_snapshot(vm, &body)?;
+    drop(line);
     let what = if made.memory { "with its memory" } else { "of its disk" };
-    output::info(&format!("Made snapshot '{}' of VM '{vm}', {what}", text::clean(&made.name)));
+    output::info(&format!("Made snapshot '{}' of VM '{vm}', {what}", made.name));
     if context.json {
         output::json(&made)?;
     }
@@ -79,68 +86,71 @@ fn table(all: &[Snapshot]) -> Table {
     table
 }
 
-/// Snapshots below those that they come from, and the VM as it is now.
+/// Snapshots below those that they come from, the oldest first, and the VM as it is now.
 fn tree(all: &[Snapshot]) -> String {
-    let known: BTreeSet<&str> = all.iter().map(|one| one.name.as_str()).collect();
-    let mut children: BTreeMap<Option<&str>, Vec<&Snapshot>> = BTreeMap::new();
-    for one in all {
-        let parent = one.parent.as_deref().filter(|parent| known.contains(parent));
-        children.entry(parent).or_default().push(one);
+    // `None` is the VM as it is now.
+    let mut below: Vec<Vec<Option<usize>>> = vec![Vec::new(); all.len()];
+    let mut roots = Vec::new();
+    for (number, parent) in parents(all).into_iter().enumerate() {
+        parent.map_or(&mut roots, |parent| &mut below[parent]).push(Some(number));
     }
-    let mut tree = Tree { children, shown: BTreeSet::new(), text: String::new() };
-    let no_current = !all.iter().any(|one| one.current);
-    tree.level(None, "", no_current);
-    // Only a daemon that errs has them come from each other.
-    for one in all {
-        if !tree.shown.contains(one.name.as_str()) {
-            tree.one(one, "", true);
-        }
-    }
-    tree.text
+    let current = all.iter().position(|one| one.current);
+    current.map_or(&mut roots, |at| &mut below[at]).push(None);
+    draw(all, &roots, &below)
 }
 
-struct Tree<'a> {
-    children: BTreeMap<Option<&'a str>, Vec<&'a Snapshot>>,
-    shown: BTreeSet<&'a str>,
-    text: String,
+/// Which one each comes from; none where that is not among them.
+fn parents(all: &[Snapshot]) -> Vec<Option<usize>> {
+    let mut numbers = HashMap::new();
+    for (number, one) in all.iter().enumerate() {
+        numbers.entry(one.name.as_str()).or_insert(number);
+    }
+    let number = |one: &Snapshot| numbers.get(one.parent.as_deref()?).copied();
+    let mut parents: Vec<Option<usize>> = all.iter().map(number).collect();
+    // Only a daemon that errs has them come from each other: such a ring is cut above its oldest.
+    let mut walks = vec![None; all.len()];
+    for walk in 0..all.len() {
+        let mut at = Some(walk);
+        while let Some(one) = at.filter(|&one| walks[one].is_none()) {
+            walks[one] = Some(walk);
+            at = parents[one];
+        }
+        if let Some(end) = at.filter(|&one| walks[one] == Some(walk)) {
+            let ring = successors(parents[end], |&one| if one == end { None } else { parents[one] });
+            let oldest = ring.min().unwrap_or(end);
+            parents[oldest] = None;
+        }
+    }
+    parents
 }
 
-impl<'a> Tree<'a> {
-    /// All that comes from `parent`, and with `now` the VM as it is.
-    fn level(&mut self, parent: Option<&str>, indent: &str, now: bool) {
-        let below: Vec<&'a Snapshot> = self
-            .children
-            .iter()
-            .find(|(key, _)| **key == parent)
-            .map(|(_, below)| below.clone())
-            .unwrap_or_default();
-        let count = below.len();
-        for (number, one) in below.into_iter().enumerate() {
-            self.one(one, indent, number + 1 == count && !now);
-        }
-        if now {
-            self.text.extend([indent, "└── ", NOW, "\n"]);
+/// The lines of a tree. Without recursion: how deep it goes is the daemon's to say.
+fn draw(all: &[Snapshot], roots: &[Option<usize>], below: &[Vec<Option<usize>>]) -> String {
+    let mut text = String::new();
+    let mut levels = vec![(roots.iter(), Rc::<str>::from(""))];
+    while let Some((level, indent)) = levels.last_mut() {
+        let Some(&one) = level.next() else {
+            levels.pop();
+            continue;
+        };
+        let (corner, bar) = if level.len() == 0 { ("└── ", "    ") } else { ("├── ", "│   ") };
+        let indent = Rc::clone(indent);
+        let name = one.map_or_else(|| NOW.to_owned(), |one| text::clean(&all[one].name));
+        text.extend([&indent, corner, &name, "\n"]);
+        if let Some(one) = one {
+            let deeper = levels.len() <= DEEPEST;
+            levels.push((below[one].iter(), if deeper { format!("{indent}{bar}").into() } else { indent }));
         }
     }
-
-    fn one(&mut self, one: &'a Snapshot, indent: &str, last: bool) {
-        if !self.shown.insert(&one.name) {
-            return;
-        }
-        let (corner, bar) = if last { ("└── ", "    ") } else { ("├── ", "│   ") };
-        self.text.extend([indent, corner, &text::clean(&one.name), "\n"]);
-        self.level(Some(&one.name), &format!("{indent}{bar}"), one.current);
-    }
+    text
 }
 
 fn restore(context: &Context, vm: &str, name: &str, start: bool) -> Outcome {
-    let vm = context.client()?.restore_snapshot(vm, name, RestoreSnapshot { start })?;
-    output::info(&format!(
-        "VM '{}' went back to snapshot '{}' and is {}",
-        vm.id,
-        text::clean(name),
-        vm.state
-    ));
+    let client = context.client()?;
+    let line = Board::new().spinner(format!("{vm}: going back to a snapshot"));
+    let vm = client.restore_snapshot(vm, name, RestoreSnapshot { start })?;
+    drop(line);
+    output::info(&format!("VM '{}' went back to snapshot '{name}' and is {}", vm.id, vm.state));
     if context.json {
         output::json(&vm)?;
     }
@@ -149,11 +159,15 @@ fn restore(context: &Context, vm: &str, name: &str, start: bool) -> Outcome {
 
 fn delete(context: &Context, vm: &str, names: &[String]) -> Outcome {
     let client = context.client()?;
-    for_each(names, &Board::new(), |name| {
+    let board = Board::new();
+    for_each(names, &board, |name| {
+        let line = board.spinner(format!("{vm}: deleting snapshot '{}'", text::clean(name)));
         client.delete_snapshot(vm, name)?;
-        output::info(&format!("Deleted snapshot '{}' of VM '{vm}'", text::clean(name)));
+        drop(line);
+        board.aside(|| output::info(&format!("Deleted snapshot '{name}' of VM '{vm}'")));
         if context.json {
-            output::json_line(&serde_json::json!({ "vm": vm, "name": name, "deleted": true }))?;
+            let told = serde_json::json!({ "vm": vm, "name": name, "deleted": true });
+            board.aside(|| output::json_line(&told))?;
         }
         Ok(())
     })
@@ -204,6 +218,43 @@ mod tests {
             assert_eq!(lines, 1, "{name}: {text}");
         }
         assert!(!text.contains('\x1b'));
+    }
+
+    #[test]
+    fn a_ring_is_cut_above_its_oldest_and_keeps_its_branches() {
+        let all = [
+            snapshot("branch", Some("b"), true),
+            snapshot("a", Some("c"), false),
+            snapshot("b", Some("a"), false),
+            snapshot("c", Some("b"), false),
+        ];
+        assert_eq!(
+            tree(&all),
+            "└── a\n    └── b\n        ├── branch\n        │   └── (now)\n        └── c\n"
+        );
+    }
+
+    #[test]
+    fn of_two_with_one_name_both_are_shown() {
+        let all = [snapshot("a", None, false), snapshot("a", None, false), snapshot("b", Some("a"), true)];
+        assert_eq!(tree(&all), "├── a\n│   └── b\n│       └── (now)\n└── a\n");
+    }
+
+    #[test]
+    fn a_tree_of_any_depth_is_drawn() {
+        let name = |number: u32| format!("s{number}");
+        let one = |number: u32| snapshot(&name(number), number.checked_sub(1).map(name).as_deref(), false);
+        let all: Vec<Snapshot> = (0..50_000).map(one).collect();
+        let text = tree(&all);
+        assert_eq!(text.lines().count(), all.len() + 1);
+        assert!(text.ends_with("└── s49999\n└── (now)\n"));
+    }
+
+    #[test]
+    fn hostile_names_stay_on_their_line() {
+        let all = [snapshot("a\n└── b\x1b[2J\u{9b}", None, true)];
+        assert_eq!(tree(&all), "└── a └── b [2J \n    └── (now)\n");
+        assert_eq!(table(&all).render(false).lines().count(), 2);
     }
 
     #[test]

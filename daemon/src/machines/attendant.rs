@@ -13,6 +13,9 @@ use crate::engine::{VmProcess, sockets};
 /// A link that fails at once, again and again, costs no more than this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
+/// A guest may have no sshd, or one that does not start.
+const LONGEST_WAIT_FOR_SSH: Duration = Duration::from_secs(5);
+
 /// Attends to the agent until the task is aborted, which is when the process ends.
 pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>, process: Arc<dyn VmProcess>) {
     let mut pause = Duration::from_millis(250);
@@ -110,6 +113,11 @@ async fn identify(
         return failed("the guest did not take its identity", &error);
     }
     if copy {
+        // It can be spoken with by its agent. Its sshd is given its keys; who comes before it listens would be turned away.
+        let mut status = link.status();
+        shared.set_guest(guest_status(&status.borrow_and_update()));
+        let listens = status.wait_for(|status| status.ssh || !status.connected);
+        let _ = tokio::time::timeout(LONGEST_WAIT_FOR_SSH, listens).await;
         if let Err(error) = context.network.plug_in(&shared.lease(), process.pid()).await {
             return failed("the guest has no network", &error);
         }

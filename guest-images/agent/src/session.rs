@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use catalyst_agent_protocol::{
     Channel, Control, Frame, MAX_STREAMS, Problem, ProblemKind, Reply, Request, Status, StreamChannel,
@@ -163,7 +164,15 @@ impl Session {
 
     fn identify(self: &Arc<Self>, identity: &catalyst_agent_protocol::Identity) -> Reply {
         match identity::apply(&self.config, identity) {
-            Ok(()) => {
+            Ok(restarting) => {
+                if let Some(sshd) = restarting {
+                    self.set_status(|status| status.ssh = false);
+                    let session = Arc::clone(self);
+                    thread::spawn(move || {
+                        sshd.wait();
+                        session.set_status(|status| status.ssh = true);
+                    });
+                }
                 if self.set_status(|status| status.identity = true) {
                     notify::ready();
                     if !self.config.files_only() {

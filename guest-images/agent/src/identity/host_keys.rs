@@ -4,17 +4,19 @@
 //! first key: that is a FIFO there, and sshd waits for somebody to write it ([`park`]). It goes on with the keys of the copy.
 //! A copy of a guest whose sshd is past that has it start anew.
 
-use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use catalyst_agent_protocol::{HostKey, Problem};
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
@@ -25,30 +27,36 @@ use crate::session::Config;
 
 /// The key that sshd reads first.
 const FIRST: &str = "etc/ssh/ssh_host_ed25519_key";
-const PID_FILE: &str = "/run/sshd.pid";
-/// The sockets of the guest (proc(5), `/proc/net/tcp`).
-const SOCKETS: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
+/// Where sshd writes its pid when it listens.
+const RUN: &str = "/run";
+const PID_FILE: &str = "sshd.pid";
 /// How long an sshd that has new keys may take until it listens; it is not waited for any longer.
 const LISTENS_WITHIN: Duration = Duration::from_secs(5);
-const PAUSE: Duration = Duration::from_millis(5);
 
 /// An sshd that was given new keys.
 #[must_use]
-pub struct Restarting {
-    /// Its sockets before.
-    before: BTreeSet<u64>,
-}
+pub struct Restarting(Inotify);
 
 impl Restarting {
-    /// Waits until it listens. No event tells of that.
+    fn watch() -> nix::Result<Self> {
+        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        inotify.add_watch(RUN, AddWatchFlags::IN_CLOSE_WRITE)?;
+        Ok(Self(inotify))
+    }
+
+    /// Waits until it listens: then it writes its pid to a file.
     pub fn wait(self) {
         let begun = Instant::now();
-        while begun.elapsed() < LISTENS_WITHIN {
-            let now = listening();
-            if !now.is_empty() && now.is_disjoint(&self.before) {
+        while let Some(left) = LISTENS_WITHIN.checked_sub(begun.elapsed()) {
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(_) | Err(Errno::EINTR) => {}
+                Err(_) => return,
+            }
+            let events = self.0.read_events().unwrap_or_default();
+            if events.iter().any(|event| event.name.as_deref() == Some(OsStr::new(PID_FILE))) {
                 return;
             }
-            thread::sleep(PAUSE);
         }
     }
 }
@@ -74,7 +82,7 @@ pub fn apply(config: &Config, keys: &[HostKey]) -> Step<Option<Restarting>> {
     if config.files_only() || !changed {
         return Ok(None);
     }
-    let before = listening();
+    let restarting = Restarting::watch().map_err(doing("watching for sshd"))?;
     let told = match door {
         Some(mut door) => {
             let key = fs::read(&first).map_err(doing("reading the first SSH host key"))?;
@@ -83,7 +91,7 @@ pub fn apply(config: &Config, keys: &[HostKey]) -> Step<Option<Restarting>> {
         None => hang_up(),
     };
     let told = told.map_err(doing("giving sshd its keys"))?;
-    Ok(told.then_some(Restarting { before }))
+    Ok(told.then_some(restarting))
 }
 
 /// The FIFO, if sshd waits behind it.
@@ -111,7 +119,8 @@ fn write(config: &Config, key: &HostKey) -> Result<bool, Problem> {
 
 /// Has a running sshd start anew (sshd(8), SIGHUP); whether there is one. Sessions live on.
 fn hang_up() -> io::Result<bool> {
-    let Some(pid) = fs::read_to_string(PID_FILE).ok().and_then(|text| text.trim().parse::<i32>().ok()) else {
+    let pid_file = Path::new(RUN).join(PID_FILE);
+    let Some(pid) = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<i32>().ok()) else {
         return Ok(false);
     };
     let comm = PathBuf::from(format!("/proc/{pid}/comm"));
@@ -124,36 +133,12 @@ fn hang_up() -> io::Result<bool> {
     }
 }
 
-fn listening() -> BTreeSet<u64> {
-    SOCKETS.iter().flat_map(|path| on_port_22(&fs::read_to_string(path).unwrap_or_default())).collect()
-}
-
-/// Inodes of the sockets that listen on port 22.
-fn on_port_22(table: &str) -> Vec<u64> {
-    let inode = |line: &str| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let ours = fields.get(1)?.ends_with(":0016") && *fields.get(3)? == "0A";
-        ours.then(|| fields.get(9)?.parse().ok()).flatten()
-    };
-    table.lines().filter_map(inode).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::io::Read;
+    use std::thread;
 
     use super::*;
-
-    const TABLE: &str = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n   \
-        0: 00000000:0016 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 18521 1 0 100 0 0 10 0\n   \
-        1: 0100007F:0016 0100007F:C001 01 00000000:00000000 00:00000000 00000000     0        0 18522 1 0 100 0 0 10 0\n   \
-        2: 00000000:1600 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 18523 1 0 100 0 0 10 0\n";
-
-    #[test]
-    fn who_listens_on_the_port_of_ssh_is_found() {
-        assert_eq!(on_port_22(TABLE), [18521]);
-        assert!(on_port_22("cut: short").is_empty());
-    }
 
     #[test]
     fn behind_a_fifo_that_nobody_reads_no_sshd_waits() {
@@ -174,7 +159,7 @@ mod tests {
             if let Some(door) = open_door(&path).unwrap() {
                 break door;
             }
-            thread::sleep(PAUSE);
+            thread::yield_now();
         };
         door.write_all(b"key\n").unwrap();
         drop(door);

@@ -15,6 +15,7 @@ use std::path::Path;
 
 use catalyst_agent_protocol::{Identity, Problem, ProblemKind};
 
+use self::host_keys::Restarting;
 use crate::files::replace;
 use crate::session::Config;
 use crate::users;
@@ -36,8 +37,9 @@ struct Checked {
     seed: [u8; random::SEED],
 }
 
-/// Checks an identity and applies it. Doing so again changes nothing that is so already.
-pub fn apply(config: &Config, identity: &Identity) -> Result<(), Problem> {
+/// Checks an identity and applies it. Doing so again changes nothing that is so already. An sshd that was given other keys
+/// has yet to listen.
+pub fn apply(config: &Config, identity: &Identity) -> Result<Option<Restarting>, Problem> {
     let checked = check(identity)
         .map_err(|message| Problem { kind: ProblemKind::Invalid, message: message.to_owned() })?;
     clock::set(config, identity.unix_ns).map_err(doing("setting the clock"))?;
@@ -56,11 +58,7 @@ pub fn apply(config: &Config, identity: &Identity) -> Result<(), Problem> {
         cloned::run_hooks(config, identity)
             .map_err(|message| Problem { kind: ProblemKind::Failed, message })?;
     }
-    // Until then nobody gets an answer, and nobody is to be turned away.
-    if let Some(sshd) = sshd {
-        sshd.wait();
-    }
-    Ok(())
+    Ok(sshd)
 }
 
 /// Sets the clock after the guest stood still, and mixes a seed in if one is given.
