@@ -205,8 +205,8 @@ impl Killer {
         look: impl Fn(&World, usize),
     ) {
         let stride = if std::env::var_os("CATALYST_TEST_FULL").is_some() { 1 } else { STRIDE };
-        let mut tried = 0;
-        for step in (1 + first % stride..MOST_STEPS).step_by(stride) {
+        let steps = (1 + first % stride..MOST_STEPS).step_by(stride);
+        for (tried, step) in steps.enumerate() {
             // Steps are counted from the daemon's start.
             world.kill_daemon();
             world.start_daemon();
@@ -227,7 +227,6 @@ impl Killer {
                 println!("    {tried} steps");
                 return;
             }
-            tried += 1;
         }
         panic!("it has no end");
     }
