@@ -208,6 +208,27 @@ fn cloned(checks: &mut Checks, world: &World) {
             clock_is_right(world, vm);
         }
     });
+    checks.check(
+        "a clone of a guest whose clock is forty days behind has the right time, and nothing fails for that",
+        || {
+            guest(world, "source", "date -s '40 days ago' >/dev/null");
+            world.catalyst(&["vm", "clone", "source", "late"]).ok();
+            clock_is_right(world, "late");
+            assert_eq!(guest(world, "late", "systemctl --failed --no-legend --plain"), "");
+            assert_eq!(guest(world, "late", "docker run --rm busybox echo hello"), "hello");
+            world.catalyst(&["vm", "delete", "--force", "late"]).ok();
+        },
+    );
+    checks.check("the hooks of a clone are done before anybody reaches it, and only in clones", || {
+        let hook = "mkdir -p /etc/catalyst/clone.d && printf '#!/bin/sh\\necho $CATALYST_NAME $CATALYST_ADDRESS >/root/hook' \
+            >/etc/catalyst/clone.d/10-note && chmod 755 /etc/catalyst/clone.d/10-note";
+        guest(world, "source", hook);
+        world.catalyst(&["vm", "clone", "source", "hooked"]).ok();
+        let address = shown(world, "hooked")["address"].as_str().unwrap().to_owned();
+        assert_eq!(world.catalyst(&["ssh", "hooked", "--", "sudo cat /root/hook"]).ok(), format!("hooked {address}"));
+        assert_eq!(guest(world, "source", "rm /etc/catalyst/clone.d/10-note; cat /root/hook || echo none"), "none");
+        world.catalyst(&["vm", "delete", "--force", "hooked"]).ok();
+    });
     checks.check("what one writes, to memory or disk, the other never sees", || {
         guest(world, "copy", "echo copy >/dev/shm/own; echo copy >/root/own; sync");
         assert_eq!(guest(world, "source", "cat /dev/shm/own /root/own 2>/dev/null; echo none"), "none");

@@ -25,6 +25,9 @@ const ANSWER_LIMIT: Duration = Duration::from_mins(1);
 const CLOCK_ERROR: Duration = Duration::from_millis(20);
 /// How often it is tried.
 const CLOCK_TRIES: usize = 50;
+/// The first pause between two tries, and the longest: what keeps the guest busy has an end.
+const CLOCK_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_CLOCK_PAUSE: Duration = Duration::from_millis(500);
 /// How long a guest may take to come to rest, on a software CPU too.
 const REST_LIMIT: Duration = Duration::from_mins(3);
 /// A guest's user may have put programs in the way, each of which may take a minute.
@@ -99,15 +102,19 @@ impl AgentLink {
         self.done(Request::Shutdown { kind }).await
     }
 
-    /// Sets the guest's clock to the host's, and mixes a seed into its random generator. The clock is late by the way there: where the way there and back takes long, as to a
-    /// guest that has just begun, it is tried again.
+    /// Sets the guest's clock to the host's, and mixes a seed into its random generator. The clock is late by the way there:
+    /// where the way there and back takes long, as to a guest that has just begun, it is set again, less and less often.
     pub async fn set_clock(&self) -> Result<(), AgentError> {
+        let mut seed = seed();
+        let mut pause = CLOCK_PAUSE;
         for _ in 0..CLOCK_TRIES {
             let begun = Instant::now();
-            self.done(Request::SetClock { unix_ns: unix_ns(), seed: seed() }).await?;
+            self.done(Request::SetClock { unix_ns: unix_ns(), seed: std::mem::take(&mut seed) }).await?;
             if begun.elapsed() <= CLOCK_ERROR {
                 break;
             }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_CLOCK_PAUSE);
         }
         Ok(())
     }
