@@ -49,9 +49,3 @@ pub struct RestoreSnapshot {
 const fn yes() -> bool {
     true
 }
-
-impl Default for RestoreSnapshot {
-    fn default() -> Self {
-        Self { start: true }
-    }
-}

@@ -3,13 +3,12 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use catalyst_agent_protocol::{
-    Channel, Control, Decoder, Frame, HEADER, Identity, MAX_PAYLOAD, MAX_STREAMS, Problem, Reply, Request,
-    ShutdownKind, StreamChannel, VERSION, encode,
+    Channel, Control, Decoder, Frame, HEADER, MAX_PAYLOAD, MAX_STREAMS, Problem, Reply, Request,
+    StreamChannel, VERSION, encode,
 };
-use catalyst_images::digest::hex;
 use rand::RngCore;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -21,17 +20,6 @@ use super::{AgentError, AgentStatus, HelloInfo, tame};
 
 /// How long the agent may take for what it is asked. Generous: a software CPU with many VMs is slow.
 const ANSWER_LIMIT: Duration = Duration::from_mins(1);
-/// A clock that is set within this is near enough.
-const CLOCK_ERROR: Duration = Duration::from_millis(20);
-/// How often it is tried.
-const CLOCK_TRIES: usize = 50;
-/// The first pause between two tries, and the longest: what keeps the guest busy has an end.
-const CLOCK_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_CLOCK_PAUSE: Duration = Duration::from_millis(500);
-/// How long a guest may take to come to rest, on a software CPU too.
-const REST_LIMIT: Duration = Duration::from_mins(3);
-/// A guest's user may have put programs in the way, each of which may take a minute.
-const IDENTIFY_LIMIT: Duration = Duration::from_mins(10);
 /// Frames that may wait to be written.
 const OUTBOX: usize = 32;
 
@@ -80,60 +68,22 @@ impl AgentLink {
         Ok(Self(inner))
     }
 
+    /// Notes that the guest has its identity, before its agent says so.
+    pub(super) fn note_identity(&self) {
+        self.0.status.send_modify(|status| status.identity = true);
+    }
+
     /// How the link and the guest are, now and whenever it changes.
     pub fn status(&self) -> watch::Receiver<AgentStatus> {
         self.0.status.subscribe()
     }
 
-    /// Gives the guest its identity; returns when it is applied. Time and random bytes are filled in here.
-    pub async fn identify(&self, identity: &Identity) -> Result<(), AgentError> {
-        let identity = Identity { unix_ns: unix_ns(), seed: seed(), ..identity.clone() };
-        let request = Request::Identify(Box::new(identity));
-        match self.request_within(self.0.new_id(), request, IDENTIFY_LIMIT).await? {
-            Reply::Done => {}
-            _ => return Err(AgentError::Unexpected),
-        }
-        self.0.status.send_modify(|status| status.identity = true);
-        Ok(())
-    }
-
-    /// Asks the guest to shut down; returns when it has begun.
-    pub async fn shutdown(&self, kind: ShutdownKind) -> Result<(), AgentError> {
-        self.done(Request::Shutdown { kind }).await
-    }
-
-    /// Sets the guest's clock to the host's, and mixes a seed into its random generator. The clock is late by the way there:
-    /// where the way there and back takes long, as to a guest that has just begun, it is set again, less and less often.
-    pub async fn set_clock(&self) -> Result<(), AgentError> {
-        let mut seed = seed();
-        let mut pause = CLOCK_PAUSE;
-        for _ in 0..CLOCK_TRIES {
-            let begun = Instant::now();
-            self.done(Request::SetClock { unix_ns: unix_ns(), seed: std::mem::take(&mut seed) }).await?;
-            if begun.elapsed() <= CLOCK_ERROR {
-                break;
-            }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(LONGEST_CLOCK_PAUSE);
-        }
-        Ok(())
-    }
-
-    /// Brings the guest to rest before its memory is copied.
-    pub async fn rest(&self) -> Result<(), AgentError> {
-        match self.request_within(self.0.new_id(), Request::Rest, REST_LIMIT).await? {
-            Reply::Done => Ok(()),
-            _ => Err(AgentError::Unexpected),
-        }
-    }
-
-    /// Returns when the agent answers.
-    pub async fn ping(&self) -> Result<(), AgentError> {
-        self.done(Request::Ping).await
-    }
-
     pub(super) async fn done(&self, request: Request) -> Result<(), AgentError> {
-        match self.request(self.0.new_id(), request).await? {
+        self.done_within(request, ANSWER_LIMIT).await
+    }
+
+    pub(super) async fn done_within(&self, request: Request, limit: Duration) -> Result<(), AgentError> {
+        match self.request_within(self.0.new_id(), request, limit).await? {
             Reply::Done => Ok(()),
             _ => Err(AgentError::Unexpected),
         }
@@ -400,18 +350,6 @@ impl Inner {
 fn new_epoch() -> u32 {
     // 0 is the epoch of a guest that was not greeted.
     rand::rng().next_u32().max(1)
-}
-
-/// 32 random bytes in hexadecimal.
-fn seed() -> String {
-    let mut seed = [0_u8; 32];
-    rand::rng().fill_bytes(&mut seed);
-    hex(&seed)
-}
-
-fn unix_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 
 async fn write_all(mut write: OwnedWriteHalf, mut frames: mpsc::Receiver<Vec<u8>>) {

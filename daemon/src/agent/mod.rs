@@ -6,6 +6,7 @@
 mod exec;
 mod file;
 mod link;
+mod requests;
 mod streams;
 
 use std::io;

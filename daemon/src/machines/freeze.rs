@@ -105,7 +105,7 @@ pub(super) async fn copy(
     if running {
         dir.note_standing()?;
     }
-    process.pause().await?;
+    process.pause().await.inspect_err(|_| dir.forget_standing())?;
     let stood = tokio::time::Instant::now();
     let done = async {
         if shared {

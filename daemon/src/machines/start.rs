@@ -38,7 +38,6 @@ pub(super) async fn start(
     let (_, config) = dir.read()?;
     let image = image(context, dir, &config)?;
     let chain = dir.chain()?;
-    let began = |mode| Began { mode, cpus: config.cpus, memory_mib: config.memory_mib };
     if dir.suspended().exists() {
         if !cold {
             return resume(context, shared, &config, &image, &chain).await;
@@ -47,14 +46,12 @@ pub(super) async fn start(
     }
     if chain.fresh
         && !cold
-        && let Some(process) = try_warm(context, shared, &config, &image).await
+        && let Some(started) = try_warm(context, shared, &config, &image).await
     {
-        return Ok(Started { process, began: began(StartMode::Warm) });
+        return Ok(started);
     }
     let chain = settle(context, dir, &config, chain, &image)?;
-    let began = began(StartMode::Cold);
-    let process = launch(context, shared, &config, &image, &chain, (began, None)).await?;
-    Ok(Started { process, began })
+    launch(context, shared, &config, &image, &chain, (sized(StartMode::Cold, &config), None)).await
 }
 
 /// Goes on from another VM's memory. Its cable is out until it knows who it is.
@@ -69,8 +66,12 @@ pub(super) async fn go_on(
     same_engine(context, dir, frozen.engine)?;
     let from = frozen.saved().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
     let began = Began { mode: StartMode::Clone, ..frozen.began };
-    let process = launch(context, shared, &config, &image, &dir.chain()?, (began, Some(from))).await?;
-    Ok(Started { process, began })
+    launch(context, shared, &config, &image, &dir.chain()?, (began, Some(from))).await
+}
+
+/// What a process begins with that is as large as the VM's file says.
+fn sized(mode: StartMode, config: &VmConfig) -> Began {
+    Began { mode, cpus: config.cpus, memory_mib: config.memory_mib }
 }
 
 /// A machine goes on only on the engine that it was on.
@@ -115,13 +116,13 @@ async fn resume(
     let from = saved.open(&manifest, false).map_err(unusable)?;
     let began = Began { mode: StartMode::Resume, cpus: manifest.cpus, memory_mib: manifest.memory_mib };
     let sized = VmConfig { cpus: began.cpus, memory_mib: began.memory_mib, ..config.clone() };
-    let process = launch(context, shared, &sized, image, chain, (began, Some(from))).await?;
+    let started = launch(context, shared, &sized, image, chain, (began, Some(from))).await?;
     // Before it can run: what it does to its disk from now on, the saved memory knows nothing of.
     if let Err(error) = dir.forget_suspended() {
-        end(process.as_ref()).await;
+        end(started.process.as_ref()).await;
         return Err(error.into());
     }
-    Ok(Started { process, began })
+    Ok(started)
 }
 
 /// Ends a process that nobody would know of any more.
@@ -137,7 +138,7 @@ async fn try_warm(
     shared: &Arc<Shared>,
     config: &VmConfig,
     image: &Image,
-) -> Option<Arc<dyn VmProcess>> {
+) -> Option<Started> {
     let id = shared.dir().id();
     let engine = context.engines.chosen();
     let fit = match engine.fit().await {
@@ -153,7 +154,7 @@ async fn try_warm(
         return None;
     };
     match start_warm(context, shared, config, image, &warm).await {
-        Ok(process) => Some(process),
+        Ok(started) => Some(started),
         Err(error) => {
             let reason = crate::http::error::chain(&error).join(": ");
             tracing::warn!(vm = %id, warm = warm.name, reason, "it does not go on from there; it boots");
@@ -168,7 +169,7 @@ async fn start_warm(
     config: &VmConfig,
     image: &Image,
     warm: &Warm,
-) -> Result<Arc<dyn VmProcess>, PowerError> {
+) -> Result<Started, PowerError> {
     let dir = shared.dir();
     let saved = warm.open().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
     // An overlay that was never written: another one is as good.
@@ -177,7 +178,7 @@ async fn start_warm(
     // Before it can run, so that no later start takes what it wrote for empty.
     dir.write_chain(&chain)?;
     files::write_atomically(&dir.unnamed(), b"", 0o600).map_err(StoreError::write(dir.unnamed()))?;
-    let began = Began { mode: StartMode::Warm, cpus: config.cpus, memory_mib: config.memory_mib };
+    let began = sized(StartMode::Warm, config);
     let started = launch(context, shared, config, image, &chain, (began, Some(saved))).await;
     if started.is_err() {
         let _ = std::fs::remove_file(dir.unnamed());
@@ -223,7 +224,7 @@ async fn launch(
     image: &Image,
     chain: &Chain,
     (began, from): (Began, Option<Saved>),
-) -> Result<Arc<dyn VmProcess>, PowerError> {
+) -> Result<Started, PowerError> {
     let dir = shared.dir().clone();
     let identity = Identity::load_or_generate(&dir.identity())?;
     let lease = shared.lease();
@@ -255,7 +256,8 @@ async fn launch(
     let _ = std::fs::remove_file(spec.dir.switching());
     spec.dir.forget_standing();
     spec.dir.note_begins(began)?;
-    context.engines.chosen().start(spec).await.map_err(not_started(shared.dir()))
+    let process = context.engines.chosen().start(spec).await.map_err(not_started(shared.dir()))?;
+    Ok(Started { process, began })
 }
 
 /// The files that the VM's disk consists of.

@@ -55,10 +55,6 @@ pub(super) async fn suspend(
 }
 
 fn remove(aside: &std::path::Path) -> Result<(), SavedError> {
-    match fs::remove_dir_all(aside) {
-        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-            Err(SavedError::Io { what: "remove", path: aside.to_owned(), source })
-        }
-        _ => Ok(()),
-    }
+    let failed = |source| SavedError::Io { what: "remove", path: aside.to_owned(), source };
+    files::remove_folder(aside).map_err(failed)
 }

@@ -1,7 +1,7 @@
 //! How a VM's process began, noted beside its lock for the next daemon.
 
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use catalyst_api::StartMode;
 use serde::{Deserialize, Serialize};
@@ -33,15 +33,9 @@ impl VmDir {
 
     /// Notes how the process that is about to be started begins.
     pub fn note_begins(&self, began: Began) -> Result<(), StoreError> {
-        match fs::remove_file(self.began_file()) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(StoreError::write(self.began_file())(error));
-            }
-            _ => {}
-        }
+        files::remove_file(&self.began_file()).map_err(StoreError::write(self.began_file()))?;
         let path = self.begins_file();
-        let text = serde_json::to_vec(&began).map_err(io::Error::from);
-        text.and_then(|text| files::write_atomically(&path, &text, 0o600)).map_err(StoreError::write(path))
+        files::write_json(&path, &began, 0o600).map_err(StoreError::write(path))
     }
 
     /// Notes that it has begun: it runs.

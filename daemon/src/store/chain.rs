@@ -74,8 +74,7 @@ pub(super) fn check(chain: &Chain) -> std::io::Result<()> {
 
 /// Writes a chain to a file.
 pub(super) fn write(path: &std::path::Path, chain: &Chain) -> Result<(), StoreError> {
-    let text = serde_json::to_vec_pretty(chain).map_err(std::io::Error::from);
-    text.and_then(|text| files::write_atomically(path, &text, 0o644)).map_err(io_error("write", path))
+    files::write_json(path, chain, 0o644).map_err(io_error("write", path))
 }
 
 #[cfg(test)]

@@ -5,6 +5,8 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use serde::Serialize;
+
 /// Writes `bytes` to `path` with mode `mode`: aside, synced, renamed over, folder synced.
 pub fn write_atomically(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let folder = path.parent().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
@@ -24,6 +26,34 @@ pub fn write_new(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
     let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(path)?;
     file.write_all(bytes)?;
     file.sync_all()
+}
+
+/// Writes a value as JSON, as [`write_atomically`] does.
+pub fn write_json(path: &Path, value: &impl Serialize, mode: u32) -> io::Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(io::Error::from)?;
+    write_atomically(path, &text, mode)
+}
+
+/// Removes a file, if it is there.
+pub fn remove_file(path: &Path) -> io::Result<()> {
+    there_or_not(fs::remove_file(path))
+}
+
+/// Removes a folder and all in it, if it is there.
+pub fn remove_folder(path: &Path) -> io::Result<()> {
+    there_or_not(fs::remove_dir_all(path))
+}
+
+/// Lets `from` take the place of `to`, if it is there.
+pub fn move_in(from: &Path, to: &Path) -> io::Result<()> {
+    there_or_not(fs::rename(from, to))
+}
+
+fn there_or_not(done: io::Result<()>) -> io::Result<()> {
+    match done {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
+    }
 }
 
 /// Whether both names are of one file.

@@ -42,11 +42,11 @@ pub struct Merge {
 impl VmDir {
     /// Removes layers that neither the VM nor a snapshot stands on, and what a merging left that was cut short.
     pub fn collect_layers(&self) -> Result<(), StoreError> {
-        let mut needed: BTreeSet<String> = self.chain()?.own.into_iter().collect();
-        needed.extend(self.snapshots()?.into_iter().flat_map(|snapshot| snapshot.chain.own));
         if self.restoring().exists() {
             return Ok(());
         }
+        let mut needed: BTreeSet<String> = self.chain()?.own.into_iter().collect();
+        needed.extend(self.snapshots()?.into_iter().flat_map(|snapshot| snapshot.chain.own));
         let entries = fs::read_dir(self.path()).map_err(io_error("read the folder", self.path()))?;
         for entry in entries.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();

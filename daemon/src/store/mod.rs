@@ -166,9 +166,7 @@ impl VmDir {
 
     /// Takes that note away.
     pub fn forget_standing(&self) {
-        if let Err(error) = fs::remove_file(self.standing())
-            && error.kind() != io::ErrorKind::NotFound
-        {
+        if let Err(error) = files::remove_file(&self.standing()) {
             tracing::warn!(path = %self.standing().display(), %error, "a note stays");
         }
     }

@@ -218,8 +218,7 @@ fn read(folder: &Path, id: String) -> Result<Snapshot, StoreError> {
 
 fn write(folder: &Path, snapshot: &Snapshot) -> Result<(), StoreError> {
     let path = folder.join("snapshot.json");
-    let text = serde_json::to_vec_pretty(snapshot).map_err(io::Error::from);
-    text.and_then(|text| files::write_atomically(&path, &text, 0o600)).map_err(io_error("write", &path))
+    files::write_json(&path, snapshot, 0o600).map_err(io_error("write", &path))
 }
 
 fn make_folder(path: &Path) -> Result<(), StoreError> {
@@ -236,26 +235,16 @@ fn link_folder(from: &Path, to: &Path) -> Result<(), StoreError> {
     files::sync_folder(to).map_err(io_error("sync", to))
 }
 
-/// Lets `from` take the place of `to`, if it is there.
 fn move_in(from: &Path, to: &Path) -> Result<(), StoreError> {
-    match fs::rename(from, to) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("put into place", to)(error)),
-        _ => Ok(()),
-    }
+    files::move_in(from, to).map_err(io_error("put into place", to))
 }
 
 fn remove_file(path: &Path) -> Result<(), StoreError> {
-    match fs::remove_file(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path)(error)),
-        _ => Ok(()),
-    }
+    files::remove_file(path).map_err(io_error("remove", path))
 }
 
 fn remove_folder(path: &Path) -> Result<(), StoreError> {
-    match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_error("remove", path)(error)),
-        _ => Ok(()),
-    }
+    files::remove_folder(path).map_err(io_error("remove", path))
 }
 
 /// Links the files of a saved machine, which never change, into the folder of a snapshot that is being made.

@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use catalyst_vmm::boot::testing::elf;
-use catalyst_vmm::control::protocol::{Answer, Cause, Outcome};
+use catalyst_vmm::control::protocol::{Answer, Cause, Event, Outcome};
 use catalyst_vmm::devices::power;
 use catalyst_vmm::layout;
 
@@ -90,7 +90,12 @@ fn an_instruction_that_kvm_does_not_emulate_is_a_failure_that_names_it() {
     plan.description.paused = true;
     let mut machine = plan.start_paused();
     // It ends at once: whether an answer still comes does not matter.
-    machine.control().stream.get_mut().write_all(b"{\"id\":99,\"command\":\"resume\"}\n").unwrap();
+    let control = machine.control();
+    control.stream.get_mut().write_all(b"{\"id\":99,\"command\":\"resume\"}\n").unwrap();
+    let lines: Vec<String> =
+        std::iter::repeat_with(|| control.line()).take_while(|line| !line.is_empty()).collect();
+    let mut events = lines.iter().filter_map(|line| serde_json::from_str::<Event>(line).ok());
+    assert_eq!(events.next(), Some(Event::Exit { cause: Cause::Failure }), "{lines:?}");
     let (status, said) = machine.wait();
     assert_eq!(status.code(), Some(Cause::Failure.exit_status().into()), "{said}");
     assert!(said.contains("could not emulate an instruction at 0x200000"), "{said}");
