@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor lab install uninstall clean
+.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -56,7 +56,7 @@ e2e: image ## end-to-end tests on real VMs (root)
 	cargo test --release -p catalyst-tests -- --nocapture
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
-KVM_GROUPS ?= crash access bad_input hosts legacy daemons life pair cpus many
+KVM_GROUPS ?= instant snapshots faults rounds crash access bad_input hosts legacy daemons life pair cpus many
 e2e-kvm: export LAB_TIMEOUT ?= 3600
 e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root)
 	tests/lab/e2e '$(KVM_GROUPS)'
@@ -90,9 +90,15 @@ bench: image ## the promises of docs/SPECIFICATION.md, measured
 	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')
 
 bench-monitor: export LAB_TIMEOUT ?= 900
-bench-monitor: image ## our monitor beside QEMU, in the lab (BENCH='boot block net')
+bench-monitor: image ## our monitor beside QEMU, in the lab (BENCH='boot restore block net')
 	rustc --edition 2024 -O -C target-feature=+crt-static -o $(RELEASE)/guest-io tests/src/monitor/guest_io.rs
 	tests/lab/run 'CATALYST_BIN=$$PWD/$(RELEASE) CATALYST_IMAGE_DIR=$(IMAGE_DIR) $(RELEASE)/bench-monitor $(BENCH)'
+
+bench-kvm: export LAB_TIMEOUT ?= 3000
+bench-kvm: export LAB_CPUS ?= 1
+bench-kvm: image ## instant clone on engine kvm, in the lab
+	cargo build --release -p catalyst-tests
+	tests/lab/run 'mkdir -p /run/worlds && TMPDIR=/run/worlds CATALYST_TEST_ENGINE=kvm CATALYST_BIN=$$PWD/$(RELEASE) CATALYST_IMAGE_DIR=$(IMAGE_DIR) $(RELEASE)/bench $(BENCH)'
 
 lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm
 	tests/lab/run '$(CMD)'

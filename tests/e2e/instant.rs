@@ -60,21 +60,7 @@ fn digest(memory: &Memory) -> String {
 fn warm(checks: &mut Checks, world: &World) -> Memory {
     let mut memory = Memory::default();
     checks.check("a template has a warm state that fits", || {
-        let fitting = || {
-            let template = world.curl("GET", "/v1/templates/lumen", None).json();
-            let warm = template["warm"].as_array().unwrap().iter().find(|warm| {
-                warm["fits"] == true && (&warm["cpus"], &warm["memory_mib"]) == (&1.into(), &1024.into())
-            });
-            warm.map(|warm| {
-                (template["version"].as_str().unwrap().to_owned(), warm["name"].as_str().unwrap().to_owned())
-            })
-        };
-        if fitting().is_none() {
-            world.catalyst(&["template", "warm"]).ok();
-        }
-        let (version, name) = fitting().unwrap();
-        let path = world.images.join("lumen").join(version).join("warm").join(name).join("memory");
-        memory = (path, String::new());
+        memory = (world.warm(), String::new());
         memory.1 = digest(&memory);
         assert!(world.catalyst(&["template", "show"]).ok().contains("fits"));
         assert!(world.catalyst(&["template", "list"]).ok().contains("lumen"));

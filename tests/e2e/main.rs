@@ -13,6 +13,7 @@ mod cpus;
 mod crash;
 mod daemons;
 mod faults;
+mod full;
 mod hosts;
 mod images;
 mod instant;
@@ -30,6 +31,7 @@ use catalyst_tests::harness::{self, Group};
 const GROUPS: &[Group] = &[
     ("many", many::many),
     ("instant", instant::instant),
+    ("full", full::full),
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),

@@ -17,6 +17,7 @@ pub fn rounds(checks: &mut Checks) {
     let full = std::env::var_os("CATALYST_TEST_FULL").is_some();
     let (suspends, clones) = if full { (200, 500) } else { (20, 50) };
     let world = World::new();
+    world.warm();
     world.catalyst(&["vm", "create", VM]).ok();
     world.catalyst(&["vmpower", "on", VM, "--wait"]).ok();
     let nonce = guest(&world, VM, "head -c16 /dev/urandom | od -An -tx1 | tr -d ' ' | tee /dev/shm/nonce");

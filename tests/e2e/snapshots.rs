@@ -41,6 +41,7 @@ pub fn snapshots(checks: &mut Checks) {
 fn running(checks: &mut Checks, world: &World) {
     let mut nonce = String::new();
     checks.check("a snapshot of a VM that runs has its memory; the VM runs on", || {
+        world.warm();
         world.catalyst(&["vm", "create", VM]).ok();
         world.catalyst(&["vm", "snapshot", "create", VM, "never on"]).ok();
         world.catalyst(&["vmpower", "on", VM, "--wait"]).ok();

@@ -1,10 +1,11 @@
 //! Our monitor beside QEMU, where there is a genuine /dev/kvm: `make bench-monitor` runs it in the lab.
 //!
 //! Each figure is the median of runs that alternate between the two. The last line is the ratio of the boots; the exit
-//! status is 1 if a promise of docs/SPECIFICATION.md is broken. Words `boot`, `block`, `net` make it do those alone.
+//! status is 1 if a promise of docs/SPECIFICATION.md is broken. Words `boot`, `restore`, `block`, `net` make it do those alone.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+use std::fs::File;
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -12,10 +13,13 @@ use std::process::{Command, ExitCode};
 use catalyst_tests::monitor::machine::Extras;
 use catalyst_tests::monitor::{Machine, Which, guest};
 use catalyst_tests::world::{programs, ran};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 
 const RUNS: usize = 5;
 /// Runs of disk and network, which take longer.
 const LONG_RUNS: usize = 3;
+/// Runs of what is quick.
+const RESTORES: usize = 10;
 const RAM: u64 = 256 << 20;
 /// How much slower than QEMU's a median may be and still count as equal.
 const NOISE: f64 = 0.95;
@@ -39,6 +43,9 @@ fn main() -> ExitCode {
     let ratio = wanted("boot").then(|| boot(folder.path(), &initrd, &mut rows));
     if wanted("boot") {
         rows.push(binary());
+    }
+    if wanted("restore") {
+        restore(folder.path(), &initrd, &mut rows);
     }
     io(folder.path(), &initrd, &wanted, &mut rows);
     println!("| what | ours | QEMU | promise | |\n|---|---:|---:|---|---|");
@@ -100,6 +107,58 @@ fn boot(folder: &Path, initrd: &Path, rows: &mut Vec<Row>) -> f64 {
         });
     }
     ratio
+}
+
+/// Time from the start of a process that goes on from a saved machine to the guest's answer to what was typed before, beside
+/// its boot to the same; and the guest's pages that are the process's own before the first instruction.
+fn restore(folder: &Path, initrd: &Path, rows: &mut Vec<Row>) {
+    const MOST_PAGES: f64 = 16.0;
+    let memory = File::from(memfd_create("ram", MFdFlags::MFD_CLOEXEC).unwrap());
+    memory.set_len(RAM).unwrap();
+    let typed = |word: &str| format!("{}{word}", guest::SAYS);
+    let first = Extras { work: "answer", memory: Some(&memory), typed: Some(""), ..Extras::default() };
+    let mut machine = Machine::start(Which::Ours, folder, initrd, first);
+    machine.wait_for(guest::BEGINS);
+    machine.type_in("up\n");
+    let (boot, _) = machine.wait_for(&typed("up"));
+    machine.ask("pause");
+    let hex = machine.ask("save");
+    let hex = hex["saved"].as_str().expect("the machine is saved").as_bytes();
+    let state = folder.join("state");
+    std::fs::write(&state, hex.chunks(2).map(byte).collect::<Vec<u8>>()).unwrap();
+    drop(machine);
+
+    let again = Extras { memory: Some(&memory), restore: Some(&state), ..Extras::default() };
+    let stands = Machine::start(Which::Ours, folder, initrd, Extras { paused: true, ..again });
+    assert_eq!(stands.ask("state")["state"], "paused");
+    #[expect(clippy::cast_precision_loss, reason = "a small figure")]
+    let pages = stands.private_kib(RAM) as f64 / 4.0;
+    drop(stands);
+    let one = |run: usize| {
+        let mut machine =
+            Machine::start(Which::Ours, folder, initrd, Extras { typed: Some("go\n"), ..again });
+        let (seconds, _) = machine.wait_for(&typed("go"));
+        eprintln!("restore {run}: {seconds:.3} s");
+        seconds
+    };
+    let answer = median((0..RESTORES).map(one).collect());
+    let mut row = |what: &str, ours, unit, promise: &str, holds| {
+        rows.push(Row { what: what.into(), ours, qemu: None, unit, promise: promise.into(), holds });
+    };
+    row(
+        "process start to the guest's answer, restored, 256 MiB",
+        answer,
+        "s",
+        "at most 0.27 s",
+        answer <= 0.27,
+    );
+    row("the same, of the time from boot to it", answer / boot, "", "at most a tenth", answer / boot <= 0.1);
+    row("private pages of RAM before the first instruction", pages, "", "at most 16", pages <= MOST_PAGES);
+}
+
+/// A byte of two hexadecimal digits.
+fn byte(digits: &[u8]) -> u8 {
+    u8::from_str_radix(std::str::from_utf8(digits).unwrap(), 16).unwrap()
 }
 
 #[expect(clippy::cast_precision_loss, reason = "small figures")]

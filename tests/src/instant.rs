@@ -7,6 +7,8 @@ use crate::world::ran;
 
 /// Medians are of so many.
 const RUNS: usize = 10;
+/// Pairs of a warm start and a boot.
+const BOOTS: usize = 3;
 /// VMs that are asked for at once.
 const MANY: usize = 20;
 /// What a VM that is left alone does by itself has an end after this.
@@ -20,13 +22,14 @@ fn median(mut values: Vec<f64>) -> f64 {
 /// A world whose VMs go on from a warm state, of which the copy in memory is there.
 ///
 /// # Panics
-/// If there is no warm state that fits.
+/// If there is none.
 fn warmed() -> World {
     let world = World::new();
+    world.warm();
     world.catalyst(&["vm", "create", "first"]).ok();
     world.catalyst(&["vmpower", "on", "first", "--wait"]).ok();
     let first = world.curl("GET", "/v1/vms/first", None).json();
-    assert_eq!(first["start_mode"], "warm", "make image makes the template warm");
+    assert_eq!(first["start_mode"], "warm", "it was made warm");
     world.catalyst(&["vm", "delete", "--force", "first"]).ok();
     world
 }
@@ -73,6 +76,26 @@ pub fn to_exec() -> f64 {
         taken
     };
     median((0..RUNS).map(one).collect())
+}
+
+/// From the request to power on to the answer of a command, going on from a warm state, as part of what booting takes.
+pub fn part_of_boot() -> f64 {
+    let world = warmed();
+    let one = |vm: &str, how: &[&str]| {
+        world.catalyst(&["vm", "create", vm]).ok();
+        let begun = Instant::now();
+        world.catalyst(&[&["vmpower", "on", vm], how].concat()).ok();
+        world.catalyst(&["guest", "exec", vm, "--", "true"]).ok();
+        let taken = begun.elapsed().as_secs_f64();
+        world.catalyst(&["vm", "delete", "--force", vm]).ok();
+        taken
+    };
+    let (warm, cold): (Vec<f64>, Vec<f64>) = (0..BOOTS)
+        .map(|run| (one(&format!("warm{run}"), &[]), one(&format!("cold{run}"), &["--cold"])))
+        .unzip();
+    let (warm, cold) = (median(warm), median(cold));
+    eprintln!("  warm {warm:.2} s, cold {cold:.2} s");
+    warm / cold
 }
 
 /// Private memory of a clone that was left alone: its guest's and its process's own, in MiB.

@@ -3,12 +3,15 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{FromRawFd, RawFd};
-use std::sync::{Arc, PoisonError, mpsc};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, PoisonError};
 
 use crate::confine::{self, ConfineError, Filters, Role, SeccompError};
 use crate::control::Server;
 use crate::control::protocol::{Cause, Event};
 use crate::description::{self, Description, DescriptionError};
+use crate::devices::block::NoRoom;
 use crate::devices::fs::{FsError, ShareRoot, Unrooted};
 use crate::machine::{Begin, BuildError, Commands, Descriptors, Machine, MemoryUse, Surroundings};
 use crate::reactor::Reactor;
@@ -66,14 +69,17 @@ pub fn run(description_fd: RawFd) -> Result<Cause, RunError> {
     let mut descriptors = Descriptors::check(&description)?;
     let (filters, share) = confine_process(&description, &mut descriptors)?;
 
-    let (tell, ended) = mpsc::channel();
-    let report: Report = Arc::new(move |cause| {
-        // Nobody listens any more once the end has begun.
-        let _ = tell.send(cause);
-    });
+    let (tell, told) = channel();
+    let (report, full) = (reporter(tell.clone()), Arc::new(AtomicBool::new(false)));
     let begin = begin(filters.clone());
-    let surroundings =
-        Surroundings { descriptors, begin: begin.clone(), ended: Arc::clone(&report), share, memory_use };
+    let surroundings = Surroundings {
+        descriptors,
+        begin: begin.clone(),
+        ended: Arc::clone(&report),
+        no_room: no_room(tell, Arc::clone(&full)),
+        share,
+        memory_use,
+    };
     let (machine, listener) = Machine::build(&description, surroundings)?;
     let machine = Arc::new(machine);
 
@@ -88,13 +94,49 @@ pub fn run(description_fd: RawFd) -> Result<Cause, RunError> {
     if !description.paused {
         machine.resume()?;
     }
-    // The sender lives in the machine.
-    let cause = ended.recv().unwrap_or(Cause::Failure);
+    let announce = |event| server.lock().unwrap_or_else(PoisonError::into_inner).announce(event);
+    let cause = loop {
+        match told.recv() {
+            Ok(Told::NoRoom) => {
+                if let Err(error) = machine.pause() {
+                    eprintln!("catalyst-vmm: {}", crate::chain(&error));
+                    break Cause::Failure;
+                }
+                full.store(false, Ordering::Release);
+                announce(Event::NoRoom);
+            }
+            Ok(Told::Ended(cause)) => break cause,
+            // The senders live in the machine.
+            Err(_) => break Cause::Failure,
+        }
+    };
     machine.finish();
-    server.lock().unwrap_or_else(PoisonError::into_inner).announce(Event::Exit { cause });
+    announce(Event::Exit { cause });
     // Nothing of what would be taken apart now outlives the process.
     std::mem::forget((machine, control));
     Ok(cause)
+}
+
+/// What parts of the machine tell this thread.
+enum Told {
+    Ended(Cause),
+    NoRoom,
+}
+
+fn reporter(tell: Sender<Told>) -> Report {
+    Arc::new(move |cause| {
+        // Nobody listens any more once the end has begun.
+        let _ = tell.send(Told::Ended(cause));
+    })
+}
+
+/// Tells once until `full` is false again: what finds no room is tried again until the machine stands.
+fn no_room(tell: Sender<Told>, full: Arc<AtomicBool>) -> NoRoom {
+    Arc::new(move || {
+        if !full.swap(true, Ordering::AcqRel) {
+            let _ = tell.send(Told::NoRoom);
+        }
+    })
 }
 
 fn read_description(fd: RawFd) -> Result<Vec<u8>, RunError> {

@@ -221,6 +221,11 @@ pub trait VmProcess: Send + Sync {
     /// Ends the process at once.
     fn kill(&self) -> Result<(), EngineError>;
 
+    /// Waits until the process has stopped the virtual CPUs by itself since a disk's file found no room; made to go on, it
+    /// tries again what did not fit. May come late: ask [`VmProcess::is_running`]. May be called again after it was dropped
+    /// unfinished.
+    fn no_room(&self) -> BoxFuture<'_, ()>;
+
     /// Waits for the end of the process. May be called again after it was dropped unfinished.
     fn exited(&self) -> BoxFuture<'_, Exit>;
 }

@@ -113,6 +113,7 @@ struct Shutdown {
 enum Happening {
     Command(Option<Asked>),
     Exited(Exit),
+    NoRoom,
     TooSlow,
     LogCheck,
 }
@@ -141,6 +142,7 @@ impl Machine {
             let happening = tokio::select! {
                 command = commands.recv() => Happening::Command(command),
                 exit = exited(self.process.as_ref()) => Happening::Exited(exit),
+                () = no_room(self.process.as_ref()), if self.shared.state() == VmState::PoweredOn => Happening::NoRoom,
                 () = too_slow(self.shutdown.as_ref()) => Happening::TooSlow,
                 _ = log_check.tick(), if self.process.is_some() => Happening::LogCheck,
             };
@@ -161,6 +163,7 @@ impl Machine {
                 Happening::Command(Some((command, span))) => self.obey(command).instrument(span).await,
                 Happening::Exited(Exit::Reset) if self.shutdown.is_none() => self.reset().await,
                 Happening::Exited(exit) => self.ended(&exit.to_string()),
+                Happening::NoRoom => self.stopped_for_room().await,
                 Happening::TooSlow => self.shutdown_failed(),
                 Happening::LogCheck => self.bound_logs(),
             }
@@ -433,6 +436,21 @@ impl Machine {
         }
     }
 
+    /// The guest's writes found no room, and it stands by itself until somebody has made some.
+    async fn stopped_for_room(&self) {
+        let Some(running) = &self.process else { return };
+        // It may have been paused and made to go on since.
+        if matches!(running.process.is_running().await, Ok(false)) {
+            let dir = self.shared.dir();
+            let reason = format!(
+                "the file system of {} is full: make room, then run: catalyst vmpower unpause {}",
+                dir.path().display(),
+                dir.id()
+            );
+            self.shared.enter(VmState::Paused, Some(reason));
+        }
+    }
+
     fn shutdown_failed(&mut self) {
         let Some(shutdown) = self.shutdown.take() else { return };
         let id = self.shared.dir().id();
@@ -559,6 +577,13 @@ impl Machine {
 async fn exited(running: Option<&Running>) -> Exit {
     match running {
         Some(running) => running.process.exited().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn no_room(running: Option<&Running>) {
+    match running {
+        Some(running) => running.process.no_room().await,
         None => std::future::pending().await,
     }
 }

@@ -77,6 +77,7 @@ pub(super) async fn create(
         id: id.clone(),
         name: asked.name,
         description: asked.description,
+        number: all.last().map_or(0, |last| last.number + 1),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         parent: chain.at,
         chain: Chain::default(),

@@ -188,6 +188,7 @@ mod tests {
             id: id.to_owned(),
             name: id.to_owned(),
             description: String::new(),
+            number: 0,
             created: 0,
             parent: None,
             chain: chain(own),

@@ -40,6 +40,8 @@ pub struct Snapshot {
     pub name: String,
     /// What the user says of it.
     pub description: String,
+    /// Counts up within the VM. The order in which they were made: `created` may be the same for several, and clocks are set back.
+    pub number: u64,
     /// When, in seconds since 1970.
     pub created: u64,
     /// The id of the snapshot that the VM came from.
@@ -82,7 +84,7 @@ impl VmDir {
                 all.push(read(&entry.path(), name)?);
             }
         }
-        all.sort_by(|a, b| (a.created, &a.id).cmp(&(b.created, &b.id)));
+        all.sort_by_key(|snapshot: &Snapshot| snapshot.number);
         Ok(all)
     }
 
@@ -250,4 +252,36 @@ fn remove_folder(path: &Path) -> Result<(), StoreError> {
 /// Links the files of a saved machine, which never change, into the folder of a snapshot that is being made.
 pub fn link_saved(from: &Path, aside: &Path) -> Result<(), StoreError> {
     link_folder(from, &aside.join("saved"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::super::{Store, VmId};
+    use super::*;
+
+    #[test]
+    fn snapshots_of_one_second_are_told_in_the_order_they_were_made() {
+        let state = tempfile::tempdir().unwrap();
+        let dir = Store::open(state.path()).unwrap().dir(&VmId::parse("web1").unwrap());
+        let made = ["f", "c", "e", "a", "d", "b"];
+        for (number, id) in (0..).zip(made) {
+            let aside = dir.begin_snapshot(id).unwrap();
+            let snapshot = Snapshot {
+                id: id.to_owned(),
+                name: id.to_owned(),
+                description: String::new(),
+                number,
+                created: 1,
+                parent: None,
+                chain: Chain::default(),
+                unnamed: false,
+                ran: false,
+            };
+            dir.keep_snapshot(&aside, &snapshot).unwrap();
+        }
+        let told: Vec<String> = dir.snapshots().unwrap().into_iter().map(|snapshot| snapshot.id).collect();
+        assert_eq!(told, made);
+    }
 }

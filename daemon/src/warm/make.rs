@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -84,6 +84,9 @@ pub enum WarmError {
         /// What it said last.
         output: String,
     },
+    /// The VM's disk found no room.
+    #[error("The file system of {} is full: make room, then try again", .0.display())]
+    NoRoom(PathBuf),
     /// It could not be saved.
     #[error(transparent)]
     Saved(#[from] SavedError),
@@ -114,12 +117,15 @@ pub async fn make(
     states.sweep(None).map_err(failed("sweep the folder of warm states"))?;
     tell(5, "booting the template");
     let template = Template::start(context, image, size).await?;
-    let made = template.become_warm(context, &states, size, tell).await;
+    let made = tokio::select! {
+        made = template.become_warm(context, &states, size, tell) => made,
+        () = template.process.no_room() => Err(WarmError::NoRoom(template.dir.path().to_owned())),
+    };
     template.end(context).await;
-    let warm = made?;
-    states.sweep(Some(&warm)).map_err(failed("remove the warm state that it replaces"))?;
+    // What was written of one that did not come about takes room.
+    let swept = states.sweep(made.as_ref().ok()).map_err(failed("sweep the folder of warm states"));
     drop(lock);
-    Ok(warm)
+    made.and_then(|warm| swept.map(|()| warm))
 }
 
 /// The VM that becomes a warm state. It is on no network.

@@ -25,12 +25,7 @@ const ANSWERS_WITHIN: Duration = Duration::from_secs(10);
 pub fn watch(session: &Arc<Session>) {
     let ssh = Arc::clone(session);
     thread::spawn(move || {
-        // No event tells that a program listens: it is tried, less and less often, until it does.
-        let mut pause = FIRST;
-        while !ssh_answers(SocketAddr::from(([127, 0, 0, 1], 22))) {
-            thread::sleep(pause);
-            pause = (pause * 2).min(LONGEST);
-        }
+        wait_for_ssh();
         ssh.set_status(|status| status.ssh = true);
     });
     let docker = Arc::clone(session);
@@ -43,6 +38,15 @@ pub fn watch(session: &Arc<Session>) {
             eprintln!("catalyst-agent: /run cannot be watched for Docker's socket: {error}");
         }
     });
+}
+
+/// Tries sshd until it answers, less and less often: no event tells that a program listens.
+pub fn wait_for_ssh() {
+    let mut pause = FIRST;
+    while !ssh_answers(SocketAddr::from(([127, 0, 0, 1], 22))) {
+        thread::sleep(pause);
+        pause = (pause * 2).min(LONGEST);
+    }
 }
 
 fn ssh_answers(address: SocketAddr) -> bool {

@@ -169,7 +169,9 @@ impl Session {
                     self.set_status(|status| status.ssh = false);
                     let session = Arc::clone(self);
                     thread::spawn(move || {
-                        sshd.wait();
+                        if !sshd.wait() {
+                            readiness::wait_for_ssh();
+                        }
                         session.set_status(|status| status.ssh = true);
                     });
                 }

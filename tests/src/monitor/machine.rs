@@ -37,6 +37,14 @@ pub struct Extras<'a> {
     pub tap: Option<&'a str>,
     /// Ours only: every other device that it can have.
     pub everything: bool,
+    /// Ours only: the file of its RAM.
+    pub memory: Option<&'a File>,
+    /// Ours only: what was saved of it besides RAM, from which it goes on.
+    pub restore: Option<&'a Path>,
+    /// Ours only: it stands until it is told to go on.
+    pub paused: bool,
+    /// Ours only: somebody is at its serial line, and typed this before it started.
+    pub typed: Option<&'a str>,
 }
 
 /// A running machine. Dropping it ends it.
@@ -46,6 +54,8 @@ pub struct Machine {
     begun: Instant,
     lines: Receiver<(Instant, String)>,
     control: Option<std::path::PathBuf>,
+    /// Who types on the serial line.
+    terminal: Option<UnixStream>,
 }
 
 /// A line that does not come within this is a failure.
@@ -82,22 +92,30 @@ impl Machine {
         }
     }
 
+    /// Types on its serial line.
+    ///
+    /// # Panics
+    /// If nobody is there ([`Extras::typed`]).
+    pub fn type_in(&mut self, text: &str) {
+        self.terminal.as_mut().unwrap().write_all(text.as_bytes()).unwrap();
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
 
-    /// Our control socket's answer to `stats`.
+    /// Our control socket's answer to a command.
     ///
     /// # Panics
     /// If there is none.
-    pub fn stats(&self) -> Value {
+    pub fn ask(&self, command: &str) -> Value {
         let mut stream = UnixStream::connect(self.control.as_ref().unwrap()).unwrap();
-        stream.write_all(b"{\"id\":1,\"command\":\"stats\"}\n").unwrap();
+        writeln!(stream, "{}", json!({ "id": 1, "command": command })).unwrap();
         let mut line = String::new();
         BufReader::new(stream).read_line(&mut line).unwrap();
         let reply: Value = serde_json::from_str(&line).unwrap();
-        reply["ok"]["stats"].clone()
+        reply["ok"].clone()
     }
 
     /// Resident memory in KiB that is not the guest's RAM: all mappings but the one of `ram` bytes.
@@ -105,16 +123,29 @@ impl Machine {
     /// # Panics
     /// If /proc does not tell.
     pub fn overhead_kib(&self, ram: u64) -> u64 {
+        self.smaps("Rss:", |length| length != ram)
+    }
+
+    /// Pages, in KiB, of the guest's RAM of `ram` bytes that are this process's own and nobody else's.
+    ///
+    /// # Panics
+    /// If /proc does not tell.
+    pub fn private_kib(&self, ram: u64) -> u64 {
+        self.smaps("Anonymous:", |length| length == ram)
+    }
+
+    /// The sum of a field of /proc/PID/smaps over the mappings whose length is `counted`.
+    fn smaps(&self, field: &str, counted: impl Fn(u64) -> bool) -> u64 {
         let text = fs::read_to_string(format!("/proc/{}/smaps", self.pid())).unwrap();
-        let (mut guest, mut sum) = (false, 0);
+        let (mut within, mut sum) = (false, 0);
         for line in text.lines() {
             let mut words = line.split_whitespace();
             let first = words.next().unwrap_or_default();
             if let Some((start, end)) = first.split_once('-')
                 && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
             {
-                guest = end - start == ram;
-            } else if first == "Rss:" && !guest {
+                within = counted(end - start);
+            } else if first == field && within {
                 sum += words.next().and_then(|kib| kib.parse::<u64>().ok()).unwrap();
             }
         }
@@ -168,8 +199,16 @@ fn ours(folder: &Path, initrd: &Path, line: &str, extras: Extras<'_>) -> Machine
             "initrd": keep(open(initrd, false)),
             "command_line": line,
         },
-        "uart": { "log": keep(serial) },
+        "uart": { "log": keep(serial), "listener": keep(listen("uart")) },
+        "paused": extras.paused,
     });
+    if let Some(memory) = extras.memory {
+        description["memory"] = json!(keep(memory.try_clone().unwrap().into()));
+    }
+    if let Some(saved) = extras.restore {
+        description["restore"] = json!(keep(open(saved, false)));
+        description["boot"] = Value::Null;
+    }
     if let Some((overlay, base)) = extras.disk {
         description["disks"] = json!([{ "layers": [
             { "fd": keep(open(overlay, true)), "format": "qcow2" },
@@ -191,9 +230,16 @@ fn ours(folder: &Path, initrd: &Path, line: &str, extras: Extras<'_>) -> Machine
     file.write_all(description.to_string().as_bytes()).unwrap();
     file.rewind().unwrap();
     let fd = keep(file.into());
+    let terminal = extras.typed.map(|typed| {
+        let mut terminal = UnixStream::connect(folder.join("uart")).unwrap();
+        terminal.write_all(typed.as_bytes()).unwrap();
+        terminal
+    });
     let mut command = Command::new(programs().join("catalyst-vmm"));
     command.args(["run", "--description-fd", &fd.to_string()]).stdin(Stdio::null());
-    spawn(command, kept, lines, Some(folder.join("control")))
+    let mut machine = spawn(command, kept, lines, Some(folder.join("control")));
+    machine.terminal = terminal;
+    machine
 }
 
 /// As who wants a quick QEMU would write it: microvm, PVH, nothing that is not asked for.
@@ -237,7 +283,7 @@ fn spawn(
     let child = command.spawn().unwrap();
     // Ours are the child's now; the serial line ends when it does.
     drop((kept, command));
-    Machine { child, begun, lines, control }
+    Machine { child, begun, lines, control, terminal: None }
 }
 
 /// Attaches to a tap (tun(4)) with the header of virtio-net.

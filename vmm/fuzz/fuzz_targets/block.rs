@@ -64,7 +64,7 @@ fuzz_target!(|input: Input| {
     };
     let image = Image::open(layers, input.read_only).unwrap();
     let reactors = vec![Arc::clone(&threads().reactor); 2];
-    Guest::new(Block::new(image, "fuzz", reactors)).run(&input.ops.0, |disk, _, _| {
+    Guest::new(Block::new(image, "fuzz", reactors, Arc::new(|| ()))).run(&input.ops.0, |disk, _, _| {
         let _ = disk.image().flush();
     });
 });

@@ -157,7 +157,7 @@ fn device(kind: u8, state: &Transported, then: &[Then]) {
         3 => {
             let disk = || {
                 let image = Image::open(vec![(memfd(&[7; 1 << 16]), Format::Raw)], false).unwrap();
-                Block::new(image, "disk", vec![reactor()])
+                Block::new(image, "disk", vec![reactor()], Arc::new(|| ()))
             };
             let own = json!({"sectors": 128, "read_only": false, "queues": 1, "serial": "disk"});
             go_on(disk, state, own, then);

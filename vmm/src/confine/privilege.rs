@@ -38,9 +38,11 @@ pub(super) fn has_sys_admin() -> Result<bool, ConfineError> {
 /// Empties all sets of capabilities; false if the bounding set could not be emptied.
 pub(super) fn drop_capabilities() -> Result<bool, ConfineError> {
     // The bounding set first, since it takes CAP_SETPCAP.
-    let bounding = (0..CAPABILITIES).all(|capability| {
-        prctl(libc::PR_CAPBSET_READ, capability) != 1 || prctl(libc::PR_CAPBSET_DROP, capability) == 0
-    });
+    let bounding = (0..CAPABILITIES)
+        .map(|capability| (capability, prctl(libc::PR_CAPBSET_READ, capability)))
+        // Those that the kernel knows come first.
+        .take_while(|(_, held)| *held >= 0)
+        .all(|(capability, held)| held == 0 || prctl(libc::PR_CAPBSET_DROP, capability) == 0);
     let cleared = prctl(libc::PR_CAP_AMBIENT, libc::PR_CAP_AMBIENT_CLEAR_ALL as libc::c_ulong);
     check("clear the ambient capabilities", cleared.into())?;
     let mut header = Header { version: VERSION_3, pid: 0 };

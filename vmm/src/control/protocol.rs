@@ -117,6 +117,9 @@ pub enum RunState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub enum Event {
+    /// The machine has paused itself: the file system of a disk's image has no room. Told to go on, it tries again what
+    /// did not fit.
+    NoRoom,
     /// The process is about to end; the connection closes after this.
     Exit {
         /// Why.

@@ -16,6 +16,7 @@ use crate::bus::Attached;
 use crate::confine::Role;
 use crate::control::protocol::Cause;
 use crate::description::{Description, DescriptionError};
+use crate::devices::block::NoRoom;
 use crate::devices::fs::ShareRoot;
 use crate::devices::power::{NEW_GENERATION, Power, PowerRequest};
 use crate::layout;
@@ -36,6 +37,8 @@ pub struct Surroundings {
     pub begin: Begin,
     /// Told once when the guest came to an end, from any thread.
     pub ended: Ended,
+    /// Told that the machine is to be paused, since a disk's image has no room.
+    pub no_room: NoRoom,
     /// What the file system device shares, if the description has one.
     pub share: Option<ShareRoot>,
     /// Opened while there was a /proc.
@@ -49,7 +52,7 @@ impl Machine {
         description: &Description,
         surroundings: Surroundings,
     ) -> Result<(Self, UnixListener), BuildError> {
-        let Surroundings { mut descriptors, begin, ended, share, memory_use } = surroundings;
+        let Surroundings { mut descriptors, begin, ended, no_room, share, memory_use } = surroundings;
         let control = descriptors.listener(description.control)?;
         let kvm = vm::take_kvm(descriptors.file(description.kvm)?)?;
         let start = Start::take(description, &mut descriptors)?;
@@ -61,7 +64,7 @@ impl Machine {
             Start::Boot(_) => make_vcpus(&kvm, &vm, description.cpus)?,
             Start::Restore(saved) => restore_vcpus(&vm, saved)?,
         };
-        let mut wiring = Wiring::new(&vm, begin.clone(), start.saved());
+        let mut wiring = Wiring::new(&vm, begin.clone(), no_room, start.saved());
         let devices = Devices::make(description, &mut descriptors, share, &mut wiring, &ended)?;
         let power = power(&mut wiring, &ended)?;
         let (buses, reactors) = wiring.finish();

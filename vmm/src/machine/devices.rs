@@ -15,7 +15,7 @@ use crate::console::Console;
 use crate::control::protocol::Cause;
 use crate::description::{self, Description};
 use crate::devices::balloon::Balloon;
-use crate::devices::block::{Block, Image, ImageError};
+use crate::devices::block::{Block, Image, ImageError, NoRoom};
 use crate::devices::fs::{Fs, ShareRoot};
 use crate::devices::i8042::I8042;
 use crate::devices::net::Net;
@@ -60,6 +60,7 @@ struct Named {
 pub(super) struct Wiring<'a> {
     vm: &'a Vm,
     begin: Begin,
+    no_room: NoRoom,
     buses: Buses,
     reactors: Vec<Arc<Reactor>>,
     virtio: Vec<Named>,
@@ -74,8 +75,9 @@ fn device<E: Into<Box<dyn std::error::Error + Send + Sync>>>(name: &str) -> impl
 }
 
 impl<'a> Wiring<'a> {
-    pub(super) fn new(vm: &'a Vm, begin: Begin, saved: Option<&'a MachineState>) -> Self {
-        Self { vm, begin, buses: Buses::default(), reactors: Vec::new(), virtio: Vec::new(), saved }
+    pub(super) fn new(vm: &'a Vm, begin: Begin, no_room: NoRoom, saved: Option<&'a MachineState>) -> Self {
+        let (buses, reactors, virtio) = (Buses::default(), Vec::new(), Vec::new());
+        Self { vm, begin, no_room, buses, reactors, virtio, saved }
     }
 
     /// What was put together.
@@ -306,7 +308,8 @@ fn make_disk(
     for queue in 0..disk.queues {
         reactors.push(wiring.reactor(&format!("{name}.{queue}"), Role::Block)?);
     }
-    wiring.virtio(&name, Block::new(image, &disk.serial, reactors))
+    let no_room = Arc::clone(&wiring.no_room);
+    wiring.virtio(&name, Block::new(image, &disk.serial, reactors, no_room))
 }
 
 fn console_ends(console: description::Console, descriptors: &mut Descriptors) -> Result<Console, BuildError> {

@@ -17,7 +17,7 @@ use thiserror::Error;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify, oneshot, watch};
 
 use super::super::sockets;
 
@@ -60,6 +60,7 @@ pub struct Control {
     write: AsyncMutex<(OwnedWriteHalf, u64)>,
     waiting: Waiting,
     exit: watch::Receiver<Option<Cause>>,
+    no_room: Arc<Notify>,
     reader: tokio::task::JoinHandle<()>,
 }
 
@@ -87,8 +88,10 @@ impl Control {
         let (read, write) = stream.into_split();
         let waiting: Waiting = Arc::new(Mutex::new(Some(VecDeque::new())));
         let (told, exit) = watch::channel(None);
-        let reader = tokio::spawn(read_all(BufReader::new(read), Arc::clone(&waiting), told));
-        Self { write: AsyncMutex::new((write, 0)), waiting, exit, reader }
+        let no_room = Arc::new(Notify::new());
+        let reading = read_all(BufReader::new(read), Arc::clone(&waiting), told, Arc::clone(&no_room));
+        let reader = tokio::spawn(reading);
+        Self { write: AsyncMutex::new((write, 0)), waiting, exit, no_room, reader }
     }
 
     /// Whether the guest runs.
@@ -139,6 +142,11 @@ impl Control {
     /// Why the monitor said that it ends, if it did.
     pub fn exit(&self) -> Option<Cause> {
         *self.exit.borrow()
+    }
+
+    /// Waits until the monitor said that it paused the machine for want of room.
+    pub async fn no_room(&self) {
+        self.no_room.notified().await;
     }
 
     /// Waits until everything that was sent before the connection closed was read.
@@ -212,9 +220,15 @@ async fn read_message(read: &mut BufReader<OwnedReadHalf>) -> Option<Message> {
     message
 }
 
-async fn read_all(mut read: BufReader<OwnedReadHalf>, waiting: Waiting, told: watch::Sender<Option<Cause>>) {
+async fn read_all(
+    mut read: BufReader<OwnedReadHalf>,
+    waiting: Waiting,
+    told: watch::Sender<Option<Cause>>,
+    no_room: Arc<Notify>,
+) {
     while let Some(message) = read_message(&mut read).await {
         match message {
+            Message::Event(Event::NoRoom) => no_room.notify_one(),
             Message::Event(Event::Exit { cause }) => {
                 told.send_replace(Some(cause));
                 // Nothing comes after it.

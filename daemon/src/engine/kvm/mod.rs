@@ -323,6 +323,16 @@ impl VmProcess for KvmVm {
         self.process.kill()
     }
 
+    fn no_room(&self) -> BoxFuture<'_, ()> {
+        async {
+            match self.control("tell of its disk") {
+                Ok(control) => control.no_room().await,
+                Err(_) => std::future::pending().await,
+            }
+        }
+        .boxed()
+    }
+
     fn exited(&self) -> BoxFuture<'_, Exit> {
         async {
             let exit = self.process.exited().await;

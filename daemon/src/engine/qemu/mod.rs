@@ -292,6 +292,16 @@ impl VmProcess for QemuVm {
         self.process.kill()
     }
 
+    fn no_room(&self) -> BoxFuture<'_, ()> {
+        async {
+            match &self.qmp {
+                Ok(qmp) => qmp.no_room().await,
+                Err(_) => std::future::pending().await,
+            }
+        }
+        .boxed()
+    }
+
     fn exited(&self) -> BoxFuture<'_, Exit> {
         async {
             let exit = self.process.exited().await;

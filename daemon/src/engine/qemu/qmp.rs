@@ -15,7 +15,7 @@ use thiserror::Error;
 use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify, oneshot, watch};
 
 use super::super::sockets;
 
@@ -77,6 +77,7 @@ pub struct Qmp {
     write: AsyncMutex<(OwnedWriteHalf, u64)>,
     answers: Answers,
     told: watch::Receiver<Told>,
+    no_room: Arc<Notify>,
     reader: tokio::task::JoinHandle<()>,
 }
 
@@ -105,8 +106,9 @@ impl Qmp {
         }
         let answers = Answers::default();
         let (events, told) = watch::channel(Told::default());
-        let reader = tokio::spawn(read_all(read, Arc::clone(&answers), events));
-        let qmp = Self { write: AsyncMutex::new((write, 0)), answers, told, reader };
+        let no_room = Arc::new(Notify::new());
+        let reader = tokio::spawn(read_all(read, Arc::clone(&answers), events, Arc::clone(&no_room)));
+        let qmp = Self { write: AsyncMutex::new((write, 0)), answers, told, no_room, reader };
         qmp.execute("qmp_capabilities", None).await?;
         Ok(qmp)
     }
@@ -217,6 +219,11 @@ impl Qmp {
         self.told.borrow().shutdown.clone()
     }
 
+    /// Waits until QEMU has stopped the virtual CPUs since there was no room for what they wrote.
+    pub async fn no_room(&self) {
+        self.no_room.notified().await;
+    }
+
     /// Waits until everything QEMU sent before it closed the connection was read.
     pub async fn drained(&self) {
         let mut told = self.told.clone();
@@ -272,7 +279,12 @@ async fn read_message<R: AsyncBufRead + Unpin>(read: &mut R) -> Result<Option<Va
     serde_json::from_slice(&line).map(Some).map_err(|error| QmpError::Malformed(error.to_string()))
 }
 
-async fn read_all(mut read: BufReader<OwnedReadHalf>, answers: Answers, events: watch::Sender<Told>) {
+async fn read_all(
+    mut read: BufReader<OwnedReadHalf>,
+    answers: Answers,
+    events: watch::Sender<Told>,
+    no_room: Arc<Notify>,
+) {
     while let Ok(Some(message)) = read_message(&mut read).await {
         let data = || message.get("data").cloned().unwrap_or_default();
         match message.get("event").and_then(Value::as_str) {
@@ -287,6 +299,12 @@ async fn read_all(mut read: BufReader<OwnedReadHalf>, answers: Answers, events: 
                     _ => Incoming::Loading,
                 };
                 events.send_modify(|told| told.incoming = Some(incoming));
+            }
+            Some("BLOCK_IO_ERROR") => {
+                let data = data();
+                if data["nospace"] == true && data["action"] == "stop" {
+                    no_room.notify_one();
+                }
             }
             _ => {}
         }

@@ -30,7 +30,7 @@ const FIRST: &str = "etc/ssh/ssh_host_ed25519_key";
 /// Where sshd writes its pid when it listens.
 const RUN: &str = "/run";
 const PID_FILE: &str = "sshd.pid";
-/// How long an sshd that has new keys may take until it listens; it is not waited for any longer.
+/// How long an sshd that has new keys may take until it tells that it listens; one that has not told by then is tried.
 const LISTENS_WITHIN: Duration = Duration::from_secs(5);
 
 /// An sshd that was given new keys.
@@ -44,20 +44,21 @@ impl Restarting {
         Ok(Self(inotify))
     }
 
-    /// Waits until it listens: then it writes its pid to a file.
-    pub fn wait(self) {
+    /// Waits until it tells that it listens: then it writes its pid to a file. Whether it did.
+    pub fn wait(self) -> bool {
         let begun = Instant::now();
         while let Some(left) = LISTENS_WITHIN.checked_sub(begun.elapsed()) {
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
-                Err(_) => return,
+                Err(_) => return false,
             }
             let events = self.0.read_events().unwrap_or_default();
             if events.iter().any(|event| event.name.as_deref() == Some(OsStr::new(PID_FILE))) {
-                return;
+                return true;
             }
         }
+        false
     }
 }
 

@@ -13,7 +13,8 @@ use super::image::{Image, ImageError};
 use super::state::BlockState;
 use super::worker::{Complaints, Disk, Worker};
 use super::{
-    MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_SEGMENTS, MAX_ZERO_RANGES, QUEUE_SIZE, SECTOR, SERIAL_LENGTH,
+    MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_SEGMENTS, MAX_ZERO_RANGES, NoRoom, QUEUE_SIZE, SECTOR,
+    SERIAL_LENGTH,
 };
 use crate::reactor::{Reactor, Registration};
 use crate::virtio::{
@@ -26,7 +27,6 @@ const CONFIG_LENGTH: usize = 60;
 const PHYSICAL_BLOCK_EXPONENT: u8 = 3;
 
 /// A disk.
-#[derive(Debug)]
 pub struct Block {
     image: Image,
     serial: [u8; SERIAL_LENGTH],
@@ -35,7 +35,17 @@ pub struct Block {
     config: [u8; CONFIG_LENGTH],
     counters: Counters,
     complaints: Arc<Complaints>,
+    no_room: NoRoom,
     active: Vec<Active>,
+}
+
+impl std::fmt::Debug for Block {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Block")
+            .field("image", &self.image)
+            .field("active", &self.active)
+            .finish_non_exhaustive()
+    }
 }
 
 /// A queue while the device is active.
@@ -48,7 +58,7 @@ struct Active {
 
 impl Block {
     /// A disk with a queue for each of `reactors`. Of `serial` at most [`SERIAL_LENGTH`] bytes are seen.
-    pub fn new(image: Image, serial: &str, reactors: Vec<Arc<Reactor>>) -> Self {
+    pub fn new(image: Image, serial: &str, reactors: Vec<Arc<Reactor>>, no_room: NoRoom) -> Self {
         let mut padded = [0; SERIAL_LENGTH];
         let seen = serial.len().min(SERIAL_LENGTH);
         padded[..seen].copy_from_slice(&serial.as_bytes()[..seen]);
@@ -60,6 +70,7 @@ impl Block {
             reactors,
             counters: Counters::default(),
             complaints: Arc::default(),
+            no_room,
             active: Vec::new(),
         }
     }
@@ -89,6 +100,7 @@ impl Block {
             features,
             counters: self.counters.clone(),
             complaints: Arc::clone(&self.complaints),
+            no_room: Arc::clone(&self.no_room),
         };
         // A device that comes back from saved state may have requests that nobody notifies it of any more.
         if usable {

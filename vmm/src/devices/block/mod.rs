@@ -2,7 +2,8 @@
 //!
 //! Each queue has a thread, and a request is served on it from beginning to end, straight between guest memory and
 //! the file: one system call for what lies in one place. What the guest writes goes to the host's page cache; a flush puts
-//! it to the disk. [`image`] says what a killed process loses.
+//! it to the disk. [`image`] says what a killed process loses. A request that finds no room on the host is not failed, which
+//! would cost the guest its file system: it waits ([`NoRoom`]).
 
 pub mod device;
 mod header;
@@ -22,6 +23,10 @@ mod tests;
 pub use device::Block;
 pub use image::{Image, ImageError};
 pub use state::BlockState;
+
+/// Told, from the thread of a queue, that a request found no room on the file system of the disk's image: the machine is
+/// to be paused. Until that is done the request is tried again and again; once more when the machine goes on.
+pub type NoRoom = std::sync::Arc<dyn Fn() + Send + Sync>;
 
 /// Bytes of a sector, the unit of every number that the driver gives.
 pub const SECTOR: u64 = 512;
@@ -52,6 +57,7 @@ pub fn serve(
         features,
         counters: crate::virtio::Counters::default(),
         complaints: std::sync::Arc::default(),
+        no_room: std::sync::Arc::new(|| ()),
     };
     disk.serve(queue)
 }

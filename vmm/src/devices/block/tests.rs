@@ -48,7 +48,7 @@ impl Guest {
     fn new(image: Image, queues: u16) -> Self {
         let reactors: Vec<_> =
             (0..queues).map(|_| Arc::new(Reactor::spawn("test-disk", || ()).unwrap())).collect();
-        let block = Block::new(image, "the-serial", reactors.clone());
+        let block = Block::new(image, "the-serial", reactors.clone(), Arc::new(|| ()));
         let features = block.features();
         let mut guest =
             Self { memory: testing::memory(), queues: Vec::new(), block, interrupt: None, reactors };
@@ -322,6 +322,50 @@ fn a_disk_that_fails_gives_io_errors_and_the_device_goes_on() {
     // It vanishes: what is beyond a file's end reads as zeroes.
     file.set_len(0).unwrap();
     assert_eq!(guest.read(8, 512), vec![0; 512]);
+}
+
+#[test]
+fn a_write_that_finds_no_room_waits_until_there_is_some() {
+    let folder = Folder::new();
+    // Says SKIPPED where it cannot be.
+    super::crash_tests::in_a_small_tmpfs(module_path!(), "no_room_child", &folder.path(""));
+}
+
+/// Runs in a process whose folder is a tmpfs of 2 MiB.
+#[test]
+#[ignore = "a part of the test above"]
+fn no_room_child() {
+    let Some(folder) = std::env::var_os("CATALYST_TEST_FOLDER") else { return };
+    let folder = std::path::Path::new(&folder);
+    let file = File::options().read(true).write(true).create_new(true).open(folder.join("image")).unwrap();
+    file.set_len(SIZE).unwrap();
+    std::fs::write(folder.join("ballast"), vec![1; 3 << 20]).unwrap_err();
+    let (tell, told) = std::sync::mpsc::channel();
+    let reactors = vec![Arc::new(Reactor::spawn("test-disk", || ()).unwrap())];
+    let image = Image::open(vec![(file, Format::Raw)], false).unwrap();
+    let no_room = Arc::new(move || {
+        let _ = tell.send(());
+    });
+    let block = Block::new(image, "full", reactors.clone(), no_room);
+    let features = block.features();
+    let mut guest = Guest { memory: testing::memory(), queues: Vec::new(), block, interrupt: None, reactors };
+    guest.activate(features);
+
+    guest.memory.write_slice(&[7; 4096], GuestAddress(DATA)).unwrap();
+    guest.header(OUT, 8);
+    let head = guest.queues[0].offer(&[(HEADER, 16, false), (DATA, 4096, false), (STATUS, 1, true)]);
+    guest.queues[0].kick();
+    told.recv().unwrap();
+    guest.reactors[0].pause();
+    assert_eq!((guest.queues[0].take_used(), guest.status()), (None, UNTOUCHED));
+    // It is saved as one that is still to be served.
+    assert_eq!(guest.block.queue_states()[0].next_avail, 0);
+    std::fs::remove_file(folder.join("ballast")).unwrap();
+    guest.reactors[0].resume();
+    assert_eq!(guest.queues[0].wait_used(), (head, 1));
+    assert_eq!(guest.status(), OK);
+    assert_eq!(guest.read(8, 4096), vec![7; 4096]);
+    assert_eq!(guest.block.counters().counted().errors, 0);
 }
 
 #[test]

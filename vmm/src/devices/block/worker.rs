@@ -1,6 +1,7 @@
 //! What a queue's thread does: it takes requests until there are none and serves each to its end.
 
-use std::fmt::Display;
+use std::fmt::{self, Debug, Display, Formatter};
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::image::Image;
 use super::request::{self, Kind, Parts};
-use super::{MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_ZERO_RANGES, SECTOR, SERIAL_LENGTH};
+use super::{MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_ZERO_RANGES, NoRoom, SECTOR, SERIAL_LENGTH};
 use crate::memory::GuestRam;
 use crate::reactor::EventHandler;
 use crate::virtio::{Counters, QueueError, Virtqueue};
@@ -41,18 +42,37 @@ impl EventHandler for Worker {
     }
 }
 
+/// Why a request is not done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Failure {
+    /// The driver is told so.
+    Status(u32),
+    /// The file system of the image has no room. The request stays where it is.
+    NoRoom,
+}
+
+const IO_ERROR: Failure = Failure::Status(VIRTIO_BLK_S_IOERR);
+const UNSUPPORTED: Failure = Failure::Status(VIRTIO_BLK_S_UNSUPP);
+
 /// What serves a queue's requests.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Disk {
     pub image: Image,
     pub serial: [u8; SERIAL_LENGTH],
     pub features: u64,
     pub counters: Counters,
     pub complaints: Arc<Complaints>,
+    pub no_room: NoRoom,
+}
+
+impl Debug for Disk {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Disk").field("image", &self.image).finish_non_exhaustive()
+    }
 }
 
 impl Disk {
-    /// Serves what there is; false if more may be left.
+    /// Serves what there is; false if more may be left. What finds no room is left for the next turn.
     pub fn serve(&self, queue: &mut Virtqueue) -> Result<bool, QueueError> {
         let memory = GuestRam::clone(queue.memory());
         let mut parts = Parts::default();
@@ -66,7 +86,13 @@ impl Disk {
                     self.answer(&mut parts)
                 } else {
                     self.counters.failed();
-                    0
+                    Some(0)
+                };
+                let Some(written) = written else {
+                    queue.undo_pop();
+                    queue.notify()?;
+                    (self.no_room)();
+                    return Ok(false);
                 };
                 queue.push(chain.head_index(), written)?;
             }
@@ -81,33 +107,34 @@ impl Disk {
         }
     }
 
-    /// Serves one request and returns how many bytes of the chain were written.
-    fn answer(&self, parts: &mut Parts<'_>) -> u32 {
+    /// Serves one request and returns how many bytes of the chain were written; `None` if there is no room.
+    fn answer(&self, parts: &mut Parts<'_>) -> Option<u32> {
         let (status, written) = match self.handle(parts) {
             Ok(written) => (VIRTIO_BLK_S_OK, written),
-            Err(status) => {
+            Err(Failure::NoRoom) => return None,
+            Err(Failure::Status(status)) => {
                 self.counters.failed();
                 (status, 0)
             }
         };
         parts.answer(status);
-        written.saturating_add(1)
+        Some(written.saturating_add(1))
     }
 
-    fn handle(&self, parts: &mut Parts<'_>) -> Result<u32, u32> {
-        match parts.take_header().ok_or(VIRTIO_BLK_S_IOERR)? {
+    fn handle(&self, parts: &mut Parts<'_>) -> Result<u32, Failure> {
+        match parts.take_header().ok_or(IO_ERROR)? {
             Kind::Read(offset) => self.read(parts, offset),
             Kind::Write(offset) => self.write(parts, offset).map(|()| 0),
             Kind::Flush => self.done("flush", self.image.flush()).map(|()| 0),
             Kind::Identify => Ok(self.identify(parts)),
             Kind::Discard if self.has(VIRTIO_BLK_F_DISCARD) => self.discard(parts).map(|()| 0),
             Kind::WriteZeroes if self.has(VIRTIO_BLK_F_WRITE_ZEROES) => self.write_zeroes(parts).map(|()| 0),
-            Kind::Discard | Kind::WriteZeroes if self.image.is_read_only() => Err(VIRTIO_BLK_S_IOERR),
-            Kind::Discard | Kind::WriteZeroes | Kind::Unknown => Err(VIRTIO_BLK_S_UNSUPP),
+            Kind::Discard | Kind::WriteZeroes if self.image.is_read_only() => Err(IO_ERROR),
+            Kind::Discard | Kind::WriteZeroes | Kind::Unknown => Err(UNSUPPORTED),
         }
     }
 
-    fn read(&self, parts: &mut Parts<'_>, offset: u64) -> Result<u32, u32> {
+    fn read(&self, parts: &mut Parts<'_>, offset: u64) -> Result<u32, Failure> {
         let length = request::length(&parts.writable);
         self.check(offset, length)?;
         if length == 0 {
@@ -117,12 +144,12 @@ impl Disk {
         let read = self.image.read(data, offset);
         drop(guard);
         self.done("read", read)?;
-        let length = u32::try_from(length).map_err(|_| VIRTIO_BLK_S_IOERR)?;
+        let length = u32::try_from(length).map_err(|_| IO_ERROR)?;
         self.counters.read(length as usize);
         Ok(length)
     }
 
-    fn write(&self, parts: &mut Parts<'_>, offset: u64) -> Result<(), u32> {
+    fn write(&self, parts: &mut Parts<'_>, offset: u64) -> Result<(), Failure> {
         let length = request::length(&parts.readable);
         self.check_writable()?;
         self.check(offset, length)?;
@@ -151,20 +178,20 @@ impl Disk {
         u32::try_from(done).unwrap_or(0)
     }
 
-    fn discard(&self, parts: &mut Parts<'_>) -> Result<(), u32> {
+    fn discard(&self, parts: &mut Parts<'_>) -> Result<(), Failure> {
         for_ranges(parts, MAX_DISCARD_RANGES, |range| {
             if range.flags != 0 {
-                return Err(VIRTIO_BLK_S_UNSUPP);
+                return Err(UNSUPPORTED);
             }
             let (offset, length) = self.bounds(range)?;
             self.done("discard", self.image.discard(offset, length))
         })
     }
 
-    fn write_zeroes(&self, parts: &mut Parts<'_>) -> Result<(), u32> {
+    fn write_zeroes(&self, parts: &mut Parts<'_>) -> Result<(), Failure> {
         for_ranges(parts, MAX_ZERO_RANGES, |range| {
             if range.flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 {
-                return Err(VIRTIO_BLK_S_UNSUPP);
+                return Err(UNSUPPORTED);
             }
             let (offset, length) = self.bounds(range)?;
             let unmap = range.flags != 0;
@@ -174,35 +201,34 @@ impl Disk {
     }
 
     /// A range's offset and length in bytes.
-    fn bounds(&self, range: request::Range) -> Result<(u64, u64), u32> {
-        let offset = range.sector.checked_mul(SECTOR).ok_or(VIRTIO_BLK_S_IOERR)?;
+    fn bounds(&self, range: request::Range) -> Result<(u64, u64), Failure> {
+        let offset = range.sector.checked_mul(SECTOR).ok_or(IO_ERROR)?;
         let length = u64::from(range.sectors) * SECTOR;
         self.check_writable()?;
         self.check(offset, length)?;
-        if range.sectors > MAX_RANGE_SECTORS { Err(VIRTIO_BLK_S_IOERR) } else { Ok((offset, length)) }
+        if range.sectors > MAX_RANGE_SECTORS { Err(IO_ERROR) } else { Ok((offset, length)) }
     }
 
-    fn check(&self, offset: u64, length: u64) -> Result<(), u32> {
-        let end = offset.checked_add(length).ok_or(VIRTIO_BLK_S_IOERR)?;
-        if !length.is_multiple_of(SECTOR) || end > self.image.size() {
-            Err(VIRTIO_BLK_S_IOERR)
-        } else {
-            Ok(())
-        }
+    fn check(&self, offset: u64, length: u64) -> Result<(), Failure> {
+        let end = offset.checked_add(length).ok_or(IO_ERROR)?;
+        if !length.is_multiple_of(SECTOR) || end > self.image.size() { Err(IO_ERROR) } else { Ok(()) }
     }
 
-    fn check_writable(&self) -> Result<(), u32> {
-        if self.image.is_read_only() { Err(VIRTIO_BLK_S_IOERR) } else { Ok(()) }
+    fn check_writable(&self) -> Result<(), Failure> {
+        if self.image.is_read_only() { Err(IO_ERROR) } else { Ok(()) }
     }
 
     fn has(&self, feature: u32) -> bool {
         self.features & 1 << feature != 0
     }
 
-    fn done(&self, what: &str, result: std::io::Result<()>) -> Result<(), u32> {
-        result.map_err(|error| {
-            self.complaints.complain(what, &error);
-            VIRTIO_BLK_S_IOERR
+    fn done(&self, what: &str, result: io::Result<()>) -> Result<(), Failure> {
+        result.map_err(|error| match error.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Failure::NoRoom,
+            _ => {
+                self.complaints.complain(what, &error);
+                IO_ERROR
+            }
         })
     }
 }
@@ -211,12 +237,12 @@ impl Disk {
 fn for_ranges(
     parts: &mut Parts<'_>,
     most: u32,
-    mut each: impl FnMut(request::Range) -> Result<(), u32>,
-) -> Result<(), u32> {
+    mut each: impl FnMut(request::Range) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     let length = request::length(&parts.readable);
     let size = request::RANGE as u64;
     if length == 0 || !length.is_multiple_of(size) || length / size > u64::from(most) {
-        return Err(VIRTIO_BLK_S_IOERR);
+        return Err(IO_ERROR);
     }
     while let Some(range) = parts.take_range() {
         each(range)?;
