@@ -69,7 +69,7 @@ for generator in usr/lib/systemd/system-generators/*; do
 	ln -sf /dev/null "etc/systemd/system-generators/${generator##*/}"
 done
 rm -rf "$system/sysinit.target.wants" "$system/timers.target.wants" "$system/getty.target.wants" \
-	"$system/multi-user.target.wants" "$system/sockets.target.wants" "$system"/*timesync1.service "$system/sshd.service"
+	"$system/multi-user.target.wants" "$system/sockets.target.wants" "$system/sshd.service"
 wants() {
 	target=$1
 	shift
@@ -81,7 +81,7 @@ wants() {
 }
 wants sysinit.target catalyst-agent.service apparmor.service
 wants sockets.target docker.socket
-wants multi-user.target containerd.service docker.service ssh.service systemd-timesyncd.service
+wants multi-user.target containerd.service docker.service ssh.service
 ln -sf ssh.service "$system/sshd.service"
 mkdir -p "$system/getty.target.wants"
 ln -sf /lib/systemd/system/serial-getty@.service "$system/getty.target.wants/serial-getty@ttyS0.service"

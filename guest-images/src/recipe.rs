@@ -65,7 +65,7 @@ pub const FILES: &[RecipeFile] = files![
     "etc/systemd/system/containerd.service",
     "etc/systemd/system/docker.service",
     "etc/systemd/system/ssh.service",
-    "etc/systemd/system/systemd-timesyncd.service",
+    "etc/systemd/system/systemd-journald.service.d/catalyst.conf",
     "etc/systemd/system/systemd-udev-trigger.service",
     "etc/systemd/system/systemd-udevd.service",
 ];

@@ -37,7 +37,15 @@ impl AgentLink {
     /// Sets the guest's clock to the host's, and mixes a seed into its random generator. The clock is late by the way there:
     /// where the way there and back takes long, as to a guest that has just begun, it is set again, less and less often.
     pub async fn set_clock(&self) -> Result<(), AgentError> {
-        let mut seed = seed();
+        self.set_clock_with(seed()).await
+    }
+
+    /// Sets the clock of a guest that has not stood still.
+    pub async fn keep_clock(&self) -> Result<(), AgentError> {
+        self.set_clock_with(String::new()).await
+    }
+
+    async fn set_clock_with(&self, mut seed: String) -> Result<(), AgentError> {
         let mut pause = CLOCK_PAUSE;
         for _ in 0..CLOCK_TRIES {
             let begun = Instant::now();

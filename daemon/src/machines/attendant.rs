@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use catalyst_api::GuestStatus;
+use catalyst_api::{GuestStatus, VmState};
 
 use super::Context;
 use super::shared::Shared;
@@ -12,6 +12,9 @@ use crate::engine::{VmProcess, sockets};
 
 /// A link that fails at once, again and again, costs no more than this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// The host's clock is the guest's: how often it is told. Few drift by more than a hundredth of a second meanwhile.
+const CLOCK_INTERVAL: Duration = Duration::from_mins(2);
 
 /// A guest may have no sshd, or one that does not start.
 const LONGEST_WAIT_FOR_SSH: Duration = Duration::from_secs(5);
@@ -74,8 +77,9 @@ async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, lin
             set_clock(shared, link.clone());
         }
         shared.set_guest(guest_status(&now));
-        if status.changed().await.is_err() {
-            return;
+        tokio::select! {
+            changed = status.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(CLOCK_INTERVAL), if now.identity => keep_clock(shared, link).await,
         }
     }
 }
@@ -88,6 +92,15 @@ pub(super) fn set_clock(shared: &Shared, link: AgentLink) {
             tracing::warn!(vm = %id, %error, "the guest's clock was not set");
         }
     });
+}
+
+/// Keeps a clock right that was right. A guest that is paused hears it when it goes on, and too late.
+async fn keep_clock(shared: &Shared, link: &AgentLink) {
+    if shared.state() == VmState::PoweredOn
+        && let Err(error) = link.keep_clock().await
+    {
+        tracing::debug!(vm = %shared.dir().id(), %error, "the guest's clock was not kept");
+    }
 }
 
 /// Tells the guest who it is, and a `copy` that it is another than its original; only then that one's cable is plugged in.

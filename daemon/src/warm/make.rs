@@ -28,8 +28,9 @@ use crate::store::{StoreError, VmDir, disk, sparse};
 const BOOT_LIMIT: Duration = Duration::from_mins(5);
 /// How long one of the commands may take.
 const COMMAND_LIMIT: Duration = Duration::from_mins(2);
-/// What the guest does by itself after the last command has a moment to end; no event tells of it.
-const SETTLE: Duration = Duration::from_secs(2);
+/// What the guest does by itself after the last command has a moment to end; no event tells of it. The longest is udevd's,
+/// which sends its idle workers home after three seconds.
+const SETTLE: Duration = Duration::from_secs(4);
 
 /// What is run once, as which user, so that its pages are shared by all that go on from here: a login, a container.
 const USED: &[(&str, &str)] = &[

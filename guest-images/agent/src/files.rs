@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread;
@@ -66,13 +66,38 @@ impl Drop for Replacement {
     }
 }
 
+/// One of [`replace`] and [`overwrite`].
+pub type Put = fn(&Path, &[u8], u32, Option<(u32, u32)>) -> io::Result<()>;
+
+/// Whether it is a plain file with these permission bits and this owner.
+fn is_plain(meta: &fs::Metadata, mode: u32, owner: Option<(u32, u32)>) -> bool {
+    meta.is_file()
+        && meta.mode() & 0o7777 == mode
+        && owner.is_none_or(|owner| owner == (meta.uid(), meta.gid()))
+}
+
+/// Makes a file hold `bytes`, in place where it is a plain one with no other name; else it is replaced. For guests that
+/// nobody reaches yet and that are told again when they boot: most of what a new file takes is spared, but who reads
+/// meanwhile, or finds it after a crash, may see a part of each.
+pub fn overwrite(path: &Path, bytes: &[u8], mode: u32, owner: Option<(u32, u32)>) -> io::Result<()> {
+    let opened = OpenOptions::new().write(true).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
+    let Ok(file) = opened else { return replace(path, bytes, mode, owner) };
+    let meta = file.metadata()?;
+    // A file that is mounted over another is not that one.
+    let mounted =
+        path.parent().is_some_and(|folder| fs::metadata(folder).is_ok_and(|of| of.dev() != meta.dev()));
+    if !is_plain(&meta, mode, owner) || meta.nlink() != 1 || mounted {
+        return replace(path, bytes, mode, owner);
+    }
+    file.write_all_at(bytes, 0)?;
+    if meta.len() == bytes.len() as u64 { Ok(()) } else { file.set_len(bytes.len() as u64) }
+}
+
 /// Makes a file hold `bytes`, atomically; a file that is so already is left alone.
 pub fn replace(path: &Path, bytes: &[u8], mode: u32, owner: Option<(u32, u32)>) -> io::Result<()> {
     let same = fs::symlink_metadata(path).is_ok_and(|meta| {
-        meta.is_file()
+        is_plain(&meta, mode, owner)
             && meta.len() == bytes.len() as u64
-            && meta.mode() & 0o7777 == mode
-            && owner.is_none_or(|owner| owner == (meta.uid(), meta.gid()))
             && fs::read(path).is_ok_and(|old| old == bytes)
     });
     if same {
@@ -197,5 +222,48 @@ fn send(session: &Session, stream: &Stream, mut file: impl Read) {
                 return;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn a_plain_file_is_overwritten_in_place_and_all_else_replaced() {
+        let folder = std::env::temp_dir().join(format!("catalyst-agent-files-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let path = folder.join("file");
+        let inode = || fs::symlink_metadata(&path).unwrap().ino();
+        let is = |bytes: &[u8]| {
+            let meta = fs::symlink_metadata(&path).unwrap();
+            assert!(is_plain(&meta, 0o640, None) && meta.nlink() == 1, "{meta:?}");
+            assert_eq!(fs::read(&path).unwrap(), bytes);
+        };
+        overwrite(&path, b"made", 0o640, None).unwrap();
+        is(b"made");
+        let first = inode();
+        for bytes in [&b"longer than before"[..], b"short", b""] {
+            overwrite(&path, bytes, 0o640, None).unwrap();
+            is(bytes);
+            assert_eq!(inode(), first);
+        }
+        // Other rights; another name; a link to elsewhere.
+        overwrite(&path, b"private", 0o600, None).unwrap();
+        assert_ne!(inode(), first);
+        overwrite(&path, b"again", 0o640, None).unwrap();
+        let other = folder.join("other");
+        fs::hard_link(&path, &other).unwrap();
+        overwrite(&path, b"mine", 0o640, None).unwrap();
+        is(b"mine");
+        assert_eq!(fs::read(&other).unwrap(), b"again");
+        fs::remove_file(&path).unwrap();
+        symlink(&other, &path).unwrap();
+        overwrite(&path, b"mine", 0o640, None).unwrap();
+        is(b"mine");
+        assert_eq!(fs::read(&other).unwrap(), b"again");
+        fs::remove_dir_all(folder).unwrap();
     }
 }

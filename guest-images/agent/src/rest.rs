@@ -20,7 +20,7 @@ const PAGE: usize = 4096;
 /// Has sshd wait for the keys of the next guest, writes out what is held back, and fills free memory with zeros.
 pub fn rest(config: &Config) -> io::Result<()> {
     if !config.files_only() {
-        host_keys::park(config)?;
+        host_keys::park()?;
     }
     nix::unistd::sync();
     if config.files_only() {

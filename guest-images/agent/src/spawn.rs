@@ -129,6 +129,7 @@ fn become_user(command: &mut Command, user: &User, terminal: bool) -> Result<(),
         // SAFETY: numbers, and a slice that outlives the call.
         unsafe {
             call(libc::syscall(libc::SYS_setsid))?;
+            call(ordinary_priority())?;
             if terminal {
                 call(libc::ioctl(0, libc::TIOCSCTTY, 0).into())?;
             }
@@ -144,6 +145,18 @@ fn become_user(command: &mut Command, user: &User, terminal: bool) -> Result<(),
     // nor locks.
     unsafe { command.pre_exec(child) };
     Ok(())
+}
+
+/// The agent comes before what else the guest does; what it starts does not.
+fn ordinary_priority() -> libc::c_long {
+    // SAFETY: numbers; of the calling process alone.
+    unsafe { libc::syscall(libc::SYS_setpriority, libc::PRIO_PROCESS, 0, 0) }
+}
+
+/// Gives a program that the agent starts for somebody else an ordinary priority.
+pub fn with_ordinary_priority(command: &mut Command) -> &mut Command {
+    // SAFETY: the closure makes one system call.
+    unsafe { command.pre_exec(|| call(ordinary_priority())) }
 }
 
 fn call(result: libc::c_long) -> io::Result<()> {

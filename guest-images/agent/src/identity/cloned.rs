@@ -10,8 +10,9 @@ use catalyst_agent_protocol::Identity;
 use nix::mount::{MsFlags, mount};
 
 use super::random::uuid;
-use crate::files::replace;
+use crate::files::overwrite;
 use crate::session::Config;
+use crate::spawn::with_ordinary_priority;
 
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Where a user puts programs that are run in each clone before anybody reaches it.
@@ -26,7 +27,7 @@ pub fn apply(config: &Config) -> io::Result<()> {
     }
     let docker = config.root.join("var/lib/docker");
     if docker.is_dir() {
-        replace(&docker.join("engine-id"), uuid()?.as_bytes(), 0o600, None)?;
+        overwrite(&docker.join("engine-id"), uuid()?.as_bytes(), 0o600, None)?;
     }
     // Up to Docker 20.10 this key is the engine's id; without it dockerd makes another at its start.
     match fs::remove_file(config.root.join("etc/docker/key.json")) {
@@ -59,7 +60,7 @@ pub fn run_hooks(config: &Config, identity: &Identity) -> Result<(), String> {
         entries.flatten().map(|entry| entry.path()).filter(|path| runs(path)).collect();
     hooks.sort();
     for hook in hooks {
-        let status = Command::new("timeout")
+        let status = with_ordinary_priority(&mut Command::new("timeout"))
             .arg(HOOK_SECONDS)
             .arg(&hook)
             .stdin(Stdio::null())

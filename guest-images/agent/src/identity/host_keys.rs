@@ -1,14 +1,14 @@
 //! The SSH host keys, and the sshd that reads them once, when it starts.
 //!
 //! Starting sshd is most of what a copy does until it greets. So in a template sshd has started already, as far as its
-//! first key: that is a FIFO there, and sshd waits for somebody to write it ([`park`]). It goes on with the keys of the copy.
-//! A copy of a guest whose sshd is past that has it start anew.
+//! configuration, which includes a file: that is a FIFO there, and sshd waits for somebody to write it ([`park`]). It goes on
+//! when the keys of the copy are there. A copy of a guest whose sshd is past that has it start anew.
 
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -22,11 +22,11 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 
 use super::{Step, doing};
-use crate::files::replace;
+use crate::files::Put;
 use crate::session::Config;
 
-/// The key that sshd reads first.
-const FIRST: &str = "etc/ssh/ssh_host_ed25519_key";
+/// What sshd's configuration includes, before it reads its keys.
+const DOOR: &str = "/run/catalyst/sshd.conf";
 /// Where sshd writes its pid when it listens.
 const RUN: &str = "/run";
 const PID_FILE: &str = "sshd.pid";
@@ -62,58 +62,57 @@ impl Restarting {
     }
 }
 
-/// Starts sshd anew, as far as its first key.
-pub fn park(config: &Config) -> io::Result<()> {
-    let path = config.root.join(FIRST);
-    fs::remove_file(&path)?;
-    mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR)?;
+/// Starts sshd anew, as far as its configuration.
+pub fn park() -> io::Result<()> {
+    let door = Path::new(DOOR);
+    if let Some(folder) = door.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    match fs::remove_file(door) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => mkfifo(door, Mode::S_IRUSR | Mode::S_IWUSR)?,
+    }
     let status = Command::new("systemctl").args(["--no-block", "restart", "ssh.service"]).status()?;
     if status.success() { Ok(()) } else { Err(io::Error::other(format!("systemctl restart: {status}"))) }
 }
 
 /// Writes the keys. If an sshd runs that has others, it gets these.
-pub fn apply(config: &Config, keys: &[HostKey]) -> Step<Option<Restarting>> {
-    let first = config.root.join(FIRST);
-    let parked = fs::symlink_metadata(&first).is_ok_and(|about| about.file_type().is_fifo());
-    let door = if parked { open_door(&first).map_err(doing("opening sshd's door"))? } else { None };
+pub fn apply(config: &Config, keys: &[HostKey], put: Put) -> Step<Option<Restarting>> {
     let mut changed = false;
     for key in keys {
-        changed |= write(config, key)?;
+        changed |= write(config, key, put)?;
     }
     if config.files_only() || !changed {
         return Ok(None);
     }
     let restarting = Restarting::watch().map_err(doing("watching for sshd"))?;
-    let told = match door {
-        Some(mut door) => {
-            let key = fs::read(&first).map_err(doing("reading the first SSH host key"))?;
-            door.write_all(&key).map(|()| true)
-        }
-        None => hang_up(),
-    };
-    let told = told.map_err(doing("giving sshd its keys"))?;
+    let waits = open_door(Path::new(DOOR)).map_err(doing("opening sshd's door"))?;
+    let told = if waits { true } else { hang_up().map_err(doing("giving sshd its keys"))? };
     Ok(told.then_some(restarting))
 }
 
-/// The FIFO, if sshd waits behind it.
-fn open_door(path: &Path) -> io::Result<Option<fs::File>> {
-    match OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
-        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => Ok(None),
-        opened => opened.map(Some),
-    }
+/// Takes the FIFO away, and lets the sshd go on that waits behind it; whether one does.
+fn open_door(path: &Path) -> io::Result<bool> {
+    let writer = match OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => None,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        opened => Some(opened?),
+    };
+    // Before it reads the end: it may read all of its configuration again.
+    fs::remove_file(path)?;
+    Ok(writer.is_some())
 }
 
 /// Writes a key; whether it was another before.
-fn write(config: &Config, key: &HostKey) -> Result<bool, Problem> {
+fn write(config: &Config, key: &HostKey, put: Put) -> Result<bool, Problem> {
     let folder = config.root.join("etc/ssh");
     let private = folder.join(format!("ssh_host_{}_key", key.kind));
     let public = folder.join(format!("ssh_host_{}_key.pub", key.kind));
     let line = |text: &str| format!("{}\n", text.trim_end());
     let own = line(&key.private);
-    let is_file = fs::symlink_metadata(&private).is_ok_and(|about| about.is_file());
-    let same = is_file && fs::read(&private).is_ok_and(|old| old == own.as_bytes());
-    replace(&private, own.as_bytes(), 0o600, None)
-        .and_then(|()| replace(&public, line(&key.public).as_bytes(), 0o644, None))
+    let same = fs::read(&private).is_ok_and(|old| old == own.as_bytes());
+    put(&private, own.as_bytes(), 0o600, None)
+        .and_then(|()| put(&public, line(&key.public).as_bytes(), 0o644, None))
         .map_err(doing("writing the SSH host keys"))?;
     Ok(!same)
 }
@@ -136,35 +135,34 @@ fn hang_up() -> io::Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Read;
     use std::thread;
 
     use super::*;
 
     #[test]
-    fn behind_a_fifo_that_nobody_reads_no_sshd_waits() {
+    fn behind_a_door_that_nobody_waits_at_there_is_no_sshd_and_it_opens_once() {
         let folder = std::env::temp_dir().join(format!("catalyst-agent-door-{}", std::process::id()));
         fs::create_dir_all(&folder).unwrap();
         let path = folder.join("door");
+        assert!(!open_door(&path).unwrap(), "there is none");
         mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
-        assert!(open_door(&path).unwrap().is_none());
+        assert!(!open_door(&path).unwrap(), "nobody waits");
+        assert!(!path.exists());
+        mkfifo(&path, Mode::S_IRUSR | Mode::S_IWUSR).unwrap();
         let reader = thread::spawn({
             let path = path.clone();
-            move || {
-                let mut key = String::new();
-                fs::File::open(path).unwrap().read_to_string(&mut key).unwrap();
-                key
-            }
+            move || (fs::read_to_string(&path).unwrap(), path.exists())
         });
-        let mut door = loop {
-            if let Some(door) = open_door(&path).unwrap() {
-                break door;
+        // It keeps the reader waiting, which is there now.
+        let writer = loop {
+            match OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&path) {
+                Ok(writer) => break writer,
+                Err(_) => thread::yield_now(),
             }
-            thread::yield_now();
         };
-        door.write_all(b"key\n").unwrap();
-        drop(door);
-        assert_eq!(reader.join().unwrap(), "key\n");
-        fs::remove_dir_all(folder).unwrap();
+        assert!(open_door(&path).unwrap());
+        drop(writer);
+        assert_eq!(reader.join().unwrap(), (String::new(), false));
+        let _ = fs::remove_dir_all(folder);
     }
 }

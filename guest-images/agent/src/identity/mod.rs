@@ -16,7 +16,7 @@ use std::path::Path;
 use catalyst_agent_protocol::{Identity, Problem, ProblemKind};
 
 use self::host_keys::Restarting;
-use crate::files::replace;
+use crate::files::{Put, overwrite, replace};
 use crate::session::Config;
 use crate::users;
 
@@ -46,9 +46,10 @@ pub fn apply(config: &Config, identity: &Identity) -> Result<Option<Restarting>,
     if !config.files_only() {
         random::seed(checked.seed).map_err(doing("seeding the random generator"))?;
     }
-    names(config, identity)?;
-    let sshd = host_keys::apply(config, &identity.host_keys)?;
-    authorized_keys(config, identity)?;
+    let put: Put = if identity.clone { overwrite } else { replace };
+    names(config, identity, put)?;
+    let sshd = host_keys::apply(config, &identity.host_keys, put)?;
+    authorized_keys(config, identity, put)?;
     if config.network && !config.files_only() {
         network::apply(identity, checked.mac, checked.gateway_mac)
             .map_err(doing("setting up the network"))?;
@@ -122,13 +123,13 @@ fn parse_mac(text: &str) -> Option<[u8; 6]> {
 }
 
 /// Host name, hosts(5), resolv.conf(5), machine-id(5).
-fn names(config: &Config, identity: &Identity) -> Step<()> {
+fn names(config: &Config, identity: &Identity, put: Put) -> Step<()> {
     let Identity { hostname, domain, .. } = identity;
     if !config.files_only() {
         nix::unistd::sethostname(hostname).map_err(doing("setting the host name"))?;
     }
     let etc = config.root.join("etc");
-    let write = |name: &str, text: String, mode: u32| replace(&etc.join(name), text.as_bytes(), mode, None);
+    let write = |name: &str, text: String, mode: u32| put(&etc.join(name), text.as_bytes(), mode, None);
     write("hostname", format!("{hostname}\n"), 0o644).map_err(doing("writing /etc/hostname"))?;
     let (full, search) = if domain.is_empty() {
         (hostname.clone(), String::new())
@@ -154,8 +155,7 @@ fn names(config: &Config, identity: &Identity) -> Step<()> {
     let dbus = config.root.join("var/lib/dbus/machine-id");
     // Elsewhere it is a link to the other, or D-Bus is not there.
     if fs::symlink_metadata(&dbus).is_ok_and(|meta| meta.is_file()) {
-        replace(&dbus, machine_id.as_bytes(), 0o444, None)
-            .map_err(doing("writing /var/lib/dbus/machine-id"))?;
+        put(&dbus, machine_id.as_bytes(), 0o444, None).map_err(doing("writing /var/lib/dbus/machine-id"))?;
     }
     Ok(())
 }
@@ -173,7 +173,7 @@ fn hosts(before: &str, names: &str) -> String {
     lines.join("\n") + "\n"
 }
 
-fn authorized_keys(config: &Config, identity: &Identity) -> Step<()> {
+fn authorized_keys(config: &Config, identity: &Identity, put: Put) -> Step<()> {
     let Some(user) = users::find(&config.root, USER) else {
         eprintln!("catalyst-agent: no authorized_keys are written: there is no user {USER}");
         return Ok(());
@@ -186,7 +186,7 @@ fn authorized_keys(config: &Config, identity: &Identity) -> Step<()> {
     let text: String = identity.authorized_keys.iter().flat_map(|line| [line, "\n"]).collect();
     let owner = (user.uid, user.gid);
     owned_folder(&home.join(".ssh"), owner)
-        .and_then(|()| replace(&home.join(".ssh/authorized_keys"), text.as_bytes(), 0o600, Some(owner)))
+        .and_then(|()| put(&home.join(".ssh/authorized_keys"), text.as_bytes(), 0o600, Some(owner)))
         .map_err(doing("writing the authorized keys"))
 }
 
