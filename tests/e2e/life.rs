@@ -1,6 +1,6 @@
 //! The life of one VM, from nothing to nothing, through CLI and REST.
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use catalyst_tests::{Checks, World};
 
@@ -9,6 +9,11 @@ const VM: &str = "web1";
 /// Two, unless the environment says otherwise: the lab is not to be relied on for more than one (tests/lab/README.md).
 fn life_cpus() -> String {
     std::env::var("CATALYST_TEST_CPUS").unwrap_or_else(|_| "2".to_owned())
+}
+
+/// Seconds since 1970.
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
 pub fn life(checks: &mut Checks) {
@@ -116,7 +121,7 @@ fn inside(checks: &mut Checks, world: &World) {
         let identity = std::fs::read_to_string(world.vm_dir(VM).join("identity.json")).unwrap();
         let identity: serde_json::Value = serde_json::from_str(&identity).unwrap();
         assert_eq!(identity["machine_id"], lines[1]);
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+        let now = now();
         assert!(lines[2].parse::<u64>().unwrap().abs_diff(now) <= 3, "{} and {now}", lines[2]);
     });
     checks.check("guests resolve each other's names, and reach their gateway", || {
@@ -238,6 +243,19 @@ fn by_rest(checks: &mut Checks, world: &World) {
 }
 
 fn power(checks: &mut Checks, world: &mut World) {
+    checks.check("the clock of a guest that runs is the host's, whatever is done to it", || {
+        world.catalyst(&["guest", "exec", VM, "--", "date", "-s", "+1 hour"]).ok();
+        let begun = Instant::now();
+        loop {
+            let told = world.catalyst(&["guest", "exec", VM, "--", "date", "+%s"]).ok().to_owned();
+            let now = now();
+            if told.parse::<u64>().unwrap().abs_diff(now) <= 1 {
+                break;
+            }
+            assert!(begun.elapsed() < Duration::from_mins(3), "{told} {now}");
+            std::thread::sleep(Duration::from_secs(1));
+        }
+    });
     checks.check("a paused guest stands still and goes on", || {
         let before = world.catalyst(&["guest", "exec", VM, "--", "cat", "/proc/uptime"]);
         let before: f64 = before.ok().split(' ').next().unwrap().parse().unwrap();

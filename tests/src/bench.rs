@@ -45,7 +45,7 @@ const ROWS: &[Measure] = &[
 
 /// Promises of engine kvm, which the lab shows (`make bench-kvm`): its times alone say little about a machine of metal.
 const KVM: &[Measure] = &[
-    ("instant: a warm start to a command's answer, of a boot's time", 0.1, "", instant::part_of_boot),
+    ("instant: power on to SSH and Docker, of a boot's time", 0.1, "", instant::part_of_boot),
     ("instant: private memory of an idle clone", 8.0, "MiB", instant::idle_private),
     ("instant: memory of twenty idle clones", 0.4, "GiB", instant::many_memory),
     ("instant: a running VM stands while it is cloned", 300.0, "ms", instant::frozen),

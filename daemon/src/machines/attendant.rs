@@ -14,7 +14,7 @@ use crate::engine::{VmProcess, sockets};
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
 /// The host's clock is the guest's: how often it is told. Few drift by more than a hundredth of a second meanwhile.
-const CLOCK_INTERVAL: Duration = Duration::from_mins(2);
+const CLOCK_INTERVAL: Duration = Duration::from_mins(1);
 
 /// A guest may have no sshd, or one that does not start.
 const LONGEST_WAIT_FOR_SSH: Duration = Duration::from_secs(5);
@@ -79,7 +79,7 @@ async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, lin
         shared.set_guest(guest_status(&now));
         tokio::select! {
             changed = status.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(CLOCK_INTERVAL), if now.identity => keep_clock(shared, link).await,
+            () = tokio::time::sleep(CLOCK_INTERVAL), if now.identity => keep_clock(shared, link.clone()),
         }
     }
 }
@@ -94,13 +94,17 @@ pub(super) fn set_clock(shared: &Shared, link: AgentLink) {
     });
 }
 
-/// Keeps a clock right that was right. A guest that is paused hears it when it goes on, and too late.
-async fn keep_clock(shared: &Shared, link: &AgentLink) {
-    if shared.state() == VmState::PoweredOn
-        && let Err(error) = link.keep_clock().await
-    {
-        tracing::debug!(vm = %shared.dir().id(), %error, "the guest's clock was not kept");
+/// Keeps a clock right that was right; nobody waits for it. A guest that is paused hears it when it goes on.
+fn keep_clock(shared: &Shared, link: AgentLink) {
+    if shared.state() != VmState::PoweredOn {
+        return;
     }
+    let id = shared.dir().id().clone();
+    tokio::spawn(async move {
+        if let Err(error) = link.keep_clock().await {
+            tracing::debug!(vm = %id, %error, "the guest's clock was not kept");
+        }
+    });
 }
 
 /// Tells the guest who it is, and a `copy` that it is another than its original; only then that one's cable is plugged in.
