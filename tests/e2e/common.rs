@@ -1,11 +1,13 @@
 //! What the groups share: a tiny image whose guest halts at once, and how errors must look.
 
 use std::fs;
+use std::io::Seek;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::vm_name;
+use catalyst_tests::world::{ran, run, vm_name};
 use catalyst_tests::{Answer, World};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -197,4 +199,63 @@ pub fn vm_processes(world: &World) -> Vec<(u32, String)> {
 pub fn signal(pid: u32, signal: nix::sys::signal::Signal) {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid"));
     nix::sys::signal::kill(pid, signal).expect("the process can be signalled");
+}
+
+/// How many taps of VMs there are in the world's network.
+pub fn taps(world: &World) -> usize {
+    let mut ip = world.command("ip");
+    ip.args(["-brief", "link"]);
+    ran(ip).ok().matches("cattap").count()
+}
+
+/// A small file system, until it is dropped.
+pub struct Room(PathBuf);
+
+impl Room {
+    /// One of this size, as mount(8) takes it.
+    pub fn in_memory(at: &Path, size: &str) -> Self {
+        run(Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size},mode=755"), "none"])
+            .arg(at));
+        Self(at.to_owned())
+    }
+
+    /// On a tmpfs reading a hole takes room too, which a VM that goes on from its file on engine kvm does not survive.
+    pub fn on_disk(at: &Path, file: &Path, bytes: u64) -> Self {
+        fs::File::create_new(file).unwrap().set_len(bytes).unwrap();
+        run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-m", "0", "-O", "^has_journal"]).arg(file));
+        run(Command::new("mount").args(["-o", "loop"]).arg(file).arg(at));
+        let _ = fs::remove_dir(at.join("lost+found"));
+        Self(at.to_owned())
+    }
+
+    /// Makes it larger.
+    pub fn grow(&self, size: &str) {
+        run(Command::new("mount").args(["-o", &format!("remount,size={size}")]).arg(&self.0));
+    }
+
+    /// Leaves none of it.
+    pub fn fill(&self) {
+        let mut ballast = fs::File::create(self.0.join("ballast")).unwrap();
+        let left = nix::sys::statvfs::statvfs(&self.0).unwrap();
+        let bytes = left.blocks_available() * left.fragment_size();
+        // It is quicker than writing; what it leaves is written.
+        let most = i64::try_from(bytes - bytes / 16).unwrap();
+        let _ = nix::fcntl::fallocate(&ballast, nix::fcntl::FallocateFlags::empty(), 0, most);
+        ballast.seek(std::io::SeekFrom::End(0)).unwrap();
+        let mut all = std::io::repeat(1);
+        assert!(std::io::copy(&mut all, &mut &ballast).is_err(), "it has an end");
+    }
+
+    /// Gives back what was filled.
+    pub fn make(&self) {
+        let _ = fs::remove_file(self.0.join("ballast"));
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // Lazily: what still runs in it when a check has failed is ended by its world.
+        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
+    }
 }

@@ -4,15 +4,15 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::{HANG, ran, run, vm_name};
+use catalyst_tests::world::{HANG, ran, vm_name};
 use catalyst_tests::{Checks, World};
 use nix::sys::signal::Signal;
 
 use crate::common::{
-    create, healthy, legacy_error, lives, power, quiet, running, signal, try_power, v1_error, vm,
+    Room, create, healthy, legacy_error, lives, power, quiet, running, signal, try_power, v1_error, vm,
     vm_processes, wait_until,
 };
 
@@ -424,7 +424,7 @@ pub fn disk_full(checks: &mut Checks) {
         let mut world = quiet();
         let state = world.state_dir();
         fs::create_dir(&state).unwrap();
-        let _mounted = Mounted::new(&state);
+        let _mounted = Room::in_memory(&state, "4m");
         world.start_daemon();
         create(&world, "web1");
         let before = vm(&world, "web1");
@@ -457,21 +457,4 @@ pub fn disk_full(checks: &mut Checks) {
         world.catalyst(&["vmpower", "off", "web1", "web2"]).ok();
         healthy(&world);
     });
-}
-
-/// A small file system, until it is dropped.
-struct Mounted(std::path::PathBuf);
-
-impl Mounted {
-    fn new(at: &std::path::Path) -> Self {
-        run(Command::new("mount").args(["-t", "tmpfs", "-o", "size=4m", "none"]).arg(at));
-        Self(at.to_owned())
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // Lazily: what still runs in it when a check has failed is ended by its world.
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
 }

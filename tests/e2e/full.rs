@@ -1,7 +1,6 @@
 //! File systems of the host that are full while VMs with memory are suspended, cloned, kept and made warm.
 
 use std::fs;
-use std::io::Seek;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use catalyst_tests::world::run;
 use catalyst_tests::{Checks, World};
 
-use super::common::{healthy, v1_error, vm, vm_processes, wait_until};
+use super::common::{Room, healthy, taps, v1_error, vm, vm_processes, wait_until};
 
 const VM: &str = "web1";
 
@@ -181,12 +180,7 @@ fn warming(checks: &mut Checks) {
 /// No process of a VM, no tap and no lease is left.
 fn nothing_runs(world: &World) {
     wait_until("the template's VM has gone", Duration::from_secs(20), || vm_processes(world).is_empty());
-    let links = catalyst_tests::world::ran({
-        let mut ip = world.command("ip");
-        ip.args(["-brief", "link"]);
-        ip
-    });
-    assert!(!links.ok().contains("cattap"), "{}", links.stdout);
+    assert_eq!(taps(world), 0);
     assert_eq!(world.curl("GET", "/v1/network", None).json()["leases"], 0);
 }
 
@@ -209,54 +203,6 @@ fn names(folder: &Path) -> Vec<String> {
         entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
     all.sort();
     all
-}
-
-/// A small file system, until it is dropped.
-struct Room(PathBuf);
-
-impl Room {
-    fn in_memory(at: &Path, size: &str) -> Self {
-        run(Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size},mode=755"), "none"])
-            .arg(at));
-        Self(at.to_owned())
-    }
-
-    /// On a tmpfs reading a hole takes room too, which a VM that goes on from its file on engine kvm does not survive.
-    fn on_disk(at: &Path, file: &Path, bytes: u64) -> Self {
-        fs::File::create_new(file).unwrap().set_len(bytes).unwrap();
-        run(Command::new("mke2fs").args(["-q", "-t", "ext4", "-m", "0", "-O", "^has_journal"]).arg(file));
-        run(Command::new("mount").args(["-o", "loop"]).arg(file).arg(at));
-        let _ = fs::remove_dir(at.join("lost+found"));
-        Self(at.to_owned())
-    }
-
-    fn grow(&self, size: &str) {
-        run(Command::new("mount").args(["-o", &format!("remount,size={size}")]).arg(&self.0));
-    }
-
-    /// Leaves none of it.
-    fn fill(&self) {
-        let mut ballast = fs::File::create(self.0.join("ballast")).unwrap();
-        let left = nix::sys::statvfs::statvfs(&self.0).unwrap();
-        let bytes = left.blocks_available() * left.fragment_size();
-        // It is quicker than writing; what it leaves is written.
-        let most = i64::try_from(bytes - bytes / 16).unwrap();
-        let _ = nix::fcntl::fallocate(&ballast, nix::fcntl::FallocateFlags::empty(), 0, most);
-        ballast.seek(std::io::SeekFrom::End(0)).unwrap();
-        let mut all = std::io::repeat(1);
-        assert!(std::io::copy(&mut all, &mut &ballast).is_err(), "it has an end");
-    }
-
-    fn make(&self) {
-        let _ = fs::remove_file(self.0.join("ballast"));
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
-    }
 }
 
 /// The images at a place of the world's own, only to be read, where something can be mounted that others do not see.

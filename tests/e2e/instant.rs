@@ -30,12 +30,7 @@ pub fn instant(checks: &mut Checks) {
         }
         let left: Vec<_> = std::fs::read_dir(world.state_dir().join("vms")).unwrap().flatten().collect();
         assert!(left.is_empty(), "{left:?}");
-        let taps = catalyst_tests::world::ran({
-            let mut ip = world.command("ip");
-            ip.args(["-brief", "link"]);
-            ip
-        });
-        assert!(!taps.ok().contains("cattap"), "{}", taps.stdout);
+        assert_eq!(super::common::taps(&world), 0);
     });
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 
 use catalyst_tests::{Checks, World};
 
-use crate::common::{healthy, vm_processes};
+use crate::common::{healthy, taps, vm_processes};
 
 const VM: &str = "web1";
 
@@ -68,17 +68,12 @@ fn holdings(world: &World) -> Holdings {
     let count = |path: String| fs::read_dir(path).unwrap().count();
     let rss = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let rss = rss.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    let links = catalyst_tests::world::ran({
-        let mut ip = world.command("ip");
-        ip.args(["-brief", "link"]);
-        ip
-    });
     let network = world.curl("GET", "/v1/network", None).json();
     let leases = network["leases"].as_u64().and_then(|count| usize::try_from(count).ok());
     [
         ("processes of VMs", vm_processes(world).len()),
         ("descriptors", count(format!("/proc/{pid}/fd"))),
-        ("taps", links.ok().matches("cattap").count()),
+        ("taps", taps(world)),
         ("VM folders", count(world.state_dir().join("vms").display().to_string())),
         ("files of the VM", count(world.vm_dir(VM).display().to_string())),
         ("leases", leases.unwrap()),

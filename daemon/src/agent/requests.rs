@@ -19,6 +19,7 @@ const LONGEST_CLOCK_PAUSE: Duration = Duration::from_millis(500);
 const REST_LIMIT: Duration = Duration::from_mins(3);
 /// A guest's user may have put programs in the way, each of which may take a minute.
 const IDENTIFY_LIMIT: Duration = Duration::from_mins(10);
+
 impl AgentLink {
     /// Gives the guest its identity; returns when it is applied. Time and random bytes are filled in here.
     pub async fn identify(&self, identity: &Identity) -> Result<(), AgentError> {
