@@ -8,6 +8,7 @@ use std::process::Command;
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 
+use crate::cpu_share;
 use crate::identity::host_keys;
 use crate::session::Config;
 
@@ -17,10 +18,12 @@ pub const FILL: &str = "--fill-free-memory";
 const LEFT_KIB: usize = 24 * 1024;
 const PAGE: usize = 4096;
 
-/// Has sshd wait for the keys of the next guest, writes out what is held back, and fills free memory with zeros.
+/// Has sshd wait for the keys of the next guest, writes out what is held back, and fills free memory with zeros. The next guest's
+/// agent comes first in it.
 pub fn rest(config: &Config) -> io::Result<()> {
     if !config.files_only() {
         host_keys::park()?;
+        cpu_share::go_first();
     }
     nix::unistd::sync();
     if config.files_only() {

@@ -13,7 +13,7 @@ use catalyst_agent_protocol::{
 use crate::outbox::Outbox;
 use crate::port::Event;
 use crate::stream::Stream;
-use crate::{exec, files, identity, notify, readiness, rest, shutdown};
+use crate::{cpu_share, exec, files, identity, notify, readiness, rest, shutdown};
 
 /// What the command line settles.
 #[derive(Clone, Debug)]
@@ -169,11 +169,15 @@ impl Session {
                     self.set_status(|status| status.ssh = false);
                     let session = Arc::clone(self);
                     thread::spawn(move || {
-                        if !sshd.wait() {
+                        let listens = sshd.wait();
+                        cpu_share::take_turns();
+                        if !listens {
                             readiness::wait_for_ssh();
                         }
                         session.set_status(|status| status.ssh = true);
                     });
+                } else if identity.clone && !self.config.files_only() {
+                    cpu_share::take_turns();
                 }
                 if self.set_status(|status| status.identity = true) {
                     notify::ready();
