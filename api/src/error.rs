@@ -29,6 +29,12 @@ pub enum ErrorCode {
     VmExists,
     /// The VM has a snapshot of this name.
     SnapshotExists,
+    /// No such folder.
+    FolderNotFound,
+    /// The VM has another folder of this name.
+    FolderExists,
+    /// Programs in the guest use it.
+    Busy,
     /// The VM's state does not allow it.
     WrongState,
     /// Something else uses it.

@@ -64,3 +64,15 @@ pub struct VmObject {
     /// Tag, or empty.
     pub tag: String,
 }
+
+/// A shared folder.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FolderObject {
+    /// Its name (not a path).
+    pub guest_path: String,
+    /// Folder on the host.
+    pub host_path: String,
+    /// 4: the guest may write.
+    pub flags: i64,
+}

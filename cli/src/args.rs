@@ -1,5 +1,7 @@
 //! The command line's grammar.
 
+mod folder;
+
 use std::ffi::OsString;
 use std::process::ExitCode;
 
@@ -7,6 +9,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+pub use self::folder::Folder;
 use crate::{names, output, size};
 
 /// Virtual machines for developers: cloned in milliseconds, driven from here or by REST.
@@ -56,6 +59,9 @@ pub enum Command {
     Console(OneId),
     /// Print the log of a VM's serial console
     Logs(Logs),
+    /// Show folders of this machine in guests
+    #[command(subcommand)]
+    Folder(Folder),
     /// Build, list and check the images that VMs are made from
     #[command(subcommand)]
     Image(Image),

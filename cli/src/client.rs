@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{
-    Address, ApiError, CloneVm, CreateSnapshot, CreateVm, Doctor, ErrorCode, ImageInfo, MemoryInfo,
-    NetworkInfo, PowerRequest, RestoreSnapshot, Snapshot, SshInfo, Task, TemplateInfo, UpdateVm, Version, Vm,
-    WarmRequest,
+    Address, ApiError, CloneVm, CreateFolder, CreateSnapshot, CreateVm, Doctor, ErrorCode, Folder, ImageInfo,
+    MemoryInfo, NetworkInfo, PowerRequest, RestoreSnapshot, Snapshot, SshInfo, Task, TemplateInfo, UpdateVm,
+    Version, Vm, WarmRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -236,6 +236,21 @@ impl Client {
     /// `DELETE /v1/vms/{id}/snapshots/{name}`.
     pub fn delete_snapshot(&self, id: &str, name: &str) -> Result<(), ClientError> {
         self.discard_within(&Method::DELETE, &path(&["vms", id, "snapshots", name]), POWER)
+    }
+
+    /// `GET /v1/vms/{id}/folders`.
+    pub fn folders(&self, id: &str) -> Result<Vec<Folder>, ClientError> {
+        self.get(&path(&["vms", id, "folders"]))
+    }
+
+    /// `POST /v1/vms/{id}/folders`; returns when it is mounted, if the guest is up.
+    pub fn add_folder(&self, id: &str, body: &CreateFolder) -> Result<Folder, ClientError> {
+        self.call(&Method::POST, &path(&["vms", id, "folders"]), Some(body), POWER)
+    }
+
+    /// `DELETE /v1/vms/{id}/folders/{name}`.
+    pub fn remove_folder(&self, id: &str, name: &str) -> Result<(), ClientError> {
+        self.discard_within(&Method::DELETE, &path(&["vms", id, "folders", name]), POWER)
     }
 
     /// `DELETE /v1/vms/{id}`.

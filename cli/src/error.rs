@@ -50,6 +50,9 @@ pub enum CliError {
         /// How long was waited.
         seconds: u64,
     },
+    /// What was given cannot be used.
+    #[error("{0}")]
+    Use(String),
     /// The errors have been printed; only the exit code is left.
     #[error("failed")]
     Told,
@@ -68,7 +71,7 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Output(OutputError::Gone) => 0,
-            Self::Host(_) => 2,
+            Self::Host(_) | Self::Use(_) => 2,
             _ => 1,
         }
     }

@@ -37,6 +37,10 @@ fi
 [ -e usr/bin/dockerd ] || ln -s ../sbin/dockerd usr/bin/dockerd
 # sbin in the PATH of ssh sessions and plain users as well.
 echo 'PATH="/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"' >etc/environment
+# Clients of VMware's tools mount folders of the host by these.
+chmod 0755 usr/bin/vmhgfs-fuse
+ln -sf ../bin/vmhgfs-fuse usr/sbin/mount.vmhgfs
+mkdir -p mnt/hgfs
 # The iptables that Docker calls: the variant on nf_tables is Debian's default and stays.
 
 # --- systemd: only what a VM needs -------------------------------------------------------------------------

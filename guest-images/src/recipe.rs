@@ -68,6 +68,7 @@ pub const FILES: &[RecipeFile] = files![
     "etc/systemd/system/systemd-journald.service.d/catalyst.conf",
     "etc/systemd/system/systemd-udev-trigger.service",
     "etc/systemd/system/systemd-udevd.service",
+    "usr/bin/vmhgfs-fuse",
 ];
 
 /// The kernel's command line that the recipe asks for.

@@ -3,7 +3,8 @@
 //! From outside in: [`description`] says what a VM is made of; [`machine`] builds it from that and runs it; [`boot`]
 //! puts a kernel and tables into guest memory; [`vcpu`] runs it; [`bus`] leads its accesses to [`devices`], most of
 //! which speak [`virtio`]; [`reactor`] is the threads on which they work; [`control`] is how the caller speaks to
-//! it all; [`snapshot`] is what is saved of it; [`confine`] takes away what none of it needs. [`probe`] stands apart: what is this machine's KVM worth?
+//! it all; [`snapshot`] is what is saved of it; [`confine`] takes away what none of it needs. Two stand apart: [`folders`] serves folders
+//! of the host to a guest of either engine, and [`probe`] says what this machine's KVM is worth.
 
 pub mod boot;
 pub mod bus;
@@ -12,6 +13,7 @@ pub mod console;
 pub mod control;
 pub mod description;
 pub mod devices;
+pub mod folders;
 pub mod layout;
 pub mod machine;
 pub mod memory;

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 
-use catalyst_vmm::{chain, probe, run};
+use catalyst_vmm::{chain, folders, probe, run};
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
@@ -24,6 +24,18 @@ enum Command {
         /// The descriptor from which the description is read, as JSON, to its end. It names further descriptors.
         #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
         description_fd: RawFd,
+    },
+    /// Serves folders of the host to a VM's guest over a port, until the VM's process ends.
+    Folders {
+        /// Connected stream socket of the port.
+        #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
+        port_fd: RawFd,
+        /// Listening stream socket on which it is told what there is, and asked for its state.
+        #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
+        control_fd: RawFd,
+        /// What an earlier process saved.
+        #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
+        state_fd: Option<RawFd>,
     },
     /// Runs kernel-mode code under /dev/kvm for at most 200 ms at a time and says what it can do.
     ///
@@ -47,6 +59,16 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
+        Command::Folders { port_fd, control_fd, state_fd } => {
+            let descriptors = folders::Descriptors { port: port_fd, control: control_fd, state: state_fd };
+            match folders::run(descriptors) {
+                Ok(()) => ExitCode::SUCCESS,
+                Err(error) => {
+                    eprintln!("catalyst-vmm: {}", chain(&error));
+                    ExitCode::FAILURE
+                }
+            }
+        }
         Command::Probe { json, attempts } => show_probe(json, attempts),
     }
 }

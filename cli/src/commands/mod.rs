@@ -5,6 +5,7 @@ mod daemon;
 mod doctor;
 mod events;
 mod exec;
+mod folder;
 mod guest;
 mod image;
 mod logs;
@@ -67,6 +68,7 @@ pub fn run(cli: Cli) -> Outcome {
         Command::Ssh(command) => ssh::run(&context, &command),
         Command::Console(command) => console::run(&context, &command.id),
         Command::Logs(command) => logs::run(&context, &command),
+        Command::Folder(command) => folder::run(&context, command),
         Command::Image(command) => image::run(&context, command),
         Command::Template(command) => template::run(&context, command),
         Command::Network(command) => network::run(&context, command),

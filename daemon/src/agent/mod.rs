@@ -14,7 +14,7 @@ use std::io;
 use thiserror::Error;
 
 pub use catalyst_agent_protocol::{
-    ExecExit, ExecSpec, FileSpec, HostKey, Identity, ProblemKind, ShutdownKind, Terminal,
+    ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, ProblemKind, ShutdownKind, Terminal,
 };
 pub use exec::{ExecControl, ExecEvent, ExecEvents, ExecSession, ExecStdin};
 pub use file::FileStream;

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use catalyst_agent_protocol::{Identity, Request, ShutdownKind};
+use catalyst_agent_protocol::{Folder, Identity, Request, ShutdownKind};
 use catalyst_images::digest::hex;
 use rand::RngCore;
 
@@ -63,6 +63,16 @@ impl AgentLink {
     /// Brings the guest to rest before its memory is copied.
     pub async fn rest(&self) -> Result<(), AgentError> {
         self.done_within(Request::Rest, REST_LIMIT).await
+    }
+
+    /// Has the guest mount a folder that is served; returns when it has.
+    pub async fn mount_folder(&self, folder: Folder) -> Result<(), AgentError> {
+        self.done(Request::MountFolder { folder }).await
+    }
+
+    /// Has the guest unmount a folder; `busy` if a program uses it.
+    pub async fn unmount_folder(&self, name: &str) -> Result<(), AgentError> {
+        self.done(Request::UnmountFolder { name: name.to_owned() }).await
     }
 
     /// Returns when the agent answers.

@@ -24,6 +24,8 @@ pub struct Opened {
     pub console_log: OwnedFd,
     /// Listening socket of the agent's port.
     pub agent: OwnedFd,
+    /// Listening socket of the port for folders.
+    pub folders: OwnedFd,
     /// Listening socket of the console.
     pub console: OwnedFd,
 }
@@ -36,6 +38,7 @@ pub fn open(dir: &VmDir) -> Result<Opened, EngineError> {
         log: append(&dir.engine_log())?,
         console_log: append(&dir.console_log())?.into(),
         agent: listen(dir, sockets::AGENT)?,
+        folders: listen(dir, sockets::FOLDERS)?,
         console: listen(dir, sockets::CONSOLE)?,
     })
 }
@@ -46,7 +49,8 @@ pub fn listen(dir: &VmDir, name: &str) -> Result<OwnedFd, EngineError> {
     sockets::listen(&run, name).map_err(EngineError::io(format!("listen on {}", run.join(name).display())))
 }
 
-fn append(path: &Path) -> Result<File, EngineError> {
+/// Opens a log for appending.
+pub fn append(path: &Path) -> Result<File, EngineError> {
     OpenOptions::new()
         .append(true)
         .create(true)

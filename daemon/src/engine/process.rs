@@ -60,8 +60,8 @@ pub struct Launch {
     pub args: Vec<OsString>,
     /// Descriptors that keep their numbers in the new process.
     pub fds: Vec<OwnedFd>,
-    /// User and group it runs as; it keeps no other group, and no capability but what `may_mount` gives.
-    pub user: u32,
+    /// User and group that it runs as; it keeps no other group, and no capability but what `may_mount` gives.
+    pub user: (u32, u32),
     /// Let it have large pages (prctl(2), PR_SET_THP_DISABLE): quicker, but what it touches is rounded up.
     pub large_pages: bool,
     /// Leave it `CAP_SYS_ADMIN`, for a mount namespace of its own.
@@ -310,7 +310,7 @@ fn lock_file(run: &Path) -> Result<File, EngineError> {
 fn prepare_child(
     inherited: &[RawFd],
     lock: RawFd,
-    user: u32,
+    (user, group): (u32, u32),
     (may_mount, large_pages): (bool, bool),
 ) -> io::Result<()> {
     let mut digits = [0_u8; 16];
@@ -332,7 +332,7 @@ fn prepare_child(
             // Else the change of user takes all capabilities.
             rustix::thread::set_keep_capabilities(may_mount)?;
             check(libc::setgroups(0, std::ptr::null()))?;
-            check(libc::setresgid(user, user, user))?;
+            check(libc::setresgid(group, group, group))?;
             check(libc::setresuid(user, user, user))?;
             if may_mount {
                 keep_only(CapabilitySet::SYS_ADMIN)?;
@@ -416,7 +416,7 @@ mod tests {
             remedy: "install it: sudo apt-get install it",
             args: args[1..].iter().map(OsString::from).collect(),
             fds: vec![],
-            user: 65534,
+            user: (65534, 65534),
             may_mount: false,
             log: File::create(folder.join("log")).unwrap(),
         }

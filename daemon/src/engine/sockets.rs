@@ -17,6 +17,8 @@ use tokio::net::UnixStream;
 
 /// The agent's port.
 pub const AGENT: &str = "agent.sock";
+/// The port for folders of the host.
+pub const FOLDERS: &str = "folders.sock";
 /// The serial console.
 pub const CONSOLE: &str = "console.sock";
 

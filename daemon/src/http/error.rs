@@ -12,7 +12,7 @@ use catalyst_images::ImageError;
 
 use crate::engine::EngineError;
 use crate::machines::error::{
-    ChangeError, CreateError, FreezeError, GuestError, PowerError, SnapshotError, UnknownVm,
+    ChangeError, CreateError, FolderError, FreezeError, GuestError, PowerError, SnapshotError, UnknownVm,
 };
 use crate::saved::SavedError;
 use crate::store::disk::DiskError;
@@ -79,12 +79,15 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::Forbidden => StatusCode::FORBIDDEN,
         ErrorCode::VmNotFound
         | ErrorCode::SnapshotNotFound
+        | ErrorCode::FolderNotFound
         | ErrorCode::ImageNotFound
         | ErrorCode::TaskNotFound
         | ErrorCode::PathNotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::VmExists
         | ErrorCode::SnapshotExists
+        | ErrorCode::FolderExists
+        | ErrorCode::Busy
         | ErrorCode::WrongState
         | ErrorCode::InUse
         | ErrorCode::ImageUnusable
@@ -219,6 +222,22 @@ impl Failure for FreezeError {
             Self::Power(power) => power.code(),
             Self::Engine(engine) => engine_code(engine),
             Self::Saved(saved) => saved_code(saved),
+            Self::Store(store) => store_code(store),
+            Self::Stopping => ErrorCode::Internal,
+        }
+    }
+}
+
+impl Failure for FolderError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Vm(_) => ErrorCode::VmNotFound,
+            Self::Unknown { .. } => ErrorCode::FolderNotFound,
+            Self::Exists { .. } => ErrorCode::FolderExists,
+            Self::Name | Self::HostPath | Self::GuestPath | Self::Host { .. } => ErrorCode::InvalidRequest,
+            Self::TooMany { .. } => ErrorCode::WrongState,
+            Self::Busy { .. } => ErrorCode::Busy,
+            Self::Guest { .. } => ErrorCode::GuestFailed,
             Self::Store(store) => store_code(store),
             Self::Stopping => ErrorCode::Internal,
         }

@@ -1,10 +1,10 @@
-//! `/api/…`: the AppCatalyst contract to the letter (AppCatalyst reference sections 1.1 to 1.5).
+//! `/api/…`: the AppCatalyst contract to the letter (AppCatalyst reference sections 1.1 to 1.6).
 
 use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
-use catalyst_api::legacy::{CodeMessage, CreateBody, CreatedVm, VmObject};
-use catalyst_api::{CreateVm, PowerOp, VmState};
+use catalyst_api::legacy::{CodeMessage, CreateBody, CreatedVm, FolderObject, VmObject};
+use catalyst_api::{CreateFolder, CreateVm, Folder, PowerOp, VmState};
 use serde::Deserialize;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -12,7 +12,7 @@ use utoipa_axum::routes;
 use super::App;
 use super::body::Raw;
 use super::error::LegacyRefusal;
-use crate::machines::error::{GuestError, PowerError};
+use crate::machines::error::{FolderError, GuestError, PowerError};
 use crate::store::config::split_tags;
 
 type Answer<T> = Result<Json<T>, LegacyRefusal>;
@@ -138,40 +138,118 @@ async fn ip_address(State(app): State<App>, Path(id): Path<String>) -> Answer<Co
     Ok(ok(&address.to_string()))
 }
 
-macro_rules! folder_route {
-    ($(#[$doc:meta])* $name:ident, $method:ident, $path:literal) => {
-        $(#[$doc])*
-        #[utoipa::path($method, path = $path, tag = TAG, responses((status = 500, body = CodeMessage)))]
-        async fn $name() -> LegacyRefusal {
-            not_yet("sharing folders")
-        }
-    };
+/// Names of the shared folders.
+#[utoipa::path(get, path = "/api/vms/{id}/folders", tag = TAG, params(("id" = String, Path)),
+    responses((status = 200, body = [String]), (status = 404, body = CodeMessage)))]
+async fn folders(State(app): State<App>, Path(id): Path<String>) -> Answer<Vec<String>> {
+    Ok(Json(app.machines.folders(&id)?.into_iter().map(|folder| folder.name).collect()))
 }
 
-folder_route!(
-    /// Names of the shared folders.
-    folders, get, "/api/vms/{id}/folders"
-);
-folder_route!(
-    /// Enables or disables sharing.
-    folders_enable, patch, "/api/vms/{id}/folders"
-);
-folder_route!(
-    /// Shares a folder.
-    folder_add, post, "/api/vms/{id}/folders"
-);
-folder_route!(
-    /// One shared folder.
-    folder, get, "/api/vms/{id}/folders/{folder_id}"
-);
-folder_route!(
-    /// Changes a shared folder.
-    folder_update, patch, "/api/vms/{id}/folders/{folder_id}"
-);
-folder_route!(
-    /// Stops sharing a folder.
-    folder_delete, delete, "/api/vms/{id}/folders/{folder_id}"
-);
+/// Enables or disables sharing: the body is the bare word. Folders are shared as long as there are any, so both are answered, and
+/// neither does anything.
+#[utoipa::path(patch, path = "/api/vms/{id}/folders", tag = TAG, params(("id" = String, Path)),
+    request_body(content = String, description = "true or false"),
+    responses((status = 200, body = CodeMessage), (status = 400, body = CodeMessage), (status = 404, body = CodeMessage)))]
+async fn folders_enable(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    Raw(body): Raw,
+) -> Answer<CodeMessage> {
+    app.machines.get(&id)?;
+    match bare_word(&body).as_str() {
+        "true" => Ok(ok("Shared folders are enabled.")),
+        "false" => Ok(ok("Shared folders are disabled.")),
+        _ => Err(LegacyRefusal::new(StatusCode::BAD_REQUEST, "The body is 'true' or 'false'.".to_owned())),
+    }
+}
+
+/// Shares a folder. `guestPath` is its name; bit 2 (the value 4) of `flags` lets the guest write.
+#[utoipa::path(post, path = "/api/vms/{id}/folders", tag = TAG, params(("id" = String, Path)),
+    request_body = FolderObject,
+    responses((status = 200, body = FolderObject), (status = 400, body = CodeMessage), (status = 404, body = CodeMessage)))]
+async fn folder_add(State(app): State<App>, Path(id): Path<String>, Raw(body): Raw) -> Answer<FolderObject> {
+    app.machines.get(&id)?;
+    let folder = folder_body(&body)?;
+    let same = app.machines.folders(&id)?.into_iter().find(|one| one.name == folder.guest_path);
+    // A client that was killed shares it once more.
+    if same.is_some_and(|one| shown(&one) != folder) {
+        app.machines.remove_folder(&id, &folder.guest_path).await?;
+    }
+    app.machines.add_folder(&id, meant(&folder)).await?;
+    Ok(Json(folder))
+}
+
+/// One shared folder, by its name or its place in the list.
+#[utoipa::path(get, path = "/api/vms/{id}/folders/{folder_id}", tag = TAG,
+    params(("id" = String, Path), ("folder_id" = String, Path)),
+    responses((status = 200, body = FolderObject), (status = 404, body = CodeMessage)))]
+async fn folder(State(app): State<App>, Path((id, folder)): Path<(String, String)>) -> Answer<FolderObject> {
+    Ok(Json(shown(&find_folder(&app, &id, &folder)?)))
+}
+
+/// Changes a shared folder.
+#[utoipa::path(patch, path = "/api/vms/{id}/folders/{folder_id}", tag = TAG,
+    params(("id" = String, Path), ("folder_id" = String, Path)), request_body = FolderObject,
+    responses((status = 200, body = FolderObject), (status = 400, body = CodeMessage), (status = 404, body = CodeMessage)))]
+async fn folder_update(
+    State(app): State<App>,
+    Path((id, name)): Path<(String, String)>,
+    Raw(body): Raw,
+) -> Answer<FolderObject> {
+    let old = find_folder(&app, &id, &name)?;
+    let folder = folder_body(&body)?;
+    if shown(&old) != folder {
+        app.machines.remove_folder(&id, &old.name).await?;
+        app.machines.add_folder(&id, meant(&folder)).await?;
+    }
+    Ok(Json(folder))
+}
+
+/// Stops sharing a folder.
+#[utoipa::path(delete, path = "/api/vms/{id}/folders/{folder_id}", tag = TAG,
+    params(("id" = String, Path), ("folder_id" = String, Path)),
+    responses((status = 204), (status = 404, body = CodeMessage), (status = 409, body = CodeMessage)))]
+async fn folder_delete(
+    State(app): State<App>,
+    Path((id, name)): Path<(String, String)>,
+) -> Result<StatusCode, LegacyRefusal> {
+    let folder = find_folder(&app, &id, &name)?;
+    app.machines.remove_folder(&id, &folder.name).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `VIX_SHAREDFOLDER_WRITE_ACCESS`.
+const WRITE_ACCESS: i64 = 4;
+
+fn folder_body(body: &[u8]) -> Result<FolderObject, LegacyRefusal> {
+    serde_json::from_slice(body).map_err(|error| {
+        LegacyRefusal::new(StatusCode::BAD_REQUEST, format!("The body is not a folder: {error}"))
+    })
+}
+
+fn find_folder(app: &App, id: &str, name: &str) -> Result<Folder, FolderError> {
+    let all = app.machines.folders(id)?;
+    let by_place = name.parse().ok().and_then(|place: usize| all.get(place).cloned());
+    let found = all.into_iter().find(|folder| folder.name == name).or(by_place);
+    found.map_or_else(|| app.machines.folder(id, name), Ok)
+}
+
+fn shown(folder: &Folder) -> FolderObject {
+    FolderObject {
+        guest_path: folder.name.clone(),
+        host_path: folder.host_path.clone(),
+        flags: if folder.read_only { 0 } else { WRITE_ACCESS },
+    }
+}
+
+fn meant(folder: &FolderObject) -> CreateFolder {
+    CreateFolder {
+        name: folder.guest_path.clone(),
+        host_path: folder.host_path.clone(),
+        read_only: folder.flags & WRITE_ACCESS == 0,
+        ..CreateFolder::default()
+    }
+}
 
 fn ok(message: &str) -> Json<CodeMessage> {
     Json(CodeMessage { code: 200, message: message.to_owned() })

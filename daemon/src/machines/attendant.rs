@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use catalyst_api::{GuestStatus, VmState};
 
-use super::Context;
 use super::shared::Shared;
+use super::{Context, folders};
 use crate::agent::{AgentLink, AgentStatus};
 use crate::engine::{VmProcess, sockets};
 
@@ -44,7 +44,7 @@ pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>, process: 
     }
 }
 
-async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, link: &AgentLink) {
+async fn follow(context: &Context, shared: &Arc<Shared>, process: &dyn VmProcess, link: &AgentLink) {
     let mut status = link.status();
     let mut told = None;
     // A copy believes what its original was told.
@@ -68,6 +68,7 @@ async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, lin
                     set_clock(shared, link.clone());
                 }
                 now = status.borrow().clone();
+                folders::mount_all(shared, link);
             }
         } else if let Some(hello) = &now.hello
             && told.as_ref() != Some(&hello.epoch)
@@ -75,6 +76,7 @@ async fn follow(context: &Context, shared: &Shared, process: &dyn VmProcess, lin
             // It knows who it is, but may have stood still since, with its clock.
             told = Some(hello.epoch);
             set_clock(shared, link.clone());
+            folders::mount_all(shared, link);
         }
         shared.set_guest(guest_status(&now));
         tokio::select! {

@@ -70,6 +70,80 @@ pub enum CreateError {
     Stopping,
 }
 
+/// Why a VM's folders are as they were.
+#[derive(Debug, Error)]
+pub enum FolderError {
+    /// No such VM.
+    #[error(transparent)]
+    Vm(#[from] UnknownVm),
+    /// No such folder.
+    #[error("The VM '{id}' has no folder '{name}'; see: catalyst folder list {id}")]
+    Unknown {
+        /// The VM.
+        id: VmId,
+        /// The folder.
+        name: String,
+    },
+    /// Another one has the name.
+    #[error("The VM '{id}' has another folder '{name}'; remove that first, or take another name")]
+    Exists {
+        /// The VM.
+        id: VmId,
+        /// The folder.
+        name: String,
+    },
+    /// Too many.
+    #[error("The VM '{id}' has {most} folders, which is the most; remove one first")]
+    TooMany {
+        /// The VM.
+        id: VmId,
+        /// The limit.
+        most: usize,
+    },
+    /// Not a name.
+    #[error("A folder's name is 1 to 80 bytes without '/' and control characters")]
+    Name,
+    /// Not a path of the host.
+    #[error("A folder of the host is named by its absolute path")]
+    HostPath,
+    /// Not a path of the guest.
+    #[error("A folder's place in the guest is an absolute path, and not its root")]
+    GuestPath,
+    /// It is not there, or closed to the owner.
+    #[error("The folder {path} of the host cannot be shared")]
+    Host {
+        /// The folder.
+        path: String,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Programs use it.
+    #[error("The guest of VM '{id}' does not let go: {why}")]
+    Busy {
+        /// The VM.
+        id: VmId,
+        /// The guest's words, with the programs' names.
+        why: String,
+    },
+    /// The guest did not.
+    #[error("The guest of VM '{id}' did not mount or unmount the folder '{name}': {why}")]
+    Guest {
+        /// The VM.
+        id: VmId,
+        /// The folder.
+        name: String,
+        /// Why not.
+        why: String,
+    },
+    /// The VM's file of folders.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The daemon is stopping.
+    #[error("The daemon is stopping")]
+    Stopping,
+}
+
 /// Why a running VM could not be frozen for others to go on from.
 #[derive(Debug, Error)]
 pub enum FreezeError {

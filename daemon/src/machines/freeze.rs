@@ -16,6 +16,7 @@ use catalyst_vmm::description::Format;
 
 use super::Context;
 use super::error::FreezeError;
+use super::shared::Shared;
 use crate::engine::capture::Memory;
 use crate::engine::{EngineError, Layer, Saved, VmProcess};
 use crate::saved::{self, SavedError};
@@ -45,6 +46,8 @@ pub(super) struct Frozen {
     pub chain: Chain,
     memory: File,
     state: Vec<u8>,
+    /// What the server of its folders knew of the guest.
+    pub folders: Option<Vec<u8>>,
 }
 
 impl Frozen {
@@ -62,6 +65,7 @@ impl Frozen {
             fs::hard_link(from, &to).map_err(StoreError::write(to))?;
         }
         to.write_chain(&self.chain)?;
+        to.write_folders(&self.dir.folders()?)?;
         files::write_atomically(&to.unnamed(), b"", 0o600).map_err(StoreError::write(to.unnamed()))?;
         // A freeze always leaves a layer.
         let below = to.path().join(self.chain.own.first().map_or("", String::as_str));
@@ -69,46 +73,51 @@ impl Frozen {
     }
 }
 
-/// Freezes the VM in `dir`. It runs when this returns, if it did before, whether or not this succeeds.
+/// Freezes a VM. It runs when this returns, if it did before, whether or not this succeeds.
 pub(super) async fn freeze(
     context: &Arc<Context>,
-    dir: &VmDir,
+    shared: &Shared,
     process: &dyn VmProcess,
     began: Began,
     running: bool,
 ) -> Result<Frozen, FreezeError> {
+    let dir = shared.dir();
     let (_, config) = dir.read()?;
     let memory = saved::new_memory().map_err(EngineError::io("make room for a copy of the VM's memory"))?;
     let state = saved::new_memory().map_err(EngineError::io("make room for the VM's state"))?;
-    let mut chain = copy(context, dir, process, running, (&memory, &state)).await?;
+    let (mut chain, folders) = copy(context, shared, process, running, (&memory, &state)).await?;
     chain.at = None;
     saved::seal(&memory).map_err(EngineError::io("seal the copy of the VM's memory"))?;
     let state = saved::read_state(&state, Path::new("of the frozen VM"))?;
-    Ok(Frozen { engine: process.engine(), began, config, dir: dir.clone(), chain, memory, state })
+    Ok(Frozen { engine: process.engine(), began, config, dir: dir.clone(), chain, memory, state, folders })
 }
 
-/// Copies the VM's memory and devices to files, and makes its disk so far a layer: it stands on what this returns. It runs
-/// when this returns, if it did before, whether or not this succeeds.
+/// Copies the VM's memory and devices to files, and makes its disk so far a layer: it stands on what this returns, beside what
+/// the server of its folders knew. It runs when this returns, if it did before, whether or not this
+/// succeeds.
 pub(super) async fn copy(
     context: &Arc<Context>,
-    dir: &VmDir,
+    shared: &Shared,
     process: &dyn VmProcess,
     running: bool,
     (memory, state): (&File, &File),
-) -> Result<Chain, FreezeError> {
+) -> Result<(Chain, Option<Vec<u8>>), FreezeError> {
+    let dir = shared.dir();
     let chain = prepare(context, dir).await?;
     let mut source = Memory::new(process.pid(), process.ram().await?);
-    let shared = source.is_shared().map_err(EngineError::io("look at the VM's memory"))?;
-    if !shared {
+    let common = source.is_shared().map_err(EngineError::io("look at the VM's memory"))?;
+    if !common {
         source = saved::copy_files(source, memory).await?;
     }
     if running {
         dir.note_standing()?;
     }
+    // Before it stands: what is on its way to the guest comes there first.
+    let (kept, held) = shared.folders.kept(dir).await;
     process.pause().await.inspect_err(|_| dir.forget_standing())?;
     let stood = tokio::time::Instant::now();
     let done = async {
-        if shared {
+        if common {
             source = saved::copy_files(source, memory).await?;
         }
         saved::save(process, source, (memory, state)).await?;
@@ -119,8 +128,9 @@ pub(super) async fn copy(
         process.resume().await?;
         dir.forget_standing();
     }
+    drop(held);
     tracing::info!(vm = %dir.id(), ms = stood.elapsed().as_millis(), "frozen; it stood for that long");
-    done.map(|()| chain)
+    done.map(|()| (chain, kept))
 }
 
 /// Makes the disk of a VM that has no process a layer: it stands on what this returns.

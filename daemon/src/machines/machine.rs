@@ -23,11 +23,11 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::Instrument;
 
-use super::error::{ChangeError, FreezeError, PowerError, SnapshotError};
+use super::error::{ChangeError, FolderError, FreezeError, PowerError, SnapshotError};
 use super::freeze::Frozen;
 use super::resets::Resets;
 use super::shared::Shared;
-use super::{Context, attendant, snapshots, start, suspend};
+use super::{Context, attendant, folders, snapshots, start, suspend};
 use crate::engine::{Exit, VmProcess};
 use crate::store::{Began, VmDir, disk, files, logs};
 
@@ -71,6 +71,11 @@ pub(super) enum Command {
         request: snapshots::Request,
         reply: Reply<SnapshotError>,
     },
+    /// Adds a folder, or removes one.
+    Folders {
+        change: folders::Change,
+        reply: Reply<FolderError>,
+    },
     /// Where its memory is.
     Memory {
         reply: oneshot::Sender<Result<MemoryInfo, PowerError>>,
@@ -96,11 +101,13 @@ pub(super) struct Machine {
 struct Running {
     process: Arc<dyn VmProcess>,
     attendant: JoinHandle<()>,
+    folders: JoinHandle<()>,
 }
 
 impl Drop for Running {
     fn drop(&mut self) {
         self.attendant.abort();
+        self.folders.abort();
     }
 }
 
@@ -189,6 +196,9 @@ impl Machine {
             }
             Command::Snapshot { request, reply } => {
                 let _ = reply.send(self.snapshot(request).await);
+            }
+            Command::Folders { change, reply } => {
+                let _ = reply.send(folders::change(&self.shared, change));
             }
             Command::Memory { reply } => {
                 let _ = reply.send(self.memory().await);
@@ -291,7 +301,8 @@ impl Machine {
             Ok(begun)
         };
         match begun.await {
-            Ok(start::Started { process, began }) => {
+            Ok(start::Started { process, began, folders }) => {
+                self.shared.folders.begin_with(folders);
                 self.attach(process, Some(began));
                 self.shared.enter(VmState::PoweredOn, None);
                 tracing::info!(vm = %id, ms = started.elapsed().as_millis(), mode = %began.mode, "started");
@@ -396,7 +407,9 @@ impl Machine {
         self.resets.started();
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
         let attendant = tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)));
-        self.process = Some(Running { process, attendant });
+        let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
+        let folders = tokio::spawn(folders::attend(context, shared));
+        self.process = Some(Running { process, attendant, folders });
     }
 
     async fn begin_shutdown(&mut self, reply: Reply<PowerError>) {

@@ -6,6 +6,7 @@
 mod attendant;
 mod clones;
 pub mod error;
+mod folders;
 mod freeze;
 pub mod guest;
 mod machine;
@@ -328,6 +329,7 @@ impl Machines {
                     std::fs::hard_link(from, &to).map_err(StoreError::write(to))?;
                 }
                 dir.write_chain(&Chain { at: None, ..chain })?;
+                dir.write_folders(&parent.dir().folders()?)?;
                 Ok(copy_disk(&handle, &commands, dir)?)
             };
             match context.store.create(&id, &config, copy) {

@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use catalyst_api::{EngineName, EventKind, GuestStatus, Vm, VmState};
 
+use super::folders::Folders;
 use crate::agent::AgentLink;
 use crate::events::Events;
 use crate::network::Lease;
@@ -17,6 +18,7 @@ pub struct Shared {
     events: Events,
     facts: Mutex<Facts>,
     console: Arc<tokio::sync::Semaphore>,
+    pub(super) folders: Folders,
 }
 
 /// See [`Shared`].
@@ -51,7 +53,8 @@ impl Shared {
             agent: None,
             unadopted: false,
         };
-        Self { dir, events, facts: Mutex::new(facts), console: Arc::new(tokio::sync::Semaphore::new(1)) }
+        let console = Arc::new(tokio::sync::Semaphore::new(1));
+        Self { dir, events, facts: Mutex::new(facts), console, folders: Folders::default() }
     }
 
     /// The VM's folder.

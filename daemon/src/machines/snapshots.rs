@@ -125,11 +125,13 @@ async fn build(
         let fit = context.engines.of(process.engine()).fit().await.map_err(SavedError::from)?;
         let (memory, state) = saved.begin()?;
         let runs = shared.state() == VmState::PoweredOn;
-        let chain = freeze::copy(context, dir, process, runs, (&memory, &state)).await?;
+        let (chain, folders) = freeze::copy(context, shared, process, runs, (&memory, &state)).await?;
         let machine = Machine { fit, cpus: began.cpus, memory_mib: began.memory_mib };
         let engine = process.engine();
-        let finished =
-            tokio::task::spawn_blocking(move || saved.finish(engine, machine, (&memory, &state))).await;
+        let finished = tokio::task::spawn_blocking(move || {
+            saved.finish(engine, machine, (&memory, &state), folders.as_deref())
+        })
+        .await;
         finished.map_err(|error| SavedError::from(EngineError::Died(error.to_string())))??;
         return Ok(chain);
     }

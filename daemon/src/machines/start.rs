@@ -25,6 +25,8 @@ use crate::warm::{Warm, WarmStates};
 pub(super) struct Started {
     pub process: Arc<dyn VmProcess>,
     pub began: Began,
+    /// What the server of its folders goes on from.
+    pub folders: Option<Vec<u8>>,
 }
 
 /// Starts the VM: from a warm state of its template if it was never on and one fits, unless `cold`; else by booting.
@@ -66,7 +68,8 @@ pub(super) async fn go_on(
     same_engine(context, dir, frozen.engine)?;
     let from = frozen.saved().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
     let began = Began { mode: StartMode::Clone, ..frozen.began };
-    launch(context, shared, &config, &image, &dir.chain()?, (began, Some(from))).await
+    let started = launch(context, shared, &config, &image, &dir.chain()?, (began, Some(from))).await?;
+    Ok(Started { folders: frozen.folders.clone(), ..started })
 }
 
 /// What a process begins with that is as large as the VM's file says.
@@ -114,6 +117,7 @@ async fn resume(
         return Err(PowerError::Misfit { id: dir.id().clone(), why: why.to_string() });
     }
     let from = saved.open(&manifest, false).map_err(unusable)?;
+    let folders = saved.open_folders(&manifest).map_err(unusable)?;
     let began = Began { mode: StartMode::Resume, cpus: manifest.cpus, memory_mib: manifest.memory_mib };
     let sized = VmConfig { cpus: began.cpus, memory_mib: began.memory_mib, ..config.clone() };
     let started = launch(context, shared, &sized, image, chain, (began, Some(from))).await?;
@@ -122,7 +126,7 @@ async fn resume(
         end(started.process.as_ref()).await;
         return Err(error.into());
     }
-    Ok(started)
+    Ok(Started { folders, ..started })
 }
 
 /// Ends a process that nobody would know of any more.
@@ -257,7 +261,7 @@ async fn launch(
     spec.dir.forget_standing();
     spec.dir.note_begins(began)?;
     let process = context.engines.chosen().start(spec).await.map_err(not_started(shared.dir()))?;
-    Ok(Started { process, began })
+    Ok(Started { process, began, folders: None })
 }
 
 /// The files that the VM's disk consists of.

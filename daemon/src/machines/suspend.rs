@@ -6,6 +6,7 @@ use catalyst_api::{PowerOp, VmState};
 
 use super::Context;
 use super::error::PowerError;
+use super::folders::{Folders, Held};
 use crate::engine::capture::Memory;
 use crate::engine::{EngineError, VmProcess};
 use crate::saved::{self, Machine, SavedDir, SavedError};
@@ -16,17 +17,21 @@ pub(super) fn still(dir: &VmDir) -> VmState {
     if dir.suspended().exists() { VmState::Suspended } else { VmState::PoweredOff }
 }
 
-/// Stops the VM and saves its machine. Its process is for the caller to end, or to let go on if this fails.
+/// Stops the VM and saves its machine. Its process is for the caller to end, or to let go on if this fails; until then what serves its
+/// folders is to leave it alone.
 pub(super) async fn suspend(
     context: &Context,
     dir: &VmDir,
     process: &dyn VmProcess,
     began: Began,
-) -> Result<(), PowerError> {
+    folders: &Folders,
+) -> Result<Option<Held>, PowerError> {
     let aside = dir.path().join(".suspending");
     let saved = SavedDir::new(&aside);
     let done = async {
         remove(&aside)?;
+        // Before it stands: what is on its way to the guest comes there first.
+        let (kept, held) = folders.kept(dir).await;
         process.pause().await?;
         let fit = context.engines.of(process.engine()).fit().await?;
         let machine = Machine { fit, cpus: began.cpus, memory_mib: began.memory_mib };
@@ -35,14 +40,17 @@ pub(super) async fn suspend(
         let source = saved::copy_files(source, &memory).await?;
         saved::save(process, source, (&memory, &state)).await?;
         let engine = process.engine();
-        let done =
-            tokio::task::spawn_blocking(move || saved.finish(engine, machine, (&memory, &state))).await;
+        let done = tokio::task::spawn_blocking(move || {
+            saved.finish(engine, machine, (&memory, &state), kept.as_deref())
+        })
+        .await;
         done.map_err(|error| EngineError::Died(error.to_string()))??;
         let failed = |what, source| SavedError::Io { what, path: dir.suspended(), source };
         fs::rename(&aside, dir.suspended()).map_err(|error| failed("make the folder", error))?;
-        files::sync_folder(dir.path()).map_err(|error| failed("sync", error))
+        files::sync_folder(dir.path()).map_err(|error| failed("sync", error))?;
+        Ok(held)
     };
-    let done: Result<(), SavedError> = done.await;
+    let done: Result<Option<Held>, SavedError> = done.await;
     done.map_err(|source| {
         let _ = remove(&aside);
         match source {

@@ -18,6 +18,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
 
+use catalyst_vmm::folders::MAX_STATE as MAX_FOLDERS;
+
 use crate::engine::capture::Memory;
 use crate::engine::{EngineError, Fit, Saved, VmProcess};
 use crate::store::{files, sparse};
@@ -77,6 +79,9 @@ pub struct Manifest {
     pub memory_bytes: u64,
     state_bytes: u64,
     state_sha256: String,
+    /// Digest of what its folders' server knew of the guest, if there was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    folders_sha256: Option<String>,
 }
 
 /// What a machine is like when it is saved.
@@ -117,6 +122,10 @@ impl SavedDir {
         self.0.join("state")
     }
 
+    fn folders(&self) -> PathBuf {
+        self.0.join("folders")
+    }
+
     fn manifest(&self) -> PathBuf {
         self.0.join("manifest")
     }
@@ -138,7 +147,12 @@ impl SavedDir {
         engine: EngineName,
         machine: Machine,
         (memory, state): (&File, &File),
+        folders: Option<&[u8]>,
     ) -> Result<Manifest, SavedError> {
+        if let Some(folders) = folders {
+            let path = self.folders();
+            files::write_new(&path, folders, 0o600).map_err(failed("write", &path))?;
+        }
         let state_path = self.state();
         let bytes = read_state(state, &state_path)?;
         let length = memory.metadata().map_err(failed("look at", &self.0))?.len();
@@ -152,6 +166,7 @@ impl SavedDir {
             memory_bytes: sparse::allocated(memory, 0, length).map_err(failed("look at", &self.0))?,
             state_bytes: bytes.len() as u64,
             state_sha256: hex(&Sha256::digest(&bytes)),
+            folders_sha256: folders.map(|folders| hex(&Sha256::digest(folders))),
         };
         let path = self.manifest();
         let text = serde_json::to_string_pretty(&manifest).map_err(io::Error::from);
@@ -201,6 +216,20 @@ impl SavedDir {
             return Err(damaged(&path, "it is not as long as the memory was"));
         }
         Ok(Saved { memory, frozen, state })
+    }
+}
+
+impl SavedDir {
+    /// What the folders' server of the machine knew of its guest.
+    pub fn open_folders(&self, manifest: &Manifest) -> Result<Option<Vec<u8>>, SavedError> {
+        let Some(digest) = &manifest.folders_sha256 else { return Ok(None) };
+        let path = self.folders();
+        let longest = usize::try_from(MAX_FOLDERS).unwrap_or(usize::MAX);
+        let bytes = files::read_bounded(&path, longest).map_err(failed("read", &path))?;
+        if hex(&Sha256::digest(&bytes)) != *digest {
+            return Err(SavedError::Damaged { path, why: "its digest does not fit".to_owned() });
+        }
+        Ok(Some(bytes))
     }
 }
 
@@ -286,7 +315,8 @@ mod tests {
         state.write_all(b"state of devices").unwrap();
         let fit = Fit { program: "p 1".into(), machine: 1, processor: String::new(), tsc_khz: 1 };
         let machine = Machine { fit, cpus: 1, memory_mib: 128 };
-        let manifest = dir.finish(EngineName::Qemu, machine, (&memory, &state)).unwrap();
+        let manifest =
+            dir.finish(EngineName::Qemu, machine, (&memory, &state), Some(b"what was open")).unwrap();
         (dir, manifest)
     }
 
@@ -304,13 +334,15 @@ mod tests {
     fn any_single_bit_that_flipped_is_found() {
         let folder = tempfile::tempdir().unwrap();
         let (dir, manifest) = saved(folder.path());
-        for path in [dir.manifest(), dir.state()] {
+        for path in [dir.manifest(), dir.state(), dir.folders()] {
             let whole = fs::read(&path).unwrap();
             for bit in 0..whole.len() * 8 {
                 let mut bytes = whole.clone();
                 bytes[bit / 8] ^= 1 << (bit % 8);
                 fs::write(&path, bytes).unwrap();
-                let opened = dir.read().and_then(|manifest| dir.open(&manifest, true));
+                let opened = dir
+                    .read()
+                    .and_then(|manifest| dir.open(&manifest, true).and(dir.open_folders(&manifest)));
                 assert!(matches!(opened, Err(SavedError::Damaged { .. })), "{path:?}, bit {bit}");
             }
             fs::write(&path, whole).unwrap();

@@ -8,6 +8,7 @@ pub mod chain;
 pub mod config;
 pub mod disk;
 pub mod files;
+pub mod folders;
 pub mod id;
 pub mod identity;
 pub mod layers;

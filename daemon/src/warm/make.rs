@@ -220,7 +220,7 @@ impl Template {
         copy_disk(&self.dir.disk(), &aside.join(DISK)).map_err(failed("keep the template's disk"))?;
         let path = states.0.join(&name);
         let manifest = as_root(|| {
-            let manifest = saved.finish(engine.name(), machine, (&files.0, &files.1))?;
+            let manifest = saved.finish(engine.name(), machine, (&files.0, &files.1), None)?;
             fs::set_permissions(&aside, std::os::unix::fs::PermissionsExt::from_mode(0o755))
                 .and_then(|()| fs::rename(&aside, &path))
                 .and_then(|()| crate::store::files::sync_folder(&states.0))

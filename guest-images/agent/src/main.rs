@@ -3,6 +3,7 @@
 mod cpu_share;
 mod exec;
 mod files;
+mod folders;
 mod identity;
 mod notify;
 mod outbox;
@@ -53,7 +54,10 @@ fn main() -> ExitCode {
         eprintln!("{USAGE}");
         return ExitCode::from(2);
     };
-    let path = match arguments.port.map_or_else(port::find, |path| Ok(Some(path))) {
+    let path = match arguments
+        .port
+        .map_or_else(|| port::find(catalyst_agent_protocol::PORT_NAME), |path| Ok(Some(path)))
+    {
         Ok(Some(path)) => path,
         Ok(None) => {
             // A machine without the port has no host to talk to; its boot goes on.

@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use catalyst_agent_protocol::{Decoder, Frame, PORT_NAME};
+use catalyst_agent_protocol::{Decoder, Frame};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::socket::{
@@ -36,8 +36,8 @@ pub enum Event {
     HostGone,
 }
 
-/// Finds the agent's port, waiting a while for it to appear.
-pub fn find() -> io::Result<Option<PathBuf>> {
+/// Finds the port with that name, waiting a while for it to appear.
+pub fn find(name: &str) -> io::Result<Option<PathBuf>> {
     // The kernel tells by a uevent that a port got its name; the node in /dev is older than that.
     let kind = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let events =
@@ -45,7 +45,7 @@ pub fn find() -> io::Result<Option<PathBuf>> {
     bind(std::os::fd::AsRawFd::as_raw_fd(&events), &NetlinkAddr::new(0, 1))?;
     let until = Instant::now() + APPEARS_WITHIN;
     loop {
-        if let Some(path) = scan(Path::new("/sys/class/virtio-ports"), Path::new("/dev")) {
+        if let Some(path) = scan(name, Path::new("/sys/class/virtio-ports"), Path::new("/dev")) {
             return Ok(Some(path));
         }
         let Some(left) = until.checked_duration_since(Instant::now()) else { return Ok(None) };
@@ -59,10 +59,10 @@ pub fn find() -> io::Result<Option<PathBuf>> {
     }
 }
 
-fn scan(class: &Path, dev: &Path) -> Option<PathBuf> {
+fn scan(wanted: &str, class: &Path, dev: &Path) -> Option<PathBuf> {
     fs::read_dir(class).ok()?.flatten().find_map(|entry| {
         let name = fs::read_to_string(entry.path().join("name")).ok()?;
-        (name.trim_end() == PORT_NAME).then(|| dev.join(entry.file_name()))
+        (name.trim_end() == wanted).then(|| dev.join(entry.file_name()))
     })
 }
 
@@ -141,6 +141,8 @@ fn wait_for_host(epoll: &Epoll) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use catalyst_agent_protocol::PORT_NAME;
+
     use super::*;
 
     #[test]
@@ -150,9 +152,9 @@ mod tests {
             fs::create_dir_all(root.join(port)).unwrap();
             fs::write(root.join(port).join("name"), name).unwrap();
         }
-        assert_eq!(scan(&root, Path::new("/dev")), Some("/dev/vport2p3".into()));
+        assert_eq!(scan(PORT_NAME, &root, Path::new("/dev")), Some("/dev/vport2p3".into()));
         fs::remove_dir_all(root.join("vport2p3")).unwrap();
-        assert_eq!(scan(&root, Path::new("/dev")), None);
+        assert_eq!(scan(PORT_NAME, &root, Path::new("/dev")), None);
         fs::remove_dir_all(root).unwrap();
     }
 }

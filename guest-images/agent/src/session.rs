@@ -10,6 +10,7 @@ use catalyst_agent_protocol::{
     VERSION,
 };
 
+use crate::folders::Folders;
 use crate::outbox::Outbox;
 use crate::port::Event;
 use crate::stream::Stream;
@@ -38,6 +39,7 @@ pub struct Session {
     pub config: Config,
     /// Frames to the host.
     pub outbox: Arc<Outbox>,
+    folders: Arc<Folders>,
     state: Mutex<State>,
 }
 
@@ -59,7 +61,7 @@ pub fn failed(kind: ProblemKind, message: impl Into<String>) -> Reply {
 impl Session {
     /// Nobody greeted, nothing open.
     pub fn new(config: Config, outbox: Arc<Outbox>) -> Arc<Self> {
-        Arc::new(Self { config, outbox, state: Mutex::default() })
+        Arc::new(Self { config, outbox, folders: Arc::default(), state: Mutex::default() })
     }
 
     /// Takes what comes from the port.
@@ -150,6 +152,12 @@ impl Session {
                 Ok(()) => Reply::Done,
                 Err(problem) => Reply::Failed(problem),
             },
+            Request::MountFolder { folder } => {
+                return self.with_folders(epoch, id, move |all| all.mount(&folder));
+            }
+            Request::UnmountFolder { name } => {
+                return self.with_folders(epoch, id, move |all| all.unmount(&name));
+            }
             Request::Rest => match rest::rest(&self.config) {
                 Ok(()) => Reply::Done,
                 Err(error) => failed(ProblemKind::Failed, format!("coming to rest failed: {error}")),
@@ -160,6 +168,23 @@ impl Session {
             }
         };
         self.reply(epoch, id, reply);
+    }
+
+    /// What waits for the host's side of folders, or for programs' files, keeps nobody else waiting.
+    fn with_folders(
+        self: &Arc<Self>,
+        epoch: u32,
+        id: u32,
+        act: impl FnOnce(&Arc<Folders>) -> Result<(), Problem> + Send + 'static,
+    ) {
+        let session = Arc::clone(self);
+        thread::spawn(move || {
+            let reply = match act(&session.folders) {
+                Ok(()) => Reply::Done,
+                Err(Problem { kind, message }) => failed(kind, message),
+            };
+            session.reply(epoch, id, reply);
+        });
     }
 
     fn identify(self: &Arc<Self>, identity: &catalyst_agent_protocol::Identity) -> Reply {

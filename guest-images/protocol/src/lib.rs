@@ -15,11 +15,13 @@
 //! consumed. A sender without credit waits; the other streams go on.
 
 pub mod frame;
+pub mod line;
 pub mod message;
 
 pub use frame::{Channel, Decoder, Frame, FrameError, HEADER, MAX_PAYLOAD, encode};
+pub use line::{Line, LineControl};
 pub use message::{
-    Control, ExecExit, ExecSpec, FileSpec, HostKey, Identity, Problem, ProblemKind, Reply, Request,
+    Control, ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, Problem, ProblemKind, Reply, Request,
     ShutdownKind, Status, StreamChannel, Terminal,
 };
 
@@ -28,6 +30,9 @@ pub const VERSION: u32 = 1;
 
 /// Name of the virtio-serial port (virtio 1.2 section 5.3.6.2, `VIRTIO_CONSOLE_PORT_NAME`).
 pub const PORT_NAME: &str = "org.catalyst.agent.0";
+
+/// Name of the port by which the guest reaches folders of the host: a [`Line`] that carries FUSE messages.
+pub const FOLDERS_PORT_NAME: &str = "org.catalyst.folders.0";
 
 /// Bytes a sender may have on the way on each channel of a new stream.
 pub const INITIAL_CREDIT: u32 = 256 * 1024;

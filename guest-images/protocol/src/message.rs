@@ -127,11 +127,34 @@ pub enum Request {
     /// Come to rest before the guest's memory is copied: what is held back is written, free memory is filled with zeros,
     /// which take no room in a copy. What runs goes on running.
     Rest,
+    /// Mount a folder of the host, which is served over the port for folders.
+    MountFolder {
+        /// It.
+        folder: Folder,
+    },
+    /// Unmount it wherever it is mounted; `busy` with the names of programs if one uses it.
+    UnmountFolder {
+        /// Its name.
+        name: String,
+    },
     /// Say something.
     Ping,
     /// What this version does not know.
     #[serde(other)]
     Unknown,
+}
+
+/// A folder of the host.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Folder {
+    /// Its name among the host's: one part of a path.
+    pub name: String,
+    /// Where it is to be seen, besides below the place of all.
+    #[serde(default)]
+    pub path: Option<String>,
+    /// Whether it may only be read.
+    #[serde(default)]
+    pub read_only: bool,
 }
 
 /// How a request went.

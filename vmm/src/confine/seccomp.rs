@@ -27,11 +27,21 @@ pub enum Role {
     Block,
     /// The shared file system.
     Share,
+    /// The process that serves folders over a port.
+    Folders,
 }
 
 /// All of them.
-pub const ROLES: [Role; 7] =
-    [Role::Main, Role::Control, Role::Vcpu, Role::Devices, Role::Net, Role::Block, Role::Share];
+pub const ROLES: [Role; 8] = [
+    Role::Main,
+    Role::Control,
+    Role::Vcpu,
+    Role::Devices,
+    Role::Net,
+    Role::Block,
+    Role::Share,
+    Role::Folders,
+];
 
 /// A system call that is allowed: always, or only where an argument has one of these values.
 struct Rule {
@@ -298,6 +308,16 @@ const SHARE: &[Rule] = &[
     any(libc::SYS_fdatasync, "the guest's fdatasync"),
 ];
 
+/// What the process that serves folders does besides.
+const FOLDERS: &[Rule] = &[
+    any(libc::SYS_poll, "waits for descriptors"),
+    any(libc::SYS_accept4, "the daemon"),
+    any(libc::SYS_recvfrom, "the port and the daemon"),
+    any(libc::SYS_sendto, "the port and the daemon"),
+    any(libc::SYS_writev, "answers"),
+    only(libc::SYS_ioctl, 1, &[FIONBIO], "clients do not block"),
+];
+
 fn rules(role: Role) -> Vec<&'static [Rule]> {
     match role {
         Role::Main => vec![COMMON, MAIN],
@@ -307,6 +327,7 @@ fn rules(role: Role) -> Vec<&'static [Rule]> {
         Role::Net => vec![COMMON, REACTOR, NET],
         Role::Block => vec![COMMON, REACTOR, BLOCK],
         Role::Share => vec![COMMON, REACTOR, SHARE],
+        Role::Folders => vec![COMMON, SHARE, FOLDERS],
     }
 }
 

@@ -2,14 +2,13 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 
+use catalyst_agent_protocol::{FOLDERS_PORT_NAME, PORT_NAME};
 use catalyst_vmm::description::{
     Boot, Console, Description, Disk, Layer, Nic, Port, Protocol, Serial, Share, VERSION, Vsock,
 };
 
 use super::super::StartSpec;
 
-/// The agent's port (docs/AGENT-PROTOCOL.md).
-const AGENT_PORT: &str = "org.catalyst.agent.0";
 /// What guests mount shared folders by.
 const SHARE_TAG: &str = "catalyst";
 
@@ -22,6 +21,8 @@ pub struct Descriptors {
     pub control: RawFd,
     /// Listening socket of the agent's port.
     pub agent: RawFd,
+    /// Listening socket of the port for folders.
+    pub folders: RawFd,
     /// Listening socket of the console.
     pub console: RawFd,
     /// Console log, open for appending.
@@ -66,7 +67,10 @@ pub fn describe(spec: &StartSpec, fd: Descriptors) -> Description {
         uart: Some(Console { listener: Some(fd.console), log: Some(fd.console_log) }),
         serial: Some(Serial {
             console: None,
-            ports: vec![Port { name: AGENT_PORT.to_owned(), listener: fd.agent }],
+            ports: vec![
+                Port { name: PORT_NAME.to_owned(), listener: fd.agent },
+                Port { name: FOLDERS_PORT_NAME.to_owned(), listener: fd.folders },
+            ],
         }),
         rng: true,
         balloon: true,
@@ -110,8 +114,15 @@ mod tests {
         }
     }
 
-    const FD: Descriptors =
-        Descriptors { kvm: 1001, control: 1002, agent: 1003, console: 1004, console_log: 1005, vsock: 1006 };
+    const FD: Descriptors = Descriptors {
+        kvm: 1001,
+        control: 1002,
+        agent: 1003,
+        folders: 1007,
+        console: 1004,
+        console_log: 1005,
+        vsock: 1006,
+    };
 
     #[test]
     fn the_monitor_understands_it_and_every_descriptor_is_in_it_once() {

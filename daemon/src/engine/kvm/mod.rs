@@ -33,7 +33,7 @@ pub const PROGRAM: &str = "catalyst-vmm";
 const CONTROL_SOCKET: &str = "control.sock";
 const VSOCK_SOCKET: &str = "vsock.sock";
 /// The generation of the machine's make-up: another number where a saved machine would not fit any more.
-const MACHINE: u32 = 2;
+const MACHINE: u32 = 3;
 /// How long the monitor may take from its start to its first answer, which is when it has loaded the kernel.
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How long one that was found again may take.
@@ -168,13 +168,14 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
         title: format!("{PROGRAM} [{}]", spec.dir.id()),
     };
     let kvm = open_kvm()?;
-    let folder::Opened { log, console_log, agent, console } = folder::open(&spec.dir)?;
+    let folder::Opened { log, console_log, agent, folders, console } = folder::open(&spec.dir)?;
     let control = folder::listen(&spec.dir, CONTROL_SOCKET)?;
     let vsock = folder::listen(&spec.dir, VSOCK_SOCKET)?;
     let descriptors = Descriptors {
         kvm: kvm.as_raw_fd(),
         control: control.as_raw_fd(),
         agent: agent.as_raw_fd(),
+        folders: folders.as_raw_fd(),
         console: console.as_raw_fd(),
         console_log: console_log.as_raw_fd(),
         vsock: vsock.as_raw_fd(),
@@ -195,6 +196,7 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
             kvm,
             control,
             agent,
+            folders,
             console,
             console_log,
             vsock,
@@ -206,7 +208,7 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
         .chain(spec.layers.into_iter().map(|layer| layer.file))
         .chain(spec.from.into_iter().flat_map(|saved| [saved.memory.into(), saved.state]))
         .collect(),
-        user: spec.user,
+        user: (spec.user, spec.user),
         // The folder of shares lies in a mount namespace of the monitor's own.
         may_mount: true,
         large_pages: true,
@@ -215,7 +217,8 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
     Process::spawn(launch, &spec.dir.run())
 }
 
-const REMEDY: &str = "it belongs beside catalyst-daemon (make build) or in ../lib/catalyst (make install), \
+/// What to do where the program cannot be run.
+pub const REMEDY: &str = "it belongs beside catalyst-daemon (make build) or in ../lib/catalyst (make install), \
                       readable and executable for all";
 
 fn open_kvm() -> Result<OwnedFd, EngineError> {

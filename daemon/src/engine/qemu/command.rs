@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
+use catalyst_agent_protocol::{FOLDERS_PORT_NAME, PORT_NAME};
 use catalyst_vmm::description::Format;
 
 use crate::store::config::format_mac;
@@ -21,6 +22,8 @@ pub struct Descriptors {
     pub tap: RawFd,
     /// Listening socket of the agent's port.
     pub agent: RawFd,
+    /// Listening socket of the port for folders.
+    pub folders: RawFd,
     /// Listening socket of the console.
     pub console: RawFd,
     /// Console log, open for appending.
@@ -149,7 +152,9 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
 
     arg("-device", "virtio-serial-device,id=serial0".into());
     arg("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd.agent));
-    arg("-device", "virtserialport,chardev=agent,name=org.catalyst.agent.0".into());
+    arg("-device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
+    arg("-chardev", format!("socket,id=folders,fd={},server=on,wait=off", fd.folders));
+    arg("-device", format!("virtserialport,chardev=folders,name={FOLDERS_PORT_NAME}"));
 
     arg(
         "-chardev",
@@ -184,6 +189,7 @@ mod tests {
             initrd: 102,
             tap: 105,
             agent: 106,
+            folders: 110,
             console: 107,
             console_log: 108,
             qmp: 109,
@@ -199,7 +205,7 @@ mod tests {
         };
         let args = arguments(&machine, fd);
         let text = args.join(std::ffi::OsStr::new(" ")).into_string().unwrap();
-        for number in 101..=109 {
+        for number in 101..=110 {
             assert!(text.contains(&number.to_string()), "descriptor {number} in {text}");
         }
         assert!(text.contains("mac=52:54:00:00:00:01"));

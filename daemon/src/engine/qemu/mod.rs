@@ -28,7 +28,7 @@ pub const PROGRAM: &str = "qemu-system-x86_64";
 const QMP_SOCKET: &str = "qmp.sock";
 
 /// The generation of the machine's make-up: another number where a saved machine would not fit any more.
-const MACHINE: u32 = 2;
+const MACHINE: u32 = 3;
 
 /// See the module.
 #[derive(Debug, Default)]
@@ -155,13 +155,14 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
     }
     let layers: Vec<(RawFd, Format)> =
         spec.layers.iter().map(|layer| (layer.file.as_raw_fd(), layer.format)).collect();
-    let folder::Opened { log, console_log, agent, console } = folder::open(&spec.dir)?;
+    let folder::Opened { log, console_log, agent, folders, console } = folder::open(&spec.dir)?;
     let qmp = folder::listen(&spec.dir, QMP_SOCKET)?;
     let descriptors = command::Descriptors {
         kernel: spec.kernel.as_raw_fd(),
         initrd: spec.initrd.as_raw_fd(),
         tap: spec.tap.as_raw_fd(),
         agent: agent.as_raw_fd(),
+        folders: folders.as_raw_fd(),
         console: console.as_raw_fd(),
         console_log: console_log.as_raw_fd(),
         qmp: qmp.as_raw_fd(),
@@ -181,7 +182,7 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
         memory,
     };
     let args = command::arguments(&machine, descriptors);
-    kept.extend([spec.kernel, spec.initrd, spec.tap, agent, console, console_log, qmp]);
+    kept.extend([spec.kernel, spec.initrd, spec.tap, agent, folders, console, console_log, qmp]);
     kept.extend(spec.layers.into_iter().map(|layer| layer.file));
     let launch = Launch {
         engine: EngineName::Qemu,
@@ -189,7 +190,7 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
         remedy: REMEDY,
         args,
         fds: kept,
-        user: spec.user,
+        user: (spec.user, spec.user),
         may_mount: false,
         // A clone is to cost little: most of what is QEMU's own is room for translated code, used here and there.
         large_pages: memory == command::Memory::New,

@@ -3,6 +3,7 @@
 mod daemon;
 mod events;
 mod files;
+mod folders;
 mod guest;
 mod images;
 mod logs;
@@ -20,6 +21,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .merge(vms::routes())
         .merge(guest::routes())
         .merge(files::routes())
+        .merge(folders::routes())
         .merge(logs::routes())
         .merge(images::routes())
         .merge(snapshots::routes())

@@ -9,8 +9,8 @@ use super::super::error::{FreezeError, PowerError, SnapshotError};
 use super::super::freeze::{self, Frozen};
 use super::super::{snapshots, suspend};
 use super::Machine;
-use crate::engine::EngineError;
 use crate::engine::capture::Memory;
+use crate::engine::{EngineError, VmProcess};
 
 impl Machine {
     /// Saves the machine to disk and ends its process. If that fails, it is `before` as it was.
@@ -25,15 +25,12 @@ impl Machine {
         self.shared.enter(VmState::Suspending, None);
         let begun = Instant::now();
         let process = Arc::clone(&running.process);
-        if let Err(error) = suspend::suspend(&self.context, self.shared.dir(), process.as_ref(), began).await
-        {
-            let reason = crate::http::error::chain(&error).join(": ");
-            let went_on = if before == VmState::PoweredOn { process.resume().await } else { Ok(()) };
-            let state = if went_on.is_ok() { before } else { VmState::Paused };
-            self.shared.dir().forget_standing();
-            self.shared.enter(state, Some(format!("it was not suspended: {reason}")));
-            return Err(error);
-        }
+        let saved =
+            suspend::suspend(&self.context, self.shared.dir(), process.as_ref(), began, &self.shared.folders);
+        let _held = match saved.await {
+            Ok(held) => held,
+            Err(error) => return Err(self.goes_on(before, process.as_ref(), error).await),
+        };
         // What it was lies on disk: the process is of no use any more.
         process.kill().map_err(|source| PowerError::Engine { id, op: PowerOp::Suspend, source })?;
         process.exited().await;
@@ -42,6 +39,16 @@ impl Machine {
         self.shared.enter(VmState::Suspended, None);
         tracing::info!(vm = %self.shared.dir().id(), ms = begun.elapsed().as_millis(), "suspended");
         Ok(())
+    }
+
+    /// Lets a VM that was not suspended go on, if it ran.
+    async fn goes_on(&self, before: VmState, process: &dyn VmProcess, error: PowerError) -> PowerError {
+        let reason = crate::http::error::chain(&error).join(": ");
+        let went_on = if before == VmState::PoweredOn { process.resume().await } else { Ok(()) };
+        let state = if went_on.is_ok() { before } else { VmState::Paused };
+        self.shared.dir().forget_standing();
+        self.shared.enter(state, Some(format!("it was not suspended: {reason}")));
+        error
     }
 
     pub(super) async fn memory(&self) -> Result<MemoryInfo, PowerError> {
@@ -90,7 +97,7 @@ impl Machine {
             return Err(FreezeError::State { id, state });
         };
         let process = Arc::clone(&process.process);
-        freeze::freeze(&self.context, self.shared.dir(), process.as_ref(), began, running).await
+        freeze::freeze(&self.context, &self.shared, process.as_ref(), began, running).await
     }
 
     pub(super) async fn snapshot(&mut self, request: snapshots::Request) -> Result<(), SnapshotError> {

@@ -5,7 +5,7 @@ mod cloned;
 pub mod host_keys;
 mod netlink;
 mod network;
-mod random;
+pub mod random;
 
 use std::fs;
 use std::io;

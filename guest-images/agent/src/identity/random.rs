@@ -36,10 +36,15 @@ pub fn seed(seed: [u8; SEED]) -> io::Result<()> {
     }
 }
 
+/// Fills `bytes` with random ones.
+pub fn fill(bytes: &mut [u8]) -> io::Result<()> {
+    File::open("/dev/urandom")?.read_exact(bytes)
+}
+
 /// A random UUID (RFC 9562, version 4).
 pub fn uuid() -> io::Result<String> {
     let mut bytes = [0; 16];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    fill(&mut bytes)?;
     bytes[6] = bytes[6] & 0x0f | 0x40;
     bytes[8] = bytes[8] & 0x3f | 0x80;
     let digits = format!("{:032x}", u128::from_be_bytes(bytes));

@@ -266,7 +266,7 @@ fn add_a_share(user: u32) {
     let outside = tempfile::tempdir().unwrap();
     let folder = prepare(user, outside.path());
     let map = (user != MONITOR).then_some((user, MONITOR));
-    let tree = match clone_mount(&folder, map) {
+    let tree = match clone_mount(&folder, false, map) {
         Err(error) if map.is_some() && error.raw_os_error() == Some(libc::EINVAL) => {
             return println!("SKIPPED: the file system of {} cannot map IDs", outside.path().display());
         }

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use std::ffi::CStr;
 use std::fmt;
 use std::io;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -19,8 +20,8 @@ use fuse_backend_rs::api::filesystem::{
 };
 use fuse_backend_rs::passthrough::PassthroughFs;
 
-use super::ShareRoot;
 use super::root::Owner;
+use super::{FsError, ShareRoot};
 use crate::virtio::Counters;
 
 /// Descriptors that are left to the rest of the monitor.
@@ -32,8 +33,11 @@ const OPEN_FLAGS: i32 =
 /// Bits of a mode that let a file run as its owner or group. On the host that is the owner of the share.
 const SET_ID: u32 = libc::S_ISUID | libc::S_ISGID;
 
+/// What a chown sets.
+const OWNERS: SetattrValid = SetattrValid::UID.union(SetattrValid::GID);
+
 /// The shared files, as one guest sees them.
-pub(super) struct Files {
+pub struct Files {
     inner: PassthroughFs<()>,
     owner: Owner,
     session: Mutex<Session>,
@@ -58,13 +62,24 @@ impl Files {
         Self { inner: root.files, owner: root.owner, session: Mutex::default(), most, counters }
     }
 
+    /// Serves `root`. Raises the process's limit of open files as far as it may be.
+    pub fn serving(root: ShareRoot) -> Result<Self, FsError> {
+        let most = raise_limit().map_err(FsError::Limit)?;
+        Ok(Self::new(root, most, Counters::default()))
+    }
+
+    /// Where a file is now, from the process's root.
+    pub fn path_of(&self, inode: u64) -> io::Result<PathBuf> {
+        self.inner.readlinkat_proc_file(inode)
+    }
+
     /// Whether the guest has the file system mounted.
     pub(super) fn is_mounted(&self) -> bool {
         self.session().mounted
     }
 
     /// Closes and forgets everything that the guest has.
-    pub(super) fn end_session(&self) {
+    pub fn end_session(&self) {
         let session = std::mem::take(&mut *self.session());
         let context = Context::new();
         for (handle, inode) in session.handles {
@@ -204,8 +219,15 @@ impl FileSystem for Files {
             let (now, _) = self.inner.getattr(context, inode, None)?;
             check_set_id(now.st_mode & libc::S_IFMT | attributes.st_mode & !libc::S_IFMT)?;
         }
-        let (attributes, timeout) =
-            self.inner.setattr(context, inode, self.meant(attributes), handle, valid)?;
+        let meant = self.meant(attributes);
+        let set = |valid| self.inner.setattr(context, inode, meant, handle, valid);
+        let (attributes, timeout) = match set(valid) {
+            // Whom a file belongs to is the host's business: what unpacks an archive need not fail for it.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) && valid.intersects(OWNERS) => {
+                set(valid - OWNERS)?
+            }
+            set => set?,
+        };
         Ok((self.shown(attributes), timeout))
     }
 

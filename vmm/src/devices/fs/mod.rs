@@ -17,7 +17,6 @@
 
 mod device;
 mod files;
-#[cfg(any(test, feature = "testing"))]
 pub mod mounting;
 mod request;
 mod root;
@@ -27,6 +26,7 @@ mod worker;
 use std::io;
 
 pub use device::Fs;
+pub use files::Files;
 pub use root::{ShareRoot, Unrooted};
 pub use state::FsState;
 

@@ -1,4 +1,4 @@
-//! The daemon's side of shares, for tests: mounts a folder of the host into a monitor's mount namespace.
+//! The daemon's side of shares: mounts a folder of the host into the mount namespace of the process that serves it.
 //!
 //! Nothing is mounted in the caller's namespace: the mount is made detached, its IDs are mapped, and a child process
 //! that enters the monitor's namespace puts it in its place.
@@ -13,6 +13,8 @@ use std::path::Path;
 /// `MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC` would keep a guest from nothing: the monitor executes
 /// nothing. The first two are set all the same.
 const ATTRIBUTES: u64 = 0x2 | 0x4;
+/// `MOUNT_ATTR_RDONLY`.
+const READ_ONLY: u64 = 0x1;
 /// `MOUNT_ATTR_IDMAP`.
 const IDMAP: u64 = 0x0010_0000;
 /// `MOVE_MOUNT_F_EMPTY_PATH`.
@@ -27,10 +29,10 @@ struct Attributes {
     user_namespace: u64,
 }
 
-/// A detached mount of `folder`, without what is mounted below it. With `owner` and `monitor`, files of the user
+/// A detached mount of `folder`, without what is mounted below it; perhaps for reading only. With `owner` and `monitor`, files of the user
 /// `owner` are seen as the user `monitor`'s, and what that one makes belongs to `owner`; an error of `EINVAL` says
 /// that the file system cannot do it.
-pub fn clone_mount(folder: &Path, map: Option<(u32, u32)>) -> io::Result<File> {
+pub fn clone_mount(folder: &Path, read_only: bool, map: Option<(u32, u32)>) -> io::Result<File> {
     let path = CString::new(folder.as_os_str().as_bytes())?;
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
     // SAFETY: the path is a string.
@@ -41,7 +43,12 @@ pub fn clone_mount(folder: &Path, map: Option<(u32, u32)>) -> io::Result<File> {
         Some(namespace) => (IDMAP, u64::from(namespace.as_raw_fd().cast_unsigned())),
         None => (0, 0),
     };
-    let attributes = Attributes { set: ATTRIBUTES | idmap, clear: 0, propagation: 0, user_namespace };
+    let attributes = Attributes {
+        set: ATTRIBUTES | idmap | if read_only { READ_ONLY } else { 0 },
+        clear: 0,
+        propagation: 0,
+        user_namespace,
+    };
     // SAFETY: the path is a string, and the struct is as long as is said.
     let returned = unsafe {
         libc::syscall(

@@ -1,0 +1,154 @@
+//! `catalyst-vmm folders`: serves folders of the host to a guest by FUSE messages, over a port.
+//!
+//! A process of its own beside the VM's, whatever the engine: it runs as the owner of the files, in a mount namespace whose empty
+//! root the daemon mounts folders into. In the guest the agent passes on what the kernel asks of its FUSE file system.
+//!
+//! ```text
+//! guest: program ── kernel ── /dev/fuse ── agent ── port ══ VM process ══ socket ── this process ── the host's files
+//! ```
+//! What the guest has from here (the numbers of files that it knows, what it has open, messages that may be under way) can be saved,
+//! and another process goes on from there: so a VM is suspended, cloned and put back with folders mounted and files open.
+//!
+//! - `link`: the port: greetings, messages that arrive once and in order.
+//! - `numbers`: the guest's numbers for files and open files, and what is saved of them.
+//! - `fuse`: where numbers stand in messages.
+//! - `serve`: the loop.
+
+mod fuse;
+mod link;
+mod numbers;
+mod serve;
+#[cfg(test)]
+mod tests;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::{FromRawFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use serde::{Deserialize, Serialize};
+
+use crate::confine::{self, ConfineError, Filters, Role, SeccompError};
+use crate::devices::fs::{Files, FsError, Unrooted};
+pub use link::Saved;
+
+/// Longest saved state that is taken, in bytes.
+pub const MAX_STATE: u64 = 64 << 20;
+
+/// What the process is asked on its control socket, each as a line of JSON; the answer is one, too.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "command", rename_all = "snake_case")]
+pub enum Request {
+    /// These folders are mounted below the root: whom their files belong to in the guest.
+    Owners {
+        /// All of them.
+        folders: Vec<FolderOwner>,
+    },
+    /// Say that it serves.
+    Ready,
+    /// Say what another process needs to go on from here. The port is left alone until the connection ends: what is on its way to
+    /// the guest must not come to it while its memory is copied.
+    Save,
+}
+
+/// Whom the files of a folder belong to in the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FolderOwner {
+    /// The folder's name below the root.
+    pub name: String,
+    /// User in the guest.
+    pub uid: u32,
+    /// Group in the guest.
+    pub gid: u32,
+}
+
+/// An answer on the control socket.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// It was done.
+    Done,
+    /// What was asked for.
+    Saved(Box<Saved>),
+    /// It was not done, and why.
+    Failed(String),
+}
+
+/// The descriptors that the process gets.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptors {
+    /// Connected stream socket of the port.
+    pub port: RawFd,
+    /// Listening stream socket, for [`Request`]s.
+    pub control: RawFd,
+    /// A file with what an earlier process saved.
+    pub state: Option<RawFd>,
+}
+
+/// Why folders cannot be served, or not any more.
+#[derive(Debug, thiserror::Error)]
+pub enum FoldersError {
+    /// A descriptor or a socket.
+    #[error("Cannot {what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// File sharing.
+    #[error("Cannot serve the folders")]
+    Fs(#[from] FsError),
+    /// Confinement.
+    #[error("Cannot confine the process")]
+    Confine(#[from] ConfineError),
+    /// No mount namespace of its own.
+    #[error("Folders are served in a mount namespace of their own: CAP_SYS_ADMIN is missing")]
+    NoNamespace,
+    /// System call filter.
+    #[error("Cannot confine the process's thread")]
+    Seccomp(#[from] SeccompError),
+    /// The saved state.
+    #[error("The saved state of folders is damaged")]
+    State(#[source] serde_json::Error),
+    /// The guest's side broke the rules.
+    #[error("The guest broke the protocol of folders: {0}")]
+    Guest(&'static str),
+}
+
+pub(crate) fn failed(what: &'static str) -> impl FnOnce(io::Error) -> FoldersError {
+    move |source| FoldersError::Io { what, source }
+}
+
+/// Serves folders until the VM's process closes the port.
+pub fn run(descriptors: Descriptors) -> Result<(), FoldersError> {
+    confine::share_one_heap();
+    // SAFETY: the caller gave these descriptors to this process alone.
+    let (port, control) = unsafe {
+        (UnixStream::from_raw_fd(descriptors.port), UnixListener::from_raw_fd(descriptors.control))
+    };
+    // SAFETY: as above.
+    let state = descriptors.state.map(|fd| read_state(unsafe { File::from_raw_fd(fd) })).transpose()?;
+    let answers = fuse::Pipe::new().map_err(failed("make a pipe"))?;
+    let unrooted = Unrooted::open()?;
+    let filters = Filters::compile()?;
+    let root = confine::enter_namespace()?.ok_or(FoldersError::NoNamespace)?;
+    confine::drop_privileges(&[&root])?;
+    let files = Files::serving(unrooted.at(&root)?)?;
+    let server = serve::Server::new(files, answers, port, control, state)?;
+    filters.install(Role::Folders)?;
+    server.run()
+}
+
+fn read_state(file: File) -> Result<Saved, FoldersError> {
+    let mut bytes = Vec::new();
+    file.take(MAX_STATE).read_to_end(&mut bytes).map_err(failed("read the saved state of folders"))?;
+    serde_json::from_slice(&bytes).map_err(FoldersError::State)
+}
+
+/// Whether a number is an open descriptor.
+pub fn is_open(fd: RawFd) -> bool {
+    // SAFETY: fcntl on a number only answers.
+    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
+}
