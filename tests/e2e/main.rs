@@ -13,6 +13,7 @@ mod cpus;
 mod crash;
 mod daemons;
 mod faults;
+mod folders;
 mod full;
 mod hosts;
 mod images;
@@ -35,6 +36,7 @@ const GROUPS: &[Group] = &[
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
+    ("folders", folders::folders),
     ("life", life::life),
     ("owner", owner::owner),
     ("pair", pair::pair),
