@@ -22,6 +22,7 @@ mod life;
 mod many;
 mod owner;
 mod pair;
+mod ports;
 mod rounds;
 mod snapshots;
 
@@ -35,6 +36,7 @@ const GROUPS: &[Group] = &[
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
+    ("ports", ports::ports),
     ("life", life::life),
     ("owner", owner::owner),
     ("pair", pair::pair),

@@ -8,6 +8,7 @@ use catalyst_api::{EngineName, EventKind, GuestStatus, Vm, VmState};
 use crate::agent::AgentLink;
 use crate::events::Events;
 use crate::network::Lease;
+use crate::ports::Ports;
 use crate::store::{Began, VmConfig, VmDir};
 
 /// The state of one VM.
@@ -15,6 +16,7 @@ use crate::store::{Began, VmConfig, VmDir};
 pub struct Shared {
     dir: VmDir,
     events: Events,
+    ports: Ports,
     facts: Mutex<Facts>,
     console: Arc<tokio::sync::Semaphore>,
 }
@@ -37,7 +39,7 @@ pub(super) struct Facts {
 }
 
 impl Shared {
-    pub(super) fn new(dir: VmDir, events: Events, lease: Lease, engine: EngineName) -> Self {
+    pub(super) fn new(dir: VmDir, events: Events, ports: Ports, lease: Lease, engine: EngineName) -> Self {
         let facts = Facts {
             state: VmState::PoweredOff,
             reason: None,
@@ -51,7 +53,13 @@ impl Shared {
             agent: None,
             unadopted: false,
         };
-        Self { dir, events, facts: Mutex::new(facts), console: Arc::new(tokio::sync::Semaphore::new(1)) }
+        Self {
+            dir,
+            events,
+            ports,
+            facts: Mutex::new(facts),
+            console: Arc::new(tokio::sync::Semaphore::new(1)),
+        }
     }
 
     /// The VM's folder.
@@ -110,6 +118,10 @@ impl Shared {
             let mut facts = self.facts();
             facts.state = state;
             facts.reason.clone_from(&reason);
+        }
+        self.ports.set_open(self.dir.id(), state.has_process());
+        if matches!(state, VmState::PoweredOff | VmState::Blocked) {
+            self.ports.cut(self.dir.id());
         }
         let id = self.dir.id().to_string();
         tracing::info!(vm = %id, %state, reason = reason.as_deref().unwrap_or_default(), "state");
@@ -175,6 +187,7 @@ impl Shared {
             pid: facts.pid,
             started: facts.started,
             start_mode: facts.began.map(|began| began.mode),
+            ports: self.ports.list(self.dir.id()),
             vmx: self.dir.vmx().display().to_string(),
             id,
         }

@@ -6,6 +6,7 @@ mod files;
 mod guest;
 mod images;
 mod logs;
+mod ports;
 mod snapshots;
 mod templates;
 mod vms;
@@ -22,6 +23,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .merge(files::routes())
         .merge(logs::routes())
         .merge(images::routes())
+        .merge(ports::routes())
         .merge(snapshots::routes())
         .merge(templates::routes())
         .merge(events::routes())
