@@ -70,7 +70,7 @@ test: lint licences unit e2e e2e-lab fuzz-short ## all tests, but for those that
 
 # A daemon killed at every step, and hundreds of rounds, where `make test` tries some.
 test-long: image
-	CATALYST_TEST_FULL=1 cargo test --release -p catalyst-tests --test e2e -- faults rounds ports --nocapture
+	CATALYST_TEST_FULL=1 cargo test --release -p catalyst-tests --test e2e -- faults rounds --nocapture
 
 test-full: test test-long e2e-kvm bench-monitor ## those too
 

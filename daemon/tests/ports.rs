@@ -53,7 +53,7 @@ fn pattern() -> Arc<Vec<u8>> {
         state ^= state << 13;
         state ^= state >> 7;
         state ^= state << 17;
-        (state >> 32) as u8
+        state.to_le_bytes()[4]
     };
     Arc::new((0..PATTERN).map(byte).collect())
 }

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 use tokio::net::UdpSocket;
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -106,9 +108,10 @@ async fn send(
             None => return Ok(()),
         },
     };
-    match to_guest.try_send(datagram) {
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-        sent => sent.map(drop),
+    // Past tokio, which would wait to hear that a new socket is writable.
+    match rustix::net::send(&to_guest, datagram, SendFlags::DONTWAIT) {
+        Err(Errno::AGAIN) => Ok(()),
+        sent => Ok(sent.map(drop)?),
     }
 }
 
@@ -175,7 +178,7 @@ fn bring(from: &UdpSocket, to: &UdpSocket, client: SocketAddr) {
     for _ in 0..BURST {
         match from.try_recv(&mut buffer) {
             // What the client's side has no room for is lost, as in networks.
-            Ok(length) => drop(to.try_send_to(&buffer[..length], client)),
+            Ok(length) => drop(rustix::net::sendto(to, &buffer[..length], SendFlags::DONTWAIT, &client)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             // The guest says that nobody is there (ICMP); it may be later.
             Err(_) => {}
