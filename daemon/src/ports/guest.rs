@@ -121,10 +121,11 @@ impl Target {
         }
     }
 
-    /// A connection to the guest's port.
+    /// A connection to the guest's port, which is reset when it is dropped, until that is changed.
     pub(super) async fn connect(&self) -> io::Result<TcpStream> {
         let socket = TcpSocket::new_v4()?;
         socket.bind_device(Some(self.guest.device.as_bytes()))?;
+        socket.set_zero_linger()?;
         tokio::time::timeout(CONNECT, socket.connect(self.address())).await?
     }
 

@@ -60,7 +60,6 @@ async fn relay(client: TcpStream, target: &Target) -> io::Result<()> {
     sockopt::set_socket_keepalive(&client, true)?;
     sockopt::set_tcp_keepidle(&client, KEEPALIVE)?;
     let guest = target.connect().await?;
-    guest.set_zero_linger()?;
     guest.set_nodelay(true)?;
     tokio::try_join!(pass(&client, &guest), pass(&guest, &client))?;
     for end in [&client, &guest] {
