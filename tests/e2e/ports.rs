@@ -13,6 +13,8 @@ use serde_json::{Value, json};
 use super::common::{healthy, v1_error, wait_until};
 
 const VM: &str = "web1";
+/// A user that every machine has: nobody.
+const OWNER: u32 = 65534;
 /// Connections that are there at once.
 const CONNECTIONS: u16 = 1000;
 /// How long a client waits for one answer of a guest on a software CPU.
@@ -564,27 +566,30 @@ fn freed(checks: &mut Checks, world: &World) {
 }
 
 fn owned(checks: &mut Checks) {
-    let world = World::owned_by(4242);
-    checks.check("an owner who is not root gets no port of root's, but hears who has one, and serves every user", || {
-        world.catalyst(&["vm", "create", VM]).ok();
-        let error = world.catalyst(&["port", "add", VM, "80:80"]).error(1).to_owned();
-        assert!(error.contains("ip_unprivileged_port_start"), "{error}");
-        // Nor by writing it into the file, which is the owner's.
-        let path = world.vm_dir(VM).join(format!("{VM}.vmx"));
-        let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, text + "catalyst.ports = \"80:80/tcp\"\n").unwrap();
-        world.catalyst(&["vmpower", "on", VM]).ok();
-        assert_eq!(listed(&world, VM)[0]["state"], "waiting");
-        is_refused(&world, four(80));
-        let _held = inside(&world, || TcpListener::bind(four(8001)).unwrap());
-        let error = world.catalyst(&["port", "add", VM, "8001:80"]).error(1).to_owned();
-        assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
-        world.catalyst(&["port", "add", VM, "2222:22"]).ok();
-        world.catalyst(&["vmpower", "on", "--wait", VM]).ok();
-        let mut stranger = world.command("setpriv");
-        stranger.args(["--reuid", "65534", "--regid", "65534", "--clear-groups", "--", "bash", "-c"]);
-        stranger.arg("read -r -n 4 banner </dev/tcp/127.0.0.1/2222; echo $banner");
-        assert_eq!(catalyst_tests::world::ran(stranger).ok(), "SSH-");
-        world.catalyst(&["vm", "delete", "--force", VM]).ok();
-    });
+    let world = World::owned_by(OWNER);
+    checks.check(
+        "an owner who is not root gets no port of root's, but hears who has one, and serves every user",
+        || {
+            world.catalyst(&["vm", "create", VM]).ok();
+            let error = world.catalyst(&["port", "add", VM, "80:80"]).error(1).to_owned();
+            assert!(error.contains("ip_unprivileged_port_start"), "{error}");
+            // Nor by writing it into the file, which is the owner's.
+            let path = world.vm_dir(VM).join(format!("{VM}.vmx"));
+            let text = std::fs::read_to_string(&path).unwrap();
+            std::fs::write(&path, text + "catalyst.ports = \"80:80/tcp\"\n").unwrap();
+            world.catalyst(&["vmpower", "on", VM]).ok();
+            assert_eq!(listed(&world, VM)[0]["state"], "waiting");
+            is_refused(&world, four(80));
+            let _held = inside(&world, || TcpListener::bind(four(8001)).unwrap());
+            let error = world.catalyst(&["port", "add", VM, "8001:80"]).error(1).to_owned();
+            assert!(error.contains(&format!("pid {}", std::process::id())), "{error}");
+            world.catalyst(&["port", "add", VM, "2222:22"]).ok();
+            world.catalyst(&["vmpower", "on", "--wait", VM]).ok();
+            let mut stranger = world.command("setpriv");
+            stranger.args(["--reuid", "4242", "--regid", "4242", "--clear-groups", "--", "bash", "-c"]);
+            stranger.arg("read -r -n 4 banner </dev/tcp/127.0.0.1/2222; echo $banner");
+            assert_eq!(catalyst_tests::world::ran(stranger).ok(), "SSH-");
+            world.catalyst(&["vm", "delete", "--force", VM]).ok();
+        },
+    );
 }
