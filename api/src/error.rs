@@ -17,6 +17,8 @@ pub enum ErrorCode {
     VmNotFound,
     /// No such snapshot.
     SnapshotNotFound,
+    /// The VM publishes no such port.
+    PortNotFound,
     /// No such image.
     ImageNotFound,
     /// No such task.
@@ -35,6 +37,8 @@ pub enum ErrorCode {
     FolderExists,
     /// Programs in the guest use it.
     Busy,
+    /// The port of the host is taken; the message says by whom.
+    PortTaken,
     /// The VM's state does not allow it.
     WrongState,
     /// Something else uses it.

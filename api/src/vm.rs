@@ -6,6 +6,8 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::port::{Port, PublishPort};
+
 /// The state of a VM. The words are the ones AppCatalyst's clients understand
 /// (reference section 1.4), so that both APIs speak of a VM alike.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -223,6 +225,9 @@ pub struct Vm {
     /// How it began.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_mode: Option<StartMode>,
+    /// Ports of the guest that are published on the host.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ports: Vec<Port>,
     /// The VM's configuration file.
     pub vmx: String,
 }
@@ -254,6 +259,9 @@ pub struct CreateVm {
     /// Tags: at most 16 of at most 64 characters, without comma or control characters.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tags: Vec<String>,
+    /// Ports of the guest to publish on the host; a parent's are not taken over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub publish: Vec<PublishPort>,
 }
 
 /// Body of `POST /v1/vms/{id}/clones`.

@@ -5,6 +5,7 @@ mod folder;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
+use catalyst_api::{PortName, PublishPort};
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
@@ -41,6 +42,9 @@ pub struct Global {
     pub timeout: u64,
 }
 
+/// How a port is written.
+const PORT: &str = "[ADDRESS:]HOST:GUEST[/PROTOCOL]";
+
 /// The domains, as AppCatalyst named them, and what came since.
 #[derive(Debug, Subcommand)]
 pub enum Command {
@@ -68,6 +72,9 @@ pub enum Command {
     /// Show templates, and make them warm: new VMs go on from there instead of booting
     #[command(subcommand)]
     Template(Template),
+    /// Publish ports of guests on this machine
+    #[command(subcommand)]
+    Port(Port),
     /// Show or take down the network of the VMs
     #[command(subcommand)]
     Network(Network),
@@ -227,6 +234,9 @@ pub struct Create {
     /// A tag; may be given several times
     #[arg(long = "tag", value_name = "TAG")]
     pub tags: Vec<String>,
+    /// Publish a port of the guest on this machine, for example 8080:80; may be given several times
+    #[arg(long, value_name = PORT)]
+    pub publish: Vec<PublishPort>,
     /// Power it on too
     #[arg(long)]
     pub on: bool,
@@ -433,6 +443,37 @@ pub enum Template {
     Show(ImageName),
 }
 
+/// `port …`
+#[derive(Debug, Subcommand)]
+pub enum Port {
+    /// Publish a port of the guest, and print the port of this machine; it is kept until it is removed
+    Add {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// Where it is to be, and the guest's port: 8080:80, 0.0.0.0:8080:80, 53:53/udp; 0:80 lets the daemon choose
+        #[arg(value_name = PORT)]
+        port: PublishPort,
+    },
+    /// List the published ports of a VM, or of all
+    #[command(visible_alias = "ls")]
+    List {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: Option<String>,
+    },
+    /// Take published ports back, and end what goes through them
+    #[command(visible_alias = "rm")]
+    Remove {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// The ports of this machine: 8080, 53/udp, 0.0.0.0:8080
+        #[arg(required = true, value_name = "[ADDRESS:]PORT[/PROTOCOL]")]
+        ports: Vec<PortName>,
+    },
+}
+
 /// `network …`
 #[derive(Debug, Clone, Copy, Subcommand)]
 pub enum Network {
@@ -529,6 +570,10 @@ mod tests {
             &["vm", "create", "../x"],
             &["vm", "set", "web1"],
             &["vm", "create", "web1", "--wait"],
+            &["vm", "create", "web1", "--publish", "80"],
+            &["port", "add", "web1", "8000-8010:80"],
+            &["port", "remove", "web1", "http"],
+            &["port", "remove", "web1"],
             &["guest", "exec", "web1"],
         ] {
             let error = parse(words).unwrap_err();

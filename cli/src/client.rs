@@ -7,8 +7,8 @@ use std::time::Duration;
 use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{
     Address, ApiError, CloneVm, CreateFolder, CreateSnapshot, CreateVm, Doctor, ErrorCode, Folder, ImageInfo,
-    MemoryInfo, NetworkInfo, PowerRequest, RestoreSnapshot, Snapshot, SshInfo, Task, TemplateInfo, UpdateVm,
-    Version, Vm, WarmRequest,
+    MemoryInfo, NetworkInfo, Port, PortName, PowerRequest, PublishPort, RestoreSnapshot, Snapshot, SshInfo,
+    Task, TemplateInfo, UpdateVm, Version, Vm, WarmRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -251,6 +251,21 @@ impl Client {
     /// `DELETE /v1/vms/{id}/folders/{name}`.
     pub fn remove_folder(&self, id: &str, name: &str) -> Result<(), ClientError> {
         self.discard_within(&Method::DELETE, &path(&["vms", id, "folders", name]), POWER)
+    }
+
+    /// `GET /v1/vms/{id}/ports`.
+    pub fn ports(&self, id: &str) -> Result<Vec<Port>, ClientError> {
+        self.get(&path(&["vms", id, "ports"]))
+    }
+
+    /// `POST /v1/vms/{id}/ports`.
+    pub fn publish(&self, id: &str, body: &PublishPort) -> Result<Port, ClientError> {
+        self.call(&Method::POST, &path(&["vms", id, "ports"]), Some(body), ANSWER)
+    }
+
+    /// `DELETE /v1/vms/{id}/ports/{port}`.
+    pub fn unpublish(&self, id: &str, port: &PortName) -> Result<(), ClientError> {
+        self.discard(&Method::DELETE, &path(&["vms", id, "ports", &port.to_string()]))
     }
 
     /// `DELETE /v1/vms/{id}`.

@@ -14,6 +14,7 @@ pub mod http;
 pub mod images;
 pub mod machines;
 pub mod network;
+pub mod ports;
 pub mod privilege;
 pub mod probe;
 pub mod saved;

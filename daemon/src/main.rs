@@ -21,7 +21,7 @@ use catalyst_daemon::http::{self, App};
 use catalyst_daemon::images::Images;
 use catalyst_daemon::machines::{Context, Machines};
 use catalyst_daemon::network::{Network, NetworkConfig};
-use catalyst_daemon::settings::{Args, Settings, default_state_dir};
+use catalyst_daemon::settings::{self, Args, Settings, default_state_dir};
 use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;
 use catalyst_daemon::{privilege, probe};
@@ -84,6 +84,7 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(ansi).with_writer(std::io::stderr).init();
     // What the daemon writes is its owner's business alone.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
+    settings::raise_descriptors();
     let (uid, gid) = (owner.uid, owner.gid);
     privilege::act_as(uid, gid);
     let runtime = tokio::runtime::Builder::new_multi_thread()

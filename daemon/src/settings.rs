@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use catalyst_api::EngineName;
 use clap::{Parser, ValueEnum};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::access::owner::Owner;
 use crate::privilege::as_root;
@@ -78,6 +79,25 @@ pub struct Settings {
     pub image_dir: PathBuf,
     /// Where it listens, as it was asked for.
     pub listen: String,
+}
+
+/// Descriptors that a daemon asks for: a connection through a published port takes two.
+const DESCRIPTORS: u64 = 1 << 16;
+
+/// Takes as many descriptors as the host lets it, within reason: the usual limit of 1,024 suits programs of old.
+pub fn raise_descriptors() {
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let wanted = maximum.unwrap_or(DESCRIPTORS).min(DESCRIPTORS);
+    if current.is_some_and(|current| current < wanted) {
+        // What it has is enough for everything but that many connections.
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: Some(wanted), maximum });
+    }
+}
+
+/// Descriptors that the daemon can have open.
+pub fn descriptors() -> usize {
+    let current = getrlimit(Resource::Nofile).current.unwrap_or(DESCRIPTORS);
+    usize::try_from(current.min(DESCRIPTORS)).unwrap_or_default()
 }
 
 /// The state folder where none is named: the owner's data folder (XDG Base Directory Specification).

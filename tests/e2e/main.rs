@@ -23,6 +23,7 @@ mod life;
 mod many;
 mod owner;
 mod pair;
+mod ports;
 mod rounds;
 mod snapshots;
 
@@ -37,6 +38,7 @@ const GROUPS: &[Group] = &[
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
     ("folders", folders::folders),
+    ("ports", ports::ports),
     ("life", life::life),
     ("owner", owner::owner),
     ("pair", pair::pair),

@@ -10,6 +10,7 @@ mod guest;
 mod image;
 mod logs;
 mod network;
+mod port;
 mod power;
 pub mod snapshot;
 pub mod ssh;
@@ -71,6 +72,7 @@ pub fn run(cli: Cli) -> Outcome {
         Command::Folder(command) => folder::run(&context, command),
         Command::Image(command) => image::run(&context, command),
         Command::Template(command) => template::run(&context, command),
+        Command::Port(command) => port::run(&context, command),
         Command::Network(command) => network::run(&context, command),
         Command::Doctor => doctor::run(&context),
         Command::Daemon(command) => daemon::run(&context, command),

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use catalyst_api::{CloneVm, CreateVm, MemoryInfo, PowerOp, UpdateVm, Version, Vm, VmState};
 
-use super::{Context, for_each, guest, power, snapshot};
+use super::{Context, for_each, guest, port, power, snapshot};
 use crate::Outcome;
 use crate::args;
 use crate::client::Client;
@@ -41,9 +41,13 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         memory_mib: asked.memory,
         disk_gib: asked.disk,
         tags: asked.tags,
+        publish: asked.publish,
     };
     let mut vm = client.create(&body)?;
     told_cloned(&template_path(&daemon, &vm), &vm);
+    for port in &vm.ports {
+        port::told(&vm.id, port);
+    }
     if asked.on {
         vm = power::apply(&client, &vm.id, power::plain(PowerOp::On), &Board::new())?;
         if asked.wait {
@@ -187,6 +191,9 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
     pairs.pair("Template", &vm.template);
     pairs.pair("Address", &vm.address);
     pairs.pair("MAC", &vm.mac);
+    if !vm.ports.is_empty() {
+        pairs.pair("Ports", vm.ports.iter().map(port::short).collect::<Vec<_>>().join(", "));
+    }
     let process = vm.pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
     pairs.pair("Engine", format!("{}{process}", vm.engine));
     pairs.pair("VMX", &vm.vmx);
@@ -252,6 +259,7 @@ mod tests {
             pid: None,
             started: None,
             start_mode: None,
+            ports: Vec::new(),
             vmx: "/s/vms/web1/web1.vmx".to_owned(),
         }
     }

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 use std::str::FromStr;
 
+use catalyst_api::Protocol;
 use tokio::net::{TcpListener, TcpSocket};
 
 use super::listener::LocalListener;
@@ -154,7 +155,7 @@ fn is_without_ipv6(error: &io::Error) -> bool {
 fn bind(address: SocketAddr) -> Result<TcpListener, ListenError> {
     listen(address).map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => {
-            ListenError::PortTaken { address, holder: PortHolder::find(address.port()) }
+            ListenError::PortTaken { address, holder: PortHolder::find(Protocol::Tcp, address) }
         }
         _ => ListenError::Bind { address, source },
     })

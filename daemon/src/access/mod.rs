@@ -23,7 +23,7 @@ pub mod listener;
 pub mod origin;
 pub mod owner;
 pub mod peer;
-mod port_holder;
+pub(crate) mod port_holder;
 mod refusal;
 mod sock_diag;
 mod unix_socket;

@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 
-use super::sock_diag::{self, ESTABLISHED, SockDiagError, TcpSocket};
+use super::sock_diag::{self, ESTABLISHED, SockDiagError, Socket};
 
 /// The other end of an accepted connection. Handlers get it as `ConnectInfo<Peer>`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,7 +86,7 @@ impl Policy {
     }
 
     /// The inode of an established socket of an admitted user.
-    fn inode_of(self, socket: Option<TcpSocket>) -> Result<u32, PeerError> {
+    fn inode_of(self, socket: Option<Socket>) -> Result<u32, PeerError> {
         match socket {
             Some(socket) if socket.state == ESTABLISHED && socket.inode != 0 => {
                 self.admit(socket.uid)?;
@@ -113,7 +113,7 @@ mod tests {
 
     fn judge(state: u8, uid: u32, inode: u32) -> Result<u32, PeerError> {
         let address = SocketAddr::from(([127, 0, 0, 1], 1));
-        Policy::new(OWNER).inode_of(Some(TcpSocket { local: address, remote: address, state, uid, inode }))
+        Policy::new(OWNER).inode_of(Some(Socket { local: address, remote: address, state, uid, inode }))
     }
 
     #[test]

@@ -1,9 +1,13 @@
-//! Which program holds a TCP port: the kernel's listening sockets, and `/proc` for the process with that socket open.
+//! Which program holds a port: the kernel's sockets, and `/proc` for the process with that socket open.
 
 use std::fmt;
 use std::fs;
+use std::net::SocketAddr;
 
-use super::sock_diag::{self, TcpSocket};
+use catalyst_api::Protocol;
+
+use super::sock_diag::{self, Socket};
+use crate::privilege::as_root;
 
 /// Processes looked at, at the most.
 const MOST_PROCESSES: usize = 100_000;
@@ -28,10 +32,16 @@ pub enum PortHolder {
 }
 
 impl PortHolder {
-    /// Looks for who listens on `port`. Reads all of `/proc`: for error messages only.
-    pub(super) fn find(port: u16) -> Self {
-        let Ok(sockets) = sock_diag::listening(port) else { return Self::Unknown };
-        let process = sockets.iter().find_map(|socket| process_with(*socket));
+    /// Looks for who keeps others from `address`. Reads all of `/proc`: for error messages only.
+    pub(crate) fn find(protocol: Protocol, address: SocketAddr) -> Self {
+        let sockets = match protocol {
+            Protocol::Tcp => sock_diag::listening(address.port()),
+            Protocol::Udp => sock_diag::bound_udp(address.port()),
+        };
+        let Ok(mut sockets) = sockets else { return Self::Unknown };
+        let (ip, all) = (address.ip(), address.ip().is_unspecified());
+        sockets.retain(|socket| all || socket.local.ip().is_unspecified() || socket.local.ip() == ip);
+        let process = as_root(|| sockets.iter().find_map(|socket| process_with(*socket)));
         match (process, sockets.first()) {
             (Some((pid, program)), _) => Self::Process { program, pid },
             (None, Some(socket)) => Self::User { uid: socket.uid },
@@ -54,7 +64,7 @@ impl fmt::Display for PortHolder {
     }
 }
 
-fn process_with(socket: TcpSocket) -> Option<(u32, String)> {
+fn process_with(socket: Socket) -> Option<(u32, String)> {
     let link = format!("socket:[{}]", socket.inode);
     let numbers =
         fs::read_dir("/proc").ok()?.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok());
@@ -78,14 +88,28 @@ mod tests {
     #[test]
     fn the_program_that_listens_is_found() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let found = PortHolder::find(listener.local_addr().unwrap().port());
+        let found = PortHolder::find(Protocol::Tcp, listener.local_addr().unwrap());
         let PortHolder::Process { pid, .. } = found else { panic!("{found:?}") };
         assert_eq!(pid, std::process::id());
     }
 
     #[test]
+    fn the_program_that_waits_for_datagrams_is_found() {
+        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        match PortHolder::find(Protocol::Udp, address) {
+            PortHolder::Process { pid, .. } => assert_eq!(pid, std::process::id()),
+            PortHolder::Unknown => eprintln!("SKIPPED: this kernel does not tell of UDP sockets (udp_diag)"),
+            other @ PortHolder::User { .. } => panic!("{other:?}"),
+        }
+        let other = SocketAddr::from(([127, 9, 9, 9], address.port()));
+        assert_eq!(PortHolder::find(Protocol::Udp, other), PortHolder::Unknown);
+    }
+
+    #[test]
     fn a_port_without_a_listener_is_held_by_nobody() {
         // Nothing can listen on port 0.
-        assert_eq!(PortHolder::find(0), PortHolder::Unknown);
+        let nowhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        assert_eq!(PortHolder::find(Protocol::Tcp, nowhere), PortHolder::Unknown);
     }
 }

@@ -1,4 +1,4 @@
-//! TCP sockets of this machine, as the kernel knows them: sock_diag(7), `linux/inet_diag.h`.
+//! Sockets of this machine, as the kernel knows them: sock_diag(7), `linux/inet_diag.h`.
 //!
 //! Requests are answered while they are sent, so that nothing here waits. Replies come from the kernel, but are read
 //! as if they did not: bounded, every length checked.
@@ -34,9 +34,9 @@ const PARTS: usize = 512;
 const ANY_STATE: u32 = u32::MAX;
 const SEQUENCE: u32 = 1;
 
-/// One TCP socket.
+/// One socket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct TcpSocket {
+pub(super) struct Socket {
     /// Its own address, and that of its peer. IPv4 in IPv6 is given as IPv4.
     pub(super) local: SocketAddr,
     pub(super) remote: SocketAddr,
@@ -65,12 +65,13 @@ pub enum SockDiagError {
 /// The socket at `local` that is connected to `remote`; `None` if there is none.
 ///
 /// The kernel falls back to a listening socket at `local`; that one is not taken.
-pub(super) fn find(local: SocketAddr, remote: SocketAddr) -> Result<Option<TcpSocket>, SockDiagError> {
+pub(super) fn find(local: SocketAddr, remote: SocketAddr) -> Result<Option<Socket>, SockDiagError> {
     let (local, remote) = (canonical(local), canonical(remote));
     if local.is_ipv4() != remote.is_ipv4() {
         return Err(SockDiagError::MixedFamilies);
     }
-    let request = request(family(local.ip()), NLM_F_REQUEST, ANY_STATE, Some((local, remote)));
+    let request =
+        request(family(local.ip()), libc::IPPROTO_TCP, NLM_F_REQUEST, ANY_STATE, Some((local, remote)));
     let mut found = None;
     let answer = exchange(&request, 1, |socket| found = Some(socket));
     match answer {
@@ -80,13 +81,22 @@ pub(super) fn find(local: SocketAddr, remote: SocketAddr) -> Result<Option<TcpSo
     }
 }
 
-/// The sockets that listen on `port`, at whatever address.
-pub(super) fn listening(port: u16) -> Result<Vec<TcpSocket>, SockDiagError> {
+/// The TCP sockets that listen on `port`, at whatever address.
+pub(super) fn listening(port: u16) -> Result<Vec<Socket>, SockDiagError> {
+    on_port(libc::IPPROTO_TCP, 1 << LISTEN, port)
+}
+
+/// The UDP sockets that are bound to `port`, at whatever address.
+pub(super) fn bound_udp(port: u16) -> Result<Vec<Socket>, SockDiagError> {
+    on_port(libc::IPPROTO_UDP, ANY_STATE, port)
+}
+
+fn on_port(protocol: i32, states: u32, port: u16) -> Result<Vec<Socket>, SockDiagError> {
     let mut found = Vec::new();
     for family in [libc::AF_INET, libc::AF_INET6] {
-        let request = request(family, NLM_F_REQUEST | NLM_F_DUMP, 1 << LISTEN, None);
+        let request = request(family, protocol, NLM_F_REQUEST | NLM_F_DUMP, states, None);
         exchange(&request, PARTS, |socket| {
-            if socket.state == LISTEN && socket.local.port() == port {
+            if socket.state < 32 && states & (1 << socket.state) != 0 && socket.local.port() == port {
                 found.push(socket);
             }
         })?;
@@ -95,7 +105,7 @@ pub(super) fn listening(port: u16) -> Result<Vec<TcpSocket>, SockDiagError> {
 }
 
 /// Sends one request and reads at most `parts` replies, until the last.
-fn exchange(request: &[u8], parts: usize, mut each: impl FnMut(TcpSocket)) -> Result<(), SockDiagError> {
+fn exchange(request: &[u8], parts: usize, mut each: impl FnMut(Socket)) -> Result<(), SockDiagError> {
     let netlink = open().map_err(SockDiagError::Netlink)?;
     let kernel = NetlinkAddr::new(0, 0);
     sendto(netlink.as_raw_fd(), request, &kernel, MsgFlags::empty()).map_err(SockDiagError::Netlink)?;
@@ -130,7 +140,7 @@ enum Progress {
 }
 
 /// Reads the messages of one reply.
-fn read_reply(mut rest: &[u8], each: &mut impl FnMut(TcpSocket)) -> Result<Progress, SockDiagError> {
+fn read_reply(mut rest: &[u8], each: &mut impl FnMut(Socket)) -> Result<Progress, SockDiagError> {
     while !rest.is_empty() {
         let length = usize::try_from(u32_at(rest, 0)?).map_err(|_| SockDiagError::Malformed)?;
         if length < HEADER {
@@ -157,17 +167,23 @@ fn read_reply(mut rest: &[u8], each: &mut impl FnMut(TcpSocket)) -> Result<Progr
 }
 
 /// `struct inet_diag_req_v2` behind its header; an exact search where the addresses are given.
-fn request(family: i32, flags: u16, states: u32, addresses: Option<(SocketAddr, SocketAddr)>) -> Vec<u8> {
+fn request(
+    family: i32,
+    protocol: i32,
+    flags: u16,
+    states: u32,
+    addresses: Option<(SocketAddr, SocketAddr)>,
+) -> Vec<u8> {
     let mut message = Vec::with_capacity(REQUEST);
     // Constants far below the types' ends.
     #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    let (length, family, tcp) = (REQUEST as u32, family as u8, libc::IPPROTO_TCP as u8);
+    let (length, family, protocol) = (REQUEST as u32, family as u8, protocol as u8);
     message.extend(length.to_ne_bytes());
     message.extend(SOCK_DIAG_BY_FAMILY.to_ne_bytes());
     message.extend(flags.to_ne_bytes());
     message.extend(SEQUENCE.to_ne_bytes());
     message.extend(0u32.to_ne_bytes());
-    message.extend([family, tcp, 0, 0]);
+    message.extend([family, protocol, 0, 0]);
     message.extend(states.to_ne_bytes());
     // struct inet_diag_sockid: both ports, both addresses, interface, and "any cookie".
     let (local, remote) = addresses.unwrap_or((UNSPECIFIED, UNSPECIFIED));
@@ -183,7 +199,7 @@ fn request(family: i32, flags: u16, states: u32, addresses: Option<(SocketAddr, 
 const UNSPECIFIED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
 
 /// `struct inet_diag_msg`.
-fn read_socket(body: &[u8]) -> Result<TcpSocket, SockDiagError> {
+fn read_socket(body: &[u8]) -> Result<Socket, SockDiagError> {
     if body.len() < SOCKET {
         return Err(SockDiagError::Malformed);
     }
@@ -195,7 +211,7 @@ fn read_socket(body: &[u8]) -> Result<TcpSocket, SockDiagError> {
         };
         Ok(canonical(SocketAddr::new(ip, u16::from_be_bytes(bytes_at(body, port)?))))
     };
-    Ok(TcpSocket {
+    Ok(Socket {
         local: address(8, 4)?,
         remote: address(24, 6)?,
         state: body[1],
@@ -255,7 +271,7 @@ mod tests {
         (listener, server, client)
     }
 
-    fn connecting_end(server: &TcpStream) -> Option<TcpSocket> {
+    fn connecting_end(server: &TcpStream) -> Option<Socket> {
         find(server.peer_addr().unwrap(), server.local_addr().unwrap()).unwrap()
     }
 

@@ -14,6 +14,7 @@ use crate::engine::EngineError;
 use crate::machines::error::{
     ChangeError, CreateError, FolderError, FreezeError, GuestError, PowerError, SnapshotError, UnknownVm,
 };
+use crate::ports::error::PortError;
 use crate::saved::SavedError;
 use crate::store::disk::DiskError;
 use crate::store::{ConfigError, StoreError};
@@ -80,6 +81,7 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::VmNotFound
         | ErrorCode::SnapshotNotFound
         | ErrorCode::FolderNotFound
+        | ErrorCode::PortNotFound
         | ErrorCode::ImageNotFound
         | ErrorCode::TaskNotFound
         | ErrorCode::PathNotFound => StatusCode::NOT_FOUND,
@@ -88,6 +90,7 @@ pub fn status(code: ErrorCode) -> StatusCode {
         | ErrorCode::SnapshotExists
         | ErrorCode::FolderExists
         | ErrorCode::Busy
+        | ErrorCode::PortTaken
         | ErrorCode::WrongState
         | ErrorCode::InUse
         | ErrorCode::ImageUnusable
@@ -208,6 +211,7 @@ impl Failure for CreateError {
             Self::ParentState { .. } => ErrorCode::WrongState,
             Self::Freeze(freeze) => freeze.code(),
             Self::Start(power) => power.code(),
+            Self::Port(port) => port.code(),
             Self::Network(_) => ErrorCode::HostUnfit,
             Self::Store(store) => store_code(store),
             Self::Stopping => ErrorCode::Internal,
@@ -256,6 +260,25 @@ impl Failure for SnapshotError {
             Self::Freeze(freeze) => freeze.code(),
             Self::Saved(saved) => saved_code(saved),
             Self::Power(power) => power.code(),
+            Self::Store(store) => store_code(store),
+            Self::Stopping => ErrorCode::Internal,
+        }
+    }
+}
+
+impl Failure for PortError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unknown(_) => ErrorCode::VmNotFound,
+            Self::NotPublished { .. } => ErrorCode::PortNotFound,
+            Self::GuestPort
+            | Self::Form(_)
+            | Self::TooMany(_)
+            | Self::Privileged { .. }
+            | Self::NoAddress(_)
+            | Self::Ambiguous { .. } => ErrorCode::InvalidRequest,
+            Self::Published { .. } | Self::Own { .. } | Self::Taken { .. } => ErrorCode::PortTaken,
+            Self::Bind { .. } => ErrorCode::HostUnfit,
             Self::Store(store) => store_code(store),
             Self::Stopping => ErrorCode::Internal,
         }

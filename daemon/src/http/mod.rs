@@ -38,6 +38,7 @@ pub struct App {
     tags(
         (name = "AppCatalyst", description = "The contract of VMware AppCatalyst, as its clients use it"),
         (name = "VMs", description = "Virtual machines"),
+        (name = "Ports", description = "Ports of guests on the host"),
         (name = "Guest", description = "Inside a VM"),
         (name = "Images", description = "Templates that VMs are made from"),
         (name = "Daemon", description = "The daemon and its host"),

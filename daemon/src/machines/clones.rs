@@ -2,24 +2,32 @@
 
 use std::sync::Arc;
 
-use catalyst_api::{EventKind, VmState};
+use catalyst_api::{EventKind, PublishPort, VmState};
 use futures_util::future::join_all;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
 use super::error::{CreateError, FreezeError, PowerError};
 use super::freeze::Frozen;
-use super::machine::{Asked, Command};
+use super::machine::{self, Command};
 use super::shared::Shared;
 use super::{Machines, Reservation, asked, with_lease};
 use crate::network::Lease;
 use crate::store::{VmConfig, VmId};
+
+/// A clone as it is asked for.
+pub(super) struct Asked {
+    pub id: String,
+    pub tags: Vec<String>,
+    pub publish: Vec<PublishPort>,
+}
 
 /// A clone to be made: its id, which is taken for it.
 struct Wanted {
     id: VmId,
     lease: Lease,
     tags: Vec<String>,
+    ports: Vec<PublishPort>,
     _reservation: Reservation,
 }
 
@@ -31,7 +39,8 @@ impl Machines {
         let made = async move {
             let (shared, _) = machines.find(&parent)?;
             if with_memory(shared.state()) {
-                let wanted = ids.into_iter().map(|id| (id, Vec::new())).collect();
+                let plain = |id| Asked { id, tags: Vec::new(), publish: Vec::new() };
+                let wanted = ids.into_iter().map(plain).collect();
                 return machines.clone_running(&parent, wanted).await;
             }
             let mut made = Vec::new();
@@ -59,27 +68,31 @@ impl Machines {
     pub(super) async fn clone_running(
         &self,
         parent: &str,
-        ids: Vec<(String, Vec<String>)>,
+        asked: Vec<Asked>,
     ) -> Result<Vec<Arc<Shared>>, CreateError> {
         let mut wanted = Vec::new();
-        for (id, tags) in ids {
-            let id = VmId::parse(&id)?;
-            let reservation = self.reserve(&id)?;
-            let lease = self.0.network.lease_for(id.as_str(), None);
-            wanted.push(Wanted {
-                lease: lease.inspect_err(|_| self.release(&wanted))?,
-                id,
-                tags,
-                _reservation: reservation,
-            });
+        for one in asked {
+            match self.want(one).await {
+                Ok(one) => wanted.push(one),
+                Err(error) => {
+                    self.release(&wanted).await;
+                    return Err(error);
+                }
+            }
         }
-        let frozen = self.freeze(parent).await.inspect_err(|_| self.release(&wanted))?;
+        let frozen = match self.freeze(parent).await {
+            Ok(frozen) => frozen,
+            Err(error) => {
+                self.release(&wanted).await;
+                return Err(error);
+            }
+        };
         let mut made = Vec::new();
         for one in &wanted {
             match self.make_clone(&frozen, one).await {
                 Ok(clone) => made.push(clone),
                 Err(error) => {
-                    self.release(&wanted[made.len()..]);
+                    self.release(&wanted[made.len()..]).await;
                     let made: Vec<_> = made.into_iter().map(|(shared, _)| shared).collect();
                     self.unmake(&made).await;
                     return Err(error);
@@ -95,6 +108,17 @@ impl Machines {
         Ok(made)
     }
 
+    /// Takes what a clone needs.
+    async fn want(&self, asked: Asked) -> Result<Wanted, CreateError> {
+        let id = VmId::parse(&asked.id)?;
+        let reservation = self.reserve(&id)?;
+        let lease = self.0.network.lease_for(id.as_str(), None)?;
+        match self.0.ports.publish(&id, lease.address, &asked.publish).await {
+            Ok(ports) => Ok(Wanted { id, lease, tags: asked.tags, ports, _reservation: reservation }),
+            Err(error) => Err(self.unmade(&id, error.into()).await),
+        }
+    }
+
     async fn freeze(&self, parent: &str) -> Result<Arc<Frozen>, CreateError> {
         let (_, commands) = self.find(parent)?;
         let (reply, answer) = oneshot::channel();
@@ -106,12 +130,14 @@ impl Machines {
         &self,
         frozen: &Arc<Frozen>,
         wanted: &Wanted,
-    ) -> Result<(Arc<Shared>, mpsc::Sender<Asked>), CreateError> {
+    ) -> Result<(Arc<Shared>, mpsc::Sender<machine::Asked>), CreateError> {
         let base = VmConfig {
             name: wanted.id.to_string(),
             cpus: frozen.began.cpus,
             memory_mib: frozen.began.memory_mib,
             tags: wanted.tags.clone(),
+            // Its source has those that it had.
+            ports: wanted.ports.clone(),
             ..frozen.config.clone()
         };
         let config = with_lease(base, &wanted.lease);
@@ -122,16 +148,17 @@ impl Machines {
             Ok(context.store.create(&id, &config, |dir| frozen.fill(dir, owner))?)
         })
         .await?;
-        let shared = self.add(dir, None)?;
+        let shared = self.add(dir, None).await?;
         self.0.events.send(EventKind::VmCreated { id: wanted.id.to_string() });
         let (_, commands) = self.find(wanted.id.as_str())?;
         Ok((shared, commands))
     }
 
-    /// Gives back the addresses of clones that were not made.
-    fn release(&self, wanted: &[Wanted]) {
+    /// Gives back the addresses and ports of clones that were not made.
+    async fn release(&self, wanted: &[Wanted]) {
         for one in wanted {
             self.0.network.release(one.id.as_str());
+            self.0.ports.forget(&one.id).await;
         }
     }
 
@@ -145,7 +172,7 @@ impl Machines {
     }
 }
 
-async fn go_on(commands: &mpsc::Sender<Asked>, frozen: &Arc<Frozen>) -> Result<(), PowerError> {
+async fn go_on(commands: &mpsc::Sender<machine::Asked>, frozen: &Arc<Frozen>) -> Result<(), PowerError> {
     let (reply, answer) = oneshot::channel();
     let command = Command::GoOn { from: Arc::clone(frozen), reply };
     commands.send(asked(command)).await.map_err(|_| PowerError::Stopping)?;

@@ -9,6 +9,7 @@ use thiserror::Error;
 use crate::agent::AgentError;
 use crate::engine::EngineError;
 use crate::network::NetworkError;
+use crate::ports::error::PortError;
 use crate::saved::SavedError;
 use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
@@ -59,6 +60,9 @@ pub enum CreateError {
     /// A clone keeps its parent's disk.
     #[error("A clone has the template and disk size of its parent; leave them out")]
     ParentDisk,
+    /// A port of the host is not to be had.
+    #[error(transparent)]
+    Port(#[from] PortError),
     /// No address is left.
     #[error(transparent)]
     Network(#[from] NetworkError),

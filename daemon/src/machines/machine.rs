@@ -13,16 +13,18 @@
 //! A process that ends because the guest asked for a reset is followed by the next, as after `on`.
 
 mod keep;
+mod ports;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use catalyst_api::{EventKind, MemoryInfo, PowerOp, UpdateVm, VmState};
+use catalyst_api::{EventKind, MemoryInfo, PowerOp, StartMode, UpdateVm, VmState};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::Instrument;
 
+pub(super) use self::ports::PortsCommand;
 use super::error::{ChangeError, FolderError, FreezeError, PowerError, SnapshotError};
 use super::freeze::Frozen;
 use super::resets::Resets;
@@ -76,6 +78,8 @@ pub(super) enum Command {
         change: folders::Change,
         reply: Reply<FolderError>,
     },
+    /// Publishes a port of the guest, or takes one back.
+    Ports(PortsCommand),
     /// Where its memory is.
     Memory {
         reply: oneshot::Sender<Result<MemoryInfo, PowerError>>,
@@ -159,7 +163,7 @@ impl Machine {
                     let result = self.delete(force).instrument(span).await;
                     let deleted = result.is_ok();
                     if deleted {
-                        self.context.forget(self.shared.dir().id());
+                        self.context.forget(self.shared.dir().id()).await;
                     }
                     // Whoever asked may have gone.
                     let _ = reply.send(result);
@@ -200,6 +204,7 @@ impl Machine {
             Command::Folders { change, reply } => {
                 let _ = reply.send(folders::change(&self.shared, change));
             }
+            Command::Ports(command) => self.ports(command).await,
             Command::Memory { reply } => {
                 let _ = reply.send(self.memory().await);
             }
@@ -289,6 +294,7 @@ impl Machine {
         begins: impl Future<Output = Result<start::Started, PowerError>>,
     ) -> Result<(), PowerError> {
         self.shared.refresh();
+        self.open_ports().await;
         self.shared.enter(VmState::PoweringOn, reason.map(str::to_owned));
         let started = Instant::now();
         let id = self.shared.dir().id().clone();
@@ -403,6 +409,9 @@ impl Machine {
             facts.started = Some(process.started());
             facts.engine = process.engine();
             facts.began = began;
+        }
+        if began.is_some_and(|began| began.mode != StartMode::Resume) {
+            self.context.ports.cut(dir.id());
         }
         self.resets.started();
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));

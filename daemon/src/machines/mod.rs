@@ -10,6 +10,7 @@ mod folders;
 mod freeze;
 pub mod guest;
 mod machine;
+mod ports;
 mod resets;
 pub mod shared;
 mod snapshots;
@@ -32,6 +33,7 @@ use crate::access_keys::AccessKeys;
 use crate::engine::{Engines, process};
 use crate::events::Events;
 use crate::network::{Lease, Mac, Network, NetworkError};
+use crate::ports::Ports;
 use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
 use crate::store::{Chain, Store, StoreError, VmConfig, VmDir, VmId, disk};
 use crate::tasks::Tasks;
@@ -53,6 +55,8 @@ pub struct Context {
     pub images: ImageStore,
     /// The VM network.
     pub network: Network,
+    /// Ports of guests on the host.
+    pub ports: Ports,
     /// What VMs are started with, and may run on.
     pub engines: Engines,
     /// The event bus.
@@ -99,10 +103,12 @@ impl Context {
     ) -> Self {
         let events = tasks.events().clone();
         let (missed, vms) = (Missed::default(), RwLock::default());
+        let ports = Ports::new(network.bridge(), owner.uid, crate::settings::descriptors());
         Self {
             store,
             images,
             network,
+            ports,
             engines,
             events,
             owner,
@@ -123,8 +129,9 @@ impl Context {
         self.vms.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets a VM whose folder is gone, and frees its address.
-    fn forget(&self, id: &VmId) {
+    /// Forgets a VM whose folder is gone, and frees its address and ports.
+    async fn forget(&self, id: &VmId) {
+        self.ports.forget(id).await;
         self.entries_mut().remove(id);
         self.network.release(id.as_str());
     }
@@ -141,7 +148,7 @@ impl Machines {
             let id = dir.id().clone();
             let (sender, receiver) = oneshot::channel();
             found.push(receiver);
-            if let Err(error) = machines.add(dir, Some(sender)) {
+            if let Err(error) = machines.add(dir, Some(sender)).await {
                 let reason = crate::http::error::chain(&error).join(": ");
                 tracing::error!(vm = %id, reason, "left out");
             }
@@ -174,10 +181,11 @@ impl Machines {
         &self.0
     }
 
-    /// Gives a VM that lies on disk its lease and its task.
-    fn add(&self, dir: VmDir, adopt: Option<oneshot::Sender<()>>) -> Result<Arc<Shared>, NetworkError> {
+    /// Gives a VM that lies on disk its lease, its ports and its task.
+    async fn add(&self, dir: VmDir, adopt: Option<oneshot::Sender<()>>) -> Result<Arc<Shared>, NetworkError> {
         let id = dir.id().clone();
         let (vmx, config) = dir.read().ok().unzip();
+        let published = config.as_ref().map(|config| config.ports.clone()).unwrap_or_default();
         let wanted = config.as_ref().and_then(|config| Some((Mac(config.mac?), config.address?)));
         let lease = self.0.network.lease_for(id.as_str(), wanted)?;
         if let Some(why) = &lease.changed {
@@ -191,7 +199,9 @@ impl Machines {
                 tracing::warn!(vm = %id, %error, "cannot keep the address of the VM");
             }
         }
-        let shared = Arc::new(Shared::new(dir, self.0.events.clone(), lease, self.0.engines.name()));
+        let ports = self.0.ports.clone();
+        ports.open(&id, lease.address, &published).await;
+        let shared = Arc::new(Shared::new(dir, self.0.events.clone(), ports, lease, self.0.engines.name()));
         shared.refresh();
         let (commands, queue) = mpsc::channel(QUEUE);
         Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopt);
@@ -239,7 +249,7 @@ impl Machines {
         made.await.unwrap_or(Err(CreateError::Stopping))
     }
 
-    async fn create_whole(&self, request: CreateVm) -> Result<Arc<Shared>, CreateError> {
+    async fn create_whole(&self, mut request: CreateVm) -> Result<Arc<Shared>, CreateError> {
         if let Some(parent) = &request.parent
             && clones::with_memory(self.find(parent)?.0.state())
         {
@@ -249,20 +259,37 @@ impl Machines {
             if request.cpus.is_some() || request.memory_mib.is_some() {
                 return Err(CreateError::ParentSize);
             }
-            let made = self.clone_running(parent, vec![(request.id, request.tags)]).await?;
+            let clone = clones::Asked { id: request.id, tags: request.tags, publish: request.publish };
+            let made = self.clone_running(parent, vec![clone]).await?;
             return made.into_iter().next().ok_or(CreateError::Stopping);
         }
         let id = VmId::parse(&request.id)?;
         let _reservation = self.reserve(&id)?;
         let lease = self.0.network.lease_for(id.as_str(), None)?;
+        let ports = &self.0.ports;
+        let published = ports.publish(&id, lease.address, &request.publish).await;
+        request.publish = match published {
+            Ok(published) => published,
+            Err(error) => return Err(self.unmade(&id, error.into()).await),
+        };
         let created = match request.parent.clone() {
             Some(parent) => self.clone_vm(&id, &parent, request, &lease).await,
             None => self.create_from_template(&id, request, &lease).await,
         };
-        let dir = created.inspect_err(|_| self.0.network.release(id.as_str()))?;
-        let shared = self.add(dir, None)?;
+        let dir = match created {
+            Ok(dir) => dir,
+            Err(error) => return Err(self.unmade(&id, error).await),
+        };
+        let shared = self.add(dir, None).await?;
         self.0.events.send(EventKind::VmCreated { id: id.to_string() });
         Ok(shared)
+    }
+
+    /// Gives back what was taken for a VM that was not made.
+    async fn unmade(&self, id: &VmId, error: CreateError) -> CreateError {
+        self.0.network.release(id.as_str());
+        self.0.ports.forget(id).await;
+        error
     }
 
     async fn create_from_template(
@@ -282,6 +309,7 @@ impl Machines {
             mac: None,
             address: None,
             tags: Vec::new(),
+            ports: Vec::new(),
         };
         let mut config = with_lease(with_request(base, request), lease);
         config.check()?;
@@ -449,6 +477,7 @@ fn with_request(mut config: VmConfig, request: CreateVm) -> VmConfig {
     config.cpus = request.cpus.unwrap_or(config.cpus);
     config.memory_mib = request.memory_mib.unwrap_or(config.memory_mib);
     config.tags = request.tags;
+    config.ports = request.publish;
     config
 }
 

@@ -9,6 +9,7 @@ use super::folders::Folders;
 use crate::agent::AgentLink;
 use crate::events::Events;
 use crate::network::Lease;
+use crate::ports::Ports;
 use crate::store::{Began, VmConfig, VmDir};
 
 /// The state of one VM.
@@ -16,6 +17,7 @@ use crate::store::{Began, VmConfig, VmDir};
 pub struct Shared {
     dir: VmDir,
     events: Events,
+    ports: Ports,
     facts: Mutex<Facts>,
     console: Arc<tokio::sync::Semaphore>,
     pub(super) folders: Folders,
@@ -39,7 +41,7 @@ pub(super) struct Facts {
 }
 
 impl Shared {
-    pub(super) fn new(dir: VmDir, events: Events, lease: Lease, engine: EngineName) -> Self {
+    pub(super) fn new(dir: VmDir, events: Events, ports: Ports, lease: Lease, engine: EngineName) -> Self {
         let facts = Facts {
             state: VmState::PoweredOff,
             reason: None,
@@ -54,7 +56,7 @@ impl Shared {
             unadopted: false,
         };
         let console = Arc::new(tokio::sync::Semaphore::new(1));
-        Self { dir, events, facts: Mutex::new(facts), console, folders: Folders::default() }
+        Self { dir, events, ports, facts: Mutex::new(facts), console, folders: Folders::default() }
     }
 
     /// The VM's folder.
@@ -113,6 +115,10 @@ impl Shared {
             let mut facts = self.facts();
             facts.state = state;
             facts.reason.clone_from(&reason);
+        }
+        self.ports.set_open(self.dir.id(), state.has_process());
+        if matches!(state, VmState::PoweredOff | VmState::Blocked) {
+            self.ports.cut(self.dir.id());
         }
         let id = self.dir.id().to_string();
         tracing::info!(vm = %id, %state, reason = reason.as_deref().unwrap_or_default(), "state");
@@ -178,6 +184,7 @@ impl Shared {
             pid: facts.pid,
             started: facts.started,
             start_mode: facts.began.map(|began| began.mode),
+            ports: self.ports.list(self.dir.id()),
             vmx: self.dir.vmx().display().to_string(),
             id,
         }

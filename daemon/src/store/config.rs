@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 
+use catalyst_api::PublishPort;
 use thiserror::Error;
 
 use super::id::VmId;
@@ -22,6 +23,10 @@ pub const DEFAULT_DISK_GIB: u64 = *DISK_GIB.start();
 /// The bundled template.
 pub const DEFAULT_TEMPLATE: &str = "lumen";
 
+/// The key of the published ports.
+const PORTS: &str = "catalyst.ports";
+/// Published ports a VM can have.
+pub const MAX_PORTS: usize = 128;
 const MAX_TAGS: usize = 16;
 const MAX_TEXT: usize = 64;
 
@@ -56,6 +61,9 @@ pub enum ConfigError {
     /// Too many tags.
     #[error("{0} tags are too many: at most {MAX_TAGS} are possible")]
     TooManyTags(usize),
+    /// Too many ports.
+    #[error("{0} published ports are too many: a VM can have {MAX_PORTS}")]
+    TooManyPorts(usize),
     /// A line of ours was damaged.
     #[error("'{key}' is \"{value}\", which is not {wanted}")]
     Malformed {
@@ -89,6 +97,8 @@ pub struct VmConfig {
     pub address: Option<Ipv4Addr>,
     /// Tags.
     pub tags: Vec<String>,
+    /// Ports of the guest that are published on the host.
+    pub ports: Vec<PublishPort>,
 }
 
 impl VmConfig {
@@ -105,6 +115,7 @@ impl VmConfig {
             mac: text("ethernet0.address").map(|value| parse_mac(&value)).transpose()?,
             address: text("catalyst.address").map(|value| parse_address(&value)).transpose()?,
             tags: split_tags(vmx.get("catalyst.tags").unwrap_or_default()),
+            ports: parse_ports(vmx.get(PORTS).unwrap_or_default())?,
         };
         config.check()?;
         Ok(config)
@@ -119,6 +130,11 @@ impl VmConfig {
         vmx.set("catalyst.template", &self.template);
         vmx.set("catalyst.version", &self.version);
         vmx.set("catalyst.tags", self.tags.join(","));
+        // Most VMs have none, and need no line that says so.
+        if !self.ports.is_empty() || vmx.get(PORTS).is_some() {
+            let ports: Vec<String> = self.ports.iter().map(ToString::to_string).collect();
+            vmx.set(PORTS, ports.join(","));
+        }
         if let Some(mac) = self.mac {
             vmx.set("ethernet0.address", format_mac(mac));
         }
@@ -137,7 +153,11 @@ impl VmConfig {
         if self.tags.len() > MAX_TAGS {
             return Err(ConfigError::TooManyTags(self.tags.len()));
         }
-        self.tags.iter().try_for_each(|tag| check_text("The tag", tag, |c| c != ','))
+        self.tags.iter().try_for_each(|tag| check_text("The tag", tag, |c| c != ','))?;
+        if self.ports.len() > MAX_PORTS {
+            return Err(ConfigError::TooManyPorts(self.ports.len()));
+        }
+        Ok(())
     }
 }
 
@@ -197,6 +217,16 @@ fn parse_mac(value: &str) -> Result<[u8; 6], ConfigError> {
     if parts.next().is_some() || mac[0] & 1 == 1 { Err(malformed()) } else { Ok(mac) }
 }
 
+fn parse_ports(list: &str) -> Result<Vec<PublishPort>, ConfigError> {
+    let malformed = |_| ConfigError::Malformed {
+        key: PORTS,
+        value: list.chars().take(MAX_TEXT).collect(),
+        wanted: "a list of ports as 8080:80/tcp, with commas between",
+    };
+    let ports = list.split(',').map(str::trim).filter(|port| !port.is_empty());
+    ports.map(|port| port.parse().map_err(malformed)).collect()
+}
+
 fn parse_address(value: &str) -> Result<Ipv4Addr, ConfigError> {
     value.parse().map_err(|_| ConfigError::Malformed {
         key: "catalyst.address",
@@ -226,7 +256,11 @@ mod tests {
         config.tags = vec!["a".into(), "b c".into()];
         config.mac = Some([0x52, 0x54, 0, 1, 2, 3]);
         config.address = Some(Ipv4Addr::new(10, 1, 2, 3));
+        config.ports = vec!["8080:80".parse().unwrap(), "[::1]:53:53/udp".parse().unwrap()];
         let mut vmx = Vmx::default();
+        config.write_to(&mut vmx);
+        assert_eq!(VmConfig::from_vmx(&vmx, &VmId::parse("web1").unwrap()).unwrap(), config);
+        config.ports.clear();
         config.write_to(&mut vmx);
         assert_eq!(VmConfig::from_vmx(&vmx, &VmId::parse("web1").unwrap()).unwrap(), config);
     }
@@ -242,6 +276,7 @@ mod tests {
             ("ethernet0.address = \"zz\"", "MAC"),
             ("ethernet0.address = \"01:00:00:00:00:00\"", "MAC"),
             ("catalyst.address = \"1.2.3\"", "IPv4"),
+            ("catalyst.ports = \"8080:80,nonsense\"", "8080:80/tcp"),
             ("catalyst.template = \"../../etc\"", "template"),
             ("catalyst.tags = \"1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16,17\"", "17 tags"),
         ] {

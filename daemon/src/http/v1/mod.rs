@@ -7,6 +7,7 @@ mod folders;
 mod guest;
 mod images;
 mod logs;
+mod ports;
 mod snapshots;
 mod templates;
 mod vms;
@@ -24,6 +25,7 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .merge(folders::routes())
         .merge(logs::routes())
         .merge(images::routes())
+        .merge(ports::routes())
         .merge(snapshots::routes())
         .merge(templates::routes())
         .merge(events::routes())

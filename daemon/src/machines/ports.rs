@@ -1,0 +1,43 @@
+//! Ports of guests on the host, as clients ask for them.
+
+use catalyst_api::{Port, PortName, PublishPort};
+use tokio::sync::oneshot;
+
+use super::machine::{Command, PortsCommand};
+use super::{Machines, asked};
+use crate::ports::error::PortError;
+
+impl Machines {
+    /// The published ports of a VM. Those that could not be had are tried again.
+    pub async fn ports(&self, id: &str) -> Result<Vec<Port>, PortError> {
+        let shared = self.get(id)?;
+        self.0.ports.retry(shared.dir().id()).await;
+        Ok(self.0.ports.list(shared.dir().id()))
+    }
+
+    /// Publishes a port of a VM's guest.
+    pub async fn publish(&self, id: &str, port: PublishPort) -> Result<Port, PortError> {
+        let (shared, commands) = self.find(id)?;
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Ports(PortsCommand::Publish { port, reply });
+        commands.send(asked(command)).await.map_err(|_| PortError::Stopping)?;
+        let made = answer.await.map_err(|_| PortError::Stopping)??;
+        let is_it = |port: &Port| {
+            (port.host_port, port.protocol, port.host_address)
+                == (made.host_port, made.protocol, made.host_address)
+        };
+        // It may be gone again.
+        self.0.ports.list(shared.dir().id()).into_iter().find(is_it).ok_or(PortError::Stopping)
+    }
+
+    /// Takes a published port back, and ends what goes through it.
+    pub async fn unpublish(&self, id: &str, name: &str) -> Result<(), PortError> {
+        let (shared, commands) = self.find(id)?;
+        let name: PortName = name.parse().map_err(PortError::Form)?;
+        let port = self.0.ports.find(shared.dir().id(), &name)?;
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Ports(PortsCommand::Unpublish { port, reply });
+        commands.send(asked(command)).await.map_err(|_| PortError::Stopping)?;
+        answer.await.map_err(|_| PortError::Stopping)?
+    }
+}
