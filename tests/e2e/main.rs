@@ -24,6 +24,7 @@ mod owner;
 mod pair;
 mod rounds;
 mod snapshots;
+mod vagrant;
 
 use catalyst_tests::harness::{self, Group};
 
@@ -35,6 +36,7 @@ const GROUPS: &[Group] = &[
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
+    ("vagrant", vagrant::vagrant),
     ("life", life::life),
     ("owner", owner::owner),
     ("pair", pair::pair),

@@ -1,0 +1,109 @@
+# frozen_string_literal: true
+
+require "digest"
+require "vagrant"
+require "vagrant/action/builtin/mixin_synced_folders"
+
+require "vagrant-catalyst/errors"
+
+module VagrantPlugins
+  module Catalyst
+    # Folders of the host that the daemon shares with a guest and its agent mounts.
+    class SyncedFolder < Vagrant.plugin("2", :synced_folder)
+      include Vagrant::Action::Builtin::MixinSyncedFolders
+
+      # Guests of boxes have no agent: there, Vagrant takes another kind.
+      def usable?(machine, _raise_error = false)
+        machine.provider_name == :catalyst && !machine.provider.box_guest?
+      end
+
+      # The shortest path comes first, so that a folder within another is mounted in it.
+      def enable(machine, folders, _options)
+        machine.ui.output(I18n.t("vagrant.actions.vm.share_folders.mounting"))
+        folders.sort_by { |_, data| data[:guestpath].to_s.length }.each do |id, data|
+          tell(machine, data)
+          share(machine, wanted(machine, id, data))
+        end
+      end
+
+      def disable(machine, folders, _options)
+        folders.each_key { |id| forget(machine, name_of(id)) }
+      end
+
+      # Takes away what an earlier Vagrantfile shared and this one does not. What others have shared stays.
+      def forget_earlier(machine)
+        earlier = names(synced_folders(machine, cached: true))
+        gone = earlier - names(synced_folders(machine))
+        gone.each { |name| forget(machine, name) }
+      end
+
+      # A folder's name for the daemon: `/vagrant` is `vagrant`. Ids that would become the same name do not.
+      def name_of(id)
+        bare = id.to_s.sub(%r{\A/+}, "")
+        name = bare.gsub(/[^A-Za-z0-9._-]/, "_").gsub(/\A[^A-Za-z0-9]+|[^A-Za-z0-9]+\z/, "")[0, 48]
+        return name if !name.empty? && name.tr("_", "/") == bare
+
+        [name, Digest::SHA256.hexdigest(id.to_s)[0, 8]].reject(&:empty?).join("-")
+      end
+
+      private
+
+      def tell(machine, data)
+        key = data[:guestpath] ? "mounting_entry" : "nomount_entry"
+        paths = { guestpath: data[:guestpath], hostpath: data[:hostpath] }
+        machine.ui.detail(I18n.t("vagrant.actions.vm.share_folders.#{key}", **paths))
+      end
+
+      def names(folders)
+        ours = folders.find { |kind, _| kind.to_sym == :catalyst }
+        ours.nil? ? [] : ours.last.keys.map { |id| name_of(id) }
+      end
+
+      def share(machine, folder)
+        client = machine.provider.client
+        client.add_folder(machine.id, folder)
+      rescue Errors::Api => error
+        raise if error.code != "exists"
+
+        # The Vagrantfile says something else of it than it did.
+        client.delete_folder(machine.id, folder[:name])
+        client.add_folder(machine.id, folder)
+      end
+
+      def forget(machine, name)
+        machine.provider.client.delete_folder(machine.id, name)
+      rescue Errors::Api => error
+        raise unless error.code.end_with?("not_found")
+      end
+
+      def wanted(machine, id, data)
+        options = Array(data[:mount_options]).flat_map { |option| option.to_s.split(",") }
+        named = options.grep(/=/).to_h { |option| option.split("=", 2) }
+        unknown = options.reject { |option| option == "ro" || option == "rw" || option.match?(/\A[ug]id=/) }
+        warn_of(machine, id, unknown) unless unknown.empty?
+        {
+          name: name_of(id), host_path: data[:hostpath].to_s, guest_path: data[:guestpath],
+          read_only: options.include?("ro"),
+          uid: number(machine, "-u", named["uid"] || data[:owner]),
+          gid: number(machine, "-g", named["gid"] || data[:group])
+        }.compact
+      end
+
+      def warn_of(machine, id, unknown)
+        machine.ui.warn(I18n.t("vagrant_catalyst.folders.mount_options", id: id, options: unknown.join(", ")))
+      end
+
+      # The number of a user, or of a group, which may be given by name.
+      def number(machine, kind, owner)
+        return if owner.nil?
+        return owner.to_i if owner.to_s.match?(/\A[0-9]+\z/)
+
+        argv = kind == "-u" ? ["id", "-u", "--", owner.to_s] : ["getent", "group", owner.to_s]
+        found = machine.provider.client.exec(machine.id, argv)
+        raise Errors::NoSuchUser, name: owner if found["exit_code"] != 0
+
+        kind == "-u" ? found["stdout"].to_i : found["stdout"].split(":")[2].to_i
+      end
+    end
+  end
+end
