@@ -23,6 +23,15 @@ RSpec.describe "a machine's life" do
     expect(machine.state.id).to eq(:running)
   end
 
+  it "is known to be Debian where it is lumen, unless the Vagrantfile says otherwise" do
+    project.vagrantfile("", config: 'config.vm.synced_folder ".", "/vagrant", disabled: true; config.vm.guest = nil')
+    expect(project.run(:up).config.vm.guest).to eq(:debian)
+    vm["template"] = "other"
+    expect(project.run(:up).config.vm.guest).to be_nil
+    project.vagrantfile
+    expect(project.run(:reload).config.vm.guest).to eq(:linux)
+  end
+
   it "asks for nothing that the Vagrantfile does not say" do
     project.vagrantfile
     id = project.run(:up).id

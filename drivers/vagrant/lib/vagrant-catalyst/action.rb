@@ -66,6 +66,7 @@ module VagrantPlugins
       # Of a machine that is off, or a clone that runs already.
       def action_boot
         chain do |b|
+          b.use KnowGuest
           b.use Provision
           b.use ForgetFolders
           b.use SyncedFolderCleanup
@@ -82,6 +83,7 @@ module VagrantPlugins
       # Of a machine that is suspended, paused or runs. What was forwarded and shared is so still.
       def action_go_on
         chain do |b|
+          b.use KnowGuest
           b.use Provision
           b.use PowerOn
           b.use WaitForCommunicator, RUNS
@@ -134,6 +136,7 @@ module VagrantPlugins
         chain do |b|
           b.use ConfigValidate
           b.use MustRun
+          b.use KnowGuest
           b.use Provision
         end
       end
@@ -182,6 +185,7 @@ module VagrantPlugins
       def action_sync_folders
         chain do |b|
           b.use MustRun
+          b.use KnowGuest
           b.use SyncedFolders
         end
       end

@@ -27,6 +27,20 @@ module VagrantPlugins
         end
       end
 
+      # Spares Vagrant its search for the kind of guest, which takes some thirty commands by SSH: lumen is Debian.
+      class KnowGuest
+        def initialize(app, _env)
+          @app = app
+        end
+
+        def call(env)
+          machine = env[:machine]
+          config = machine.config.vm
+          config.guest = :debian if config.guest.nil? && machine.provider.vm&.fetch("template") == "lumen"
+          @app.call(env)
+        end
+      end
+
       # Takes away the synced folders that have left the Vagrantfile. Vagrant asks a kind of folders to clean up
       # only while the Vagrantfile has some of it.
       class ForgetFolders
