@@ -23,19 +23,17 @@ TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Installs the packages of the programs that are missing of a list, and those named besides.
-define install
-missing="$(2)"; for need in $(1); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
-if [ -n "$${missing// /}" ]; then echo "installing:$$missing"; \
-  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
-endef
-
 setup: ## install what is missing (Debian packages)
-	@$(call install,$(NEEDS),$(if $(wildcard /usr/share/seabios/bios-microvm.bin),, seabios))
+	@missing=; for need in $(NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	[ -f /usr/share/seabios/bios-microvm.bin ] || missing="$$missing seabios"; \
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
+	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
 
 setup-tests: setup ## install what only tests need besides
-	@$(call install,$(TEST_NEEDS))
+	@missing=; for need in $(TEST_NEEDS); do command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
+	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
 build: setup lean ## build everything into target/release
 	cargo build --release --workspace --exclude catalyst-agent --exclude catalyst-vmm
@@ -52,7 +50,7 @@ place:
 	place catalyst-agent catalyst-agent-static && place catalyst-vmm catalyst-vmm
 
 gem: ## build the Vagrant provider's gem into target
-	@$(call install,gem:ruby)
+	@command -v gem >/dev/null || { echo "RubyGems is missing: install Debian's ruby" >&2; exit 1; }
 	@mkdir -p target
 	cd drivers/vagrant && gem build -o ../../target/vagrant-catalyst.gem vagrant-catalyst.gemspec
 

@@ -24,6 +24,24 @@ Vagrant.configure("2") do |config|
 end
 "#;
 
+/// One machine, with the folder that Vagrant shares by itself.
+const FOLDER: &str = r#"
+Vagrant.configure("2") do |config|
+  config.vm.define("files") { |machine| machine.vm.hostname = "files" }
+end
+"#;
+/// Three machines that want one port; the last takes no other.
+const PORT: &str = r#"
+Vagrant.configure("2") do |config|
+  config.vm.synced_folder ".", "/vagrant", disabled: true
+  config.vm.network :forwarded_port, guest: 8000, host: 8000, auto_correct: true
+  %w[one two].each { |name| config.vm.define(name) { |machine| machine.vm.hostname = name } }
+  config.vm.define "three", autostart: false do |machine|
+    machine.vm.network :forwarded_port, guest: 8000, host: 8000, auto_correct: false
+  end
+end
+"#;
+
 /// A folder with a Vagrantfile in a world, and a Vagrant that has nothing but the gem.
 struct Project {
     world: World,
@@ -169,18 +187,17 @@ fn go_back(checks: &mut Checks, project: &Project) {
 fn folder(checks: &mut Checks, project: &Project) {
     checks.check("the project's folder is the guest's /vagrant", || {
         until_merged(project, "folders");
-        project.vagrantfile(&VAGRANTFILE.replace(", disabled: true", ""));
+        project.vagrantfile(FOLDER);
         fs::write(project.folder.join("from-host"), "host").unwrap();
-        project.vagrant(&["reload", "db"]).ok();
-        assert_eq!(project.ssh("db", "cat /vagrant/from-host; echo guest >/vagrant/from-guest"), "host");
+        project.vagrant(&["up"]).ok();
+        assert_eq!(project.ssh("files", "cat /vagrant/from-host; echo guest >/vagrant/from-guest"), "host");
         assert_eq!(fs::read_to_string(project.folder.join("from-guest")).unwrap(), "guest\n");
-        project.vagrant(&["suspend", "db"]).ok();
+        project.vagrant(&["suspend"]).ok();
         fs::write(project.folder.join("from-host"), "later").unwrap();
-        project.vagrant(&["resume", "db"]).ok();
-        assert_eq!(project.ssh("db", "cat /vagrant/from-host"), "later");
-        project.vagrantfile(VAGRANTFILE);
-        project.vagrant(&["reload", "db"]).ok();
-        assert_eq!(project.guest("db", "ls /vagrant | wc -l"), "0");
+        project.vagrant(&["resume"]).ok();
+        assert_eq!(project.ssh("files", "cat /vagrant/from-host"), "later");
+        project.vagrant(&["destroy", "-f"]).ok();
+        assert_eq!(fs::read_to_string(project.folder.join("from-host")).unwrap(), "later");
     });
 }
 
@@ -188,24 +205,22 @@ fn folder(checks: &mut Checks, project: &Project) {
 fn port(checks: &mut Checks, project: &Project) {
     checks.check("ports are forwarded, and another is found for one that is taken", || {
         until_merged(project, "ports");
-        project.with("config.vm.network :forwarded_port, guest: 8000, host: 8000, auto_correct: true");
-        for name in ["web", "db"] {
-            project.vagrant(&["reload", name]).ok();
-            let serve = "echo $(hostname) >/tmp/index.html; busybox httpd -p 8000 -h /tmp";
-            project.guest(name, serve);
-        }
-        let served = |port: &str| {
+        project.vagrantfile(PORT);
+        project.vagrant(&["up"]).ok();
+        let served = |name: &str| {
+            project.guest(name, "hostname >/tmp/index.html; busybox httpd -p 8000 -h /tmp");
+            let port = project.vagrant(&["port", name, "--guest", "8000"]).ok().to_owned();
             let mut curl = project.world.command("curl");
             curl.args(["-s", "--max-time", "20", &format!("http://127.0.0.1:{port}/index.html")]);
-            ran(curl).ok().to_owned()
+            assert_eq!(ran(curl).ok(), name);
+            port
         };
-        let other = project.vagrant(&["port", "db", "--guest", "8000"]).ok().to_owned();
-        assert_ne!(other, "8000");
-        assert_eq!((served("8000"), served(&other)), ("web".to_owned(), "db".to_owned()));
-        project.with("config.vm.network :forwarded_port, guest: 80, host: 8000");
-        let ran = project.vagrant(&["reload", "db"]);
+        let mut ports = [served("one"), served("two")];
+        ports.sort();
+        assert_eq!(ports, ["2200", "8000"]);
+        let ran = project.vagrant(&["up", "three"]);
         assert!(ran.code() == 1 && ran.stderr.contains("auto_correct: true"), "{}{}", ran.stdout, ran.stderr);
-        project.vagrantfile(VAGRANTFILE);
+        project.vagrant(&["destroy", "-f"]).ok();
     });
 }
 
@@ -220,6 +235,7 @@ fn until_merged(project: &Project, part: &str) {
 
 fn end(checks: &mut Checks, project: &Project) {
     checks.check("destroy leaves nothing", || {
+        project.vagrantfile(VAGRANTFILE);
         project.vagrant(&["destroy", "-f"]).ok();
         assert_eq!(project.world.catalyst(&["vm", "list"]).ok(), "");
         let machines = project.folder.join(".vagrant/machines");

@@ -23,13 +23,15 @@ RSpec.describe "boxes" do
     daemon.body_of("POST", "/api/vms")
   end
 
-  it "of VMware's are copied whole, and registered where the copy lies" do
+  it "of VMware's are copied, but for disks that are linked, and registered where the copy lies" do
     add_box("vmware_desktop", "photon.vmx": 'memsize = "512"', "disk.vmdk": "disk")
     machine = project.run(:up)
     vmx = Pathname.new(registered["sourceReference"])
     expect(registered).to include("id" => "web1", "tag" => "vagrant", "name" => "Vagrant: shop default")
     expect(vmx.to_s).to start_with(machine.data_dir.to_s)
-    expect([vmx.read, vmx.dirname.join("disk.vmdk").read]).to eq(['memsize = "512"', "disk"])
+    files = [vmx, vmx.dirname.join("disk.vmdk")]
+    expect(files.map(&:read)).to eq(['memsize = "512"', "disk"])
+    expect(files.map { |file| file.stat.nlink }).to eq([1, 2])
     expect(daemon.changes).to eq(["POST /api/vms", "POST /v1/vms/web1/power"])
   end
 
@@ -38,7 +40,7 @@ RSpec.describe "boxes" do
     project.run(:up)
     vmx = Pathname.new(registered["sourceReference"])
     expect(vmx.dirname.join("box.qcow2").read).to eq("disk")
-    expect(vmx.read).to include('scsi0:0.fileName = "box.qcow2"', 'displayName = "Vagrant: shop default"')
+    expect(vmx.read).to include('sata0:0.fileName = "box.qcow2"', 'displayName = "Vagrant: shop default"')
   end
 
   it "of libvirt's newer form name their disk" do

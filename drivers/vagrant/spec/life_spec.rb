@@ -283,11 +283,5 @@ RSpec.describe "a machine's life" do
       project.run(:up)
       expect(daemon.body_of("POST", "/v1/vms")["parent"]).to eq("golden")
     end
-
-    it "has the key that Vagrant gave its parent" do
-      base = project.run(:up, :base)
-      base.data_dir.join("private_key").write("secret")
-      expect(project.run(:up, :web).data_dir.join("private_key").read).to eq("secret")
-    end
   end
 end

@@ -6,11 +6,14 @@ require "vagrant-catalyst/errors"
 
 module VagrantPlugins
   module Catalyst
-    # A box whose copy becomes a VM: the daemon registers a VMX file where it lies, so each machine has the
-    # box's files for itself.
+    # A box whose copy becomes a VM: the daemon registers a VMX file where it lies, and deletes it with the VM, so
+    # each machine has the box's files for itself. Disks are linked where that is possible: the daemon only reads
+    # them, and keeps what guests write in files of its own.
     class Box
       # Name of the disk in the copy of a libvirt box.
       DISK = "box.qcow2"
+      # Endings of disks.
+      DISKS = %w[.vmdk .qcow2 .img].freeze
 
       # @param [Vagrant::Box] box
       # @param [Pathname] folder of the copy, which is not there yet
@@ -43,7 +46,10 @@ module VagrantPlugins
         # Of several the first, as AppCatalyst's plugin did.
         found = Dir.glob("*.vmx", base: @box.directory.to_s).min
         bad("it has no .vmx file") if found.nil?
-        FileUtils.cp_r(@box.directory, @folder)
+        @folder.mkpath
+        @box.directory.children.select(&:file?).each do |file|
+          DISKS.include?(file.extname.downcase) ? link(file, file.basename) : FileUtils.cp(file, @folder)
+        end
         @folder.join(found)
       end
 
@@ -51,10 +57,17 @@ module VagrantPlugins
       def copy_libvirt(name)
         disk = libvirt_disk
         @folder.mkpath
-        FileUtils.cp(disk, @folder.join(DISK))
+        link(disk, DISK)
         vmx = @folder.join("box.vmx")
         vmx.write(description(name))
         vmx
+      end
+
+      # Another file system has no link to it.
+      def link(disk, name)
+        FileUtils.ln(disk, @folder.join(name))
+      rescue Errno::EXDEV, Errno::EPERM, Errno::EMLINK
+        FileUtils.cp(disk, @folder.join(name))
       end
 
       # `box.img`, or what `disks` of metadata.json names.
@@ -72,15 +85,14 @@ module VagrantPlugins
         file
       end
 
-      # The disk's key is what matters; which devices there are, the daemon decides.
+      # Of all controllers and cards there are, these are those that most guests have drivers for.
       def description(name)
         {
           ".encoding" => "UTF-8", "config.version" => "8", "virtualHW.version" => "11",
           "displayName" => name, "guestOS" => "other3xlinux-64",
-          "scsi0.present" => "TRUE", "scsi0.virtualDev" => "pvscsi",
-          "scsi0:0.present" => "TRUE", "scsi0:0.fileName" => DISK,
+          "sata0.present" => "TRUE", "sata0:0.present" => "TRUE", "sata0:0.fileName" => DISK,
           "ethernet0.present" => "TRUE", "ethernet0.connectionType" => "nat",
-          "ethernet0.virtualDev" => "vmxnet3"
+          "ethernet0.virtualDev" => "e1000"
         }.map { |key, value| "#{key} = \"#{quoted(value)}\"\n" }.join
       end
 

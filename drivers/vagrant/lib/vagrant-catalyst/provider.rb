@@ -78,17 +78,9 @@ module VagrantPlugins
         nil
       end
 
-      # Whether the guest is a box's, without Catalyst's agent; a clone's is what its parent's is.
+      # Whether the guest is a box's, without Catalyst's agent.
       def box_guest?
-        machine = @machine
-        seen = []
-        until machine.nil? || seen.include?(machine.name)
-          return true unless machine.config.vm.box.to_s.empty?
-
-          seen << machine.name
-          machine = machine.provider.parent_machine
-        end
-        false
+        !@machine.config.vm.box.to_s.empty?
       end
 
       # The machine of this Vagrantfile that this one is a clone of.

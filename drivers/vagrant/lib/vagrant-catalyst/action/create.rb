@@ -1,6 +1,5 @@
 # frozen_string_literal: true
 
-require "fileutils"
 require "securerandom"
 
 require "vagrant-catalyst/box"
@@ -76,7 +75,11 @@ module VagrantPlugins
 
           wait_for(parent)
           made = nil
-          borrow(parent) { made = clone_of_machine(parent) }
+          borrow(parent) do
+            raise Errors::NoParent, name: parent.name if parent.state.id == :not_created
+
+            made = clone_of(parent.id)
+          end
           made
         end
 
@@ -100,16 +103,6 @@ module VagrantPlugins
           # Vagrant has no way to wait for a machine but to try.
           sleep 1
           retry
-        end
-
-        def clone_of_machine(parent)
-          raise Errors::NoParent, name: parent.name if parent.state.id == :not_created
-
-          made = clone_of(parent.id)
-          # Vagrant may have given the parent's guest a key of its own.
-          key = parent.data_dir.join("private_key")
-          FileUtils.cp(key, @machine.data_dir.join("private_key"), preserve: true) if key.file?
-          made
         end
 
         def clone_of(parent)
