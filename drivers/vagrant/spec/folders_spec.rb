@@ -31,15 +31,15 @@ RSpec.describe VagrantPlugins::Catalyst::SyncedFolder do
   end
 
   it "passes on who owns them, by number or by name" do
-    daemon.exec_result = { "exit_code" => 0, "stdout" => "33\n", "stderr" => "" }
+    daemon.answers = { "id" => "33\n", "getent" => "staff:x:50:\n" }
     project.vagrantfile("", config: <<~RUBY)
       config.vm.synced_folder ".", "/a", owner: 0, group: "7", mount_options: ["ro"]
-      config.vm.synced_folder ".", "/b", owner: "www-data"
+      config.vm.synced_folder ".", "/b", owner: "www-data", group: "staff"
       config.vm.synced_folder ".", "/c", mount_options: ["uid=5,gid=6", "dmode=775"]
     RUBY
     project.run(:up)
     given = vm[:folders].to_h { |folder| [folder["name"], folder.values_at("uid", "gid", "read_only")] }
-    expect(given).to eq("a" => [0, 7, true], "b" => [33, nil, false], "c" => [5, 6, false])
+    expect(given).to eq("a" => [0, 7, true], "b" => [33, 50, false], "c" => [5, 6, false])
     expect(project.lines).to include(match(/does not have: dmode=775/))
   end
 

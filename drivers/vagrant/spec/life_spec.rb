@@ -24,7 +24,10 @@ RSpec.describe "a machine's life" do
   end
 
   it "is known to be Debian where it is lumen, unless the Vagrantfile says otherwise" do
-    project.vagrantfile("", config: 'config.vm.synced_folder ".", "/vagrant", disabled: true; config.vm.guest = nil')
+    project.vagrantfile("", config: <<~RUBY)
+      config.vm.synced_folder ".", "/vagrant", disabled: true
+      config.vm.guest = nil
+    RUBY
     expect(project.run(:up).config.vm.guest).to eq(:debian)
     vm["template"] = "other"
     expect(project.run(:up).config.vm.guest).to be_nil
@@ -273,7 +276,9 @@ RSpec.describe "a machine's life" do
     it "is not made where its parent does not come up at the same time" do
       daemon.refuses = "POST /v1/vms"
       env = project.environment
-      up = -> { env.batch { |batch| %i[base web].each { |name| batch.action(env.machine(name, :catalyst), :up) } } }
+      up = lambda do
+        env.batch { |batch| %i[base web].each { |name| batch.action(env.machine(name, :catalyst), :up) } }
+      end
       expect(&up).to raise_error(Vagrant::Errors::BatchMultiError, /run `vagrant up base` first/)
     end
 

@@ -6,9 +6,9 @@ require "vagrant-catalyst/errors"
 
 module VagrantPlugins
   module Catalyst
-    # A box whose copy becomes a VM: the daemon registers a VMX file where it lies, and deletes it with the VM, so
-    # each machine has the box's files for itself. Disks are linked where that is possible: the daemon only reads
-    # them, and keeps what guests write in files of its own.
+    # A box whose copy becomes a VM: the daemon registers a VMX file where it lies, and deletes it with the
+    # VM, so each machine has the box's files for itself. Disks are linked where that is possible: the daemon
+    # only reads them, and keeps what guests write in files of its own.
     class Box
       # Name of the disk in the copy of a libvirt box.
       DISK = "box.qcow2"

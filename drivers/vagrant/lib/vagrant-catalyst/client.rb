@@ -45,8 +45,12 @@ module VagrantPlugins
         @name, @port = self.class.parse_host(host)
       end
 
-      def version
-        get("/v1/version")
+      # The daemon's state folder: no two daemons have the same.
+      def state_dir
+        version = get("/v1/version")
+        raise Errors::NotCatalyst, host: @host unless version.is_a?(Hash) && version["state_dir"]
+
+        version["state_dir"]
       end
 
       def vm(id)

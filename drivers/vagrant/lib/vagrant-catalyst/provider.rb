@@ -48,7 +48,7 @@ module VagrantPlugins
 
       # Notes the daemon that has made the machine's VM.
       def note_daemon
-        @machine.data_dir.join(DAEMON_FILE).write(client.version.fetch("state_dir"))
+        @machine.data_dir.join(DAEMON_FILE).write(client.state_dir)
       end
 
       def state
@@ -107,7 +107,7 @@ module VagrantPlugins
       def gone_for_good
         file = @machine.data_dir.join(DAEMON_FILE)
         noted = file.file? ? file.read : nil
-        now = client.version.fetch("state_dir")
+        now = client.state_dir
         return if noted.nil? || noted == now
 
         host = @machine.provider_config.host

@@ -84,8 +84,8 @@ module VagrantPlugins
         {
           name: name_of(id), host_path: data[:hostpath].to_s, guest_path: data[:guestpath],
           read_only: options.include?("ro"),
-          uid: number(machine, "-u", named["uid"] || data[:owner]),
-          gid: number(machine, "-g", named["gid"] || data[:group])
+          uid: user(machine, named["uid"] || data[:owner]),
+          gid: group(machine, named["gid"] || data[:group])
         }.compact
       end
 
@@ -93,16 +93,26 @@ module VagrantPlugins
         machine.ui.warn(I18n.t("vagrant_catalyst.folders.mount_options", id: id, options: unknown.join(", ")))
       end
 
-      # The number of a user, or of a group, which may be given by name.
-      def number(machine, kind, owner)
-        return if owner.nil?
-        return owner.to_i if owner.to_s.match?(/\A[0-9]+\z/)
+      # The number of a user of the guest, who may be given by name.
+      def user(machine, owner)
+        owner && (number(owner) || ask(machine, owner, "id", "-u", "--").to_i)
+      end
 
-        argv = kind == "-u" ? ["id", "-u", "--", owner.to_s] : ["getent", "group", owner.to_s]
-        found = machine.provider.client.exec(machine.id, argv)
+      # The number of a group of the guest: the third field of its line in group(5).
+      def group(machine, owner)
+        owner && (number(owner) || ask(machine, owner, "getent", "group").split(":")[2].to_i)
+      end
+
+      # @return [Integer, nil] nil if it is a name
+      def number(owner)
+        owner.to_i if owner.to_s.match?(/\A[0-9]+\z/)
+      end
+
+      def ask(machine, owner, *words)
+        found = machine.provider.client.exec(machine.id, [*words, owner.to_s])
         raise Errors::NoSuchUser, name: owner if found["exit_code"] != 0
 
-        kind == "-u" ? found["stdout"].to_i : found["stdout"].split(":")[2].to_i
+        found["stdout"]
       end
     end
   end

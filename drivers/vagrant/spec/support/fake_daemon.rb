@@ -31,7 +31,8 @@ class FakeDaemon
   end
 
   attr_reader :requests, :vms, :port
-  attr_accessor :refuses, :state_dir, :taken_ports, :lacks, :shutdown_hangs, :exec_result, :busy_folders
+  attr_accessor :refuses, :state_dir, :taken_ports, :lacks, :shutdown_hangs, :exec_result, :answers
+  attr_accessor :busy_folders
 
   def initialize
     @requests = []
@@ -41,6 +42,7 @@ class FakeDaemon
     @busy_folders = []
     @lacks = []
     @exec_result = { "exit_code" => 0, "stdout" => "", "stderr" => "", "truncated" => false }
+    @answers = {}
     @lock = Mutex.new
     @server = TCPServer.new("127.0.0.1", 0)
     @port = @server.addr[1]
@@ -132,13 +134,18 @@ class FakeDaemon
     in ["POST", "vms", id, "power"] then power(vm(id), body["op"])
     in ["GET", "vms", id, "ssh"] then [200, login(vm(id))]
     in ["GET", "vms", id, "address"] then [200, { "address" => running(vm(id))["address"] }]
-    in ["POST", "vms", id, "exec"] then [200, running(vm(id)) && @exec_result]
+    in ["POST", "vms", id, "exec"] then [200, running(vm(id)) && output(body["argv"].first)]
     in [_, "vms", id, "snapshots", *rest] then snapshots(method, vm(id), rest, body)
     in [_, "vms", id, "folders" | "ports" => what, *rest]
       refuse("path_not_found", "There is no path /v1/vms/#{id}/#{what}") if @lacks.include?(what)
       what == "folders" ? folders(method, vm(id), rest, body) : ports(method, vm(id), rest, body)
     else refuse("path_not_found", "There is no path /v1/#{words.join("/")}")
     end
+  end
+
+  # What a program in a guest prints.
+  def output(program)
+    @answers.key?(program) ? @exec_result.merge("stdout" => @answers[program]) : @exec_result
   end
 
   def refuse(code, message)

@@ -34,8 +34,8 @@ class WillingGuest < Vagrant.plugin("2", :communicator)
   end
 end
 
-# Vagrant waits at least a second for a machine, with threads that it then kills wherever they are. These machines
-# need no time.
+# Vagrant waits at least a second for a machine, with threads that it then kills wherever they are. These
+# machines need no time.
 module Haste
   def call(env)
     state = env[:machine].state.id

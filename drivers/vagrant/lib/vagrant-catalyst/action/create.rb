@@ -83,7 +83,8 @@ module VagrantPlugins
           made
         end
 
-        # A parent that comes up in the same `vagrant up` has a thread of its own, which Vagrant marks with it.
+        # A parent that comes up in the same `vagrant up` has a thread of its own, which Vagrant marks with
+        # it.
         def wait_for(parent)
           thread = Thread.list.find do |other|
             machine = other[:machine]

@@ -9,7 +9,7 @@ module VagrantPlugins
       # why VMs are called after their machines' host names; what is left to do is a name that is another
       # VM's, or has a domain.
       class SetHostname
-        # Prints whether there is nothing to do; else does it, as root.
+        # Run as root; ends at once where the guest has the name.
         SCRIPT = <<~'SH'
           [ "$(hostname)" = "$1" ] && { [ "$1" = "$2" ] || [ "$(hostname -f)" = "$2" ]; } && exit 0
           hostname "$1" && echo "$1" >/etc/hostname || exit 1

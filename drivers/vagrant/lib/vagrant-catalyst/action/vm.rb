@@ -27,7 +27,8 @@ module VagrantPlugins
         end
       end
 
-      # Spares Vagrant its search for the kind of guest, which takes some thirty commands by SSH: lumen is Debian.
+      # Spares Vagrant its search for the kind of guest, which takes some thirty commands by SSH: lumen is
+      # Debian.
       class KnowGuest
         def initialize(app, _env)
           @app = app
@@ -41,8 +42,8 @@ module VagrantPlugins
         end
       end
 
-      # Takes away the synced folders that have left the Vagrantfile. Vagrant asks a kind of folders to clean up
-      # only while the Vagrantfile has some of it.
+      # Takes away the synced folders that have left the Vagrantfile. Vagrant asks a kind of folders to clean
+      # up only while the Vagrantfile has some of it.
       class ForgetFolders
         def initialize(app, _env)
           @app = app
