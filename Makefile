@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup build lean place image demo test unit e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install uninstall clean
+.PHONY: help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install uninstall clean
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -17,6 +17,9 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          mmdebstrap:mmdebstrap busybox:busybox-static mke2fs:e2fsprogs ssh:openssh-client ip:iproute2 \
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
+# What only tests need: the programs that Catalyst is driven by.
+TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec
+
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -26,6 +29,11 @@ setup: ## install what is missing (Debian packages)
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
+
+setup-tests: setup ## install what only tests need besides
+	@missing=; for need in $(TEST_NEEDS); do command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
+	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
 build: setup lean ## build everything into target/release
 	cargo build --release --workspace --exclude catalyst-agent --exclude catalyst-vmm
@@ -41,6 +49,11 @@ place:
 	@mkdir -p $(RELEASE); place() { cmp -s $(LEAN)/$$1 $(RELEASE)/$$2 || install -m 755 $(LEAN)/$$1 $(RELEASE)/$$2; }; \
 	place catalyst-agent catalyst-agent-static && place catalyst-vmm catalyst-vmm
 
+gem: ## build the Vagrant provider's gem into target
+	@command -v gem >/dev/null || { echo "RubyGems is missing: install Debian's ruby" >&2; exit 1; }
+	@mkdir -p target
+	cd drivers/vagrant && gem build -o ../../target/vagrant-catalyst.gem vagrant-catalyst.gemspec
+
 image: build ## build the bundled image lumen and make it warm, unless that is done
 	$(SUDO) $(RELEASE)/catalyst-image build --store $(IMAGE_DIR)
 	$(SUDO) guest-images/warm $(RELEASE) $(IMAGE_DIR)
@@ -48,10 +61,13 @@ image: build ## build the bundled image lumen and make it warm, unless that is d
 demo: image ## from nothing to a container in a VM, each step with its time
 	tests/demo $(RELEASE)
 
-unit: build ## unit tests
+unit: build rspec ## unit tests
 	cargo test --release --workspace --exclude catalyst-tests
 
-e2e: image ## end-to-end tests on real VMs (root)
+rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
+	cd drivers/vagrant && rspec
+
+e2e: image setup-tests ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
 	cargo test --release -p catalyst-tests -- --nocapture
 

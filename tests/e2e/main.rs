@@ -26,6 +26,7 @@ mod pair;
 mod ports;
 mod rounds;
 mod snapshots;
+mod vagrant;
 
 use catalyst_tests::harness::{self, Group};
 
@@ -37,6 +38,7 @@ const GROUPS: &[Group] = &[
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
+    ("vagrant", vagrant::vagrant),
     ("folders", folders::folders),
     ("ports", ports::ports),
     ("life", life::life),
