@@ -132,12 +132,12 @@ fn saved(checks: &mut Checks, world: &World, shared: &Path) {
         let whole = &text[..text.rfind('\n').unwrap()];
         let numbers: Vec<usize> = whole.lines().map(|line| line.parse().unwrap()).collect();
         assert_eq!(numbers, (1..=numbers.len()).collect::<Vec<_>>(), "none is lost, none comes twice");
-        assert_eq!(guest(world, VM, "readlink /proc/$(pgrep -of 'sleep 100000')/cwd"), "/vagrant/d");
+        assert_eq!(guest(world, VM, "readlink /proc/$(pgrep -of '[s]leep 100000')/cwd"), "/vagrant/d");
     });
     checks.check("a clone of a running VM has the folder, and files open there, of its own", || {
         world.catalyst(&["vm", "clone", VM, "copy"]).ok();
         assert_eq!(
-            guest(world, "copy", "cat /vagrant/a; readlink /proc/$(pgrep -of 'sleep 100000')/cwd"),
+            guest(world, "copy", "cat /vagrant/a; readlink /proc/$(pgrep -of '[s]leep 100000')/cwd"),
             "changed\n/vagrant/d"
         );
         guest(world, "copy", "hostname >/vagrant/who");
@@ -148,19 +148,19 @@ fn saved(checks: &mut Checks, world: &World, shared: &Path) {
         assert_eq!(guest(world, VM, "cat /vagrant/a"), "changed");
     });
     checks.check("a snapshot is gone back to with files open there", || {
-        guest(world, VM, "pkill -f vagrant/log; true");
+        guest(world, VM, "pkill -f '[v]agrant/log'; true");
         world.catalyst(&["vm", "snapshot", "create", VM, "one"]).ok();
         guest(world, VM, "echo later >/dev/shm/at");
         world.catalyst(&["vm", "snapshot", "restore", VM, "one"]).ok();
         assert_eq!(guest(world, VM, "test -e /dev/shm/at || cat /vagrant/a"), "changed");
-        assert_eq!(guest(world, VM, "readlink /proc/$(pgrep -of 'sleep 100000')/cwd"), "/vagrant/d");
+        assert_eq!(guest(world, VM, "readlink /proc/$(pgrep -of '[s]leep 100000')/cwd"), "/vagrant/d");
     });
     checks.check("a folder that a program uses stays, and the program is named", || {
         let error = world.curl("DELETE", "/v1/vms/web1/folders/shared", None);
         let message = v1_error(&error, "busy");
         assert!(message.contains("sleep (pid"), "{message}");
         assert_eq!(guest(world, VM, "cat /vagrant/a"), "changed");
-        guest(world, VM, "pkill -f 'sleep 100000'");
+        guest(world, VM, "pkill -f '[s]leep 100000'");
         world.catalyst(&["folder", "remove", VM, "shared"]).ok();
         assert_eq!(guest(world, VM, "ls /vagrant /mnt/hgfs | grep -v :"), "");
         add(world, shared, &["/vagrant"]);

@@ -65,7 +65,7 @@ impl Frozen {
             fs::hard_link(from, &to).map_err(StoreError::write(to))?;
         }
         to.write_chain(&self.chain)?;
-        to.write_folders(&self.dir.folders()?)?;
+        to.copy_folders(&self.dir)?;
         files::write_atomically(&to.unnamed(), b"", 0o600).map_err(StoreError::write(to.unnamed()))?;
         // A freeze always leaves a layer.
         let below = to.path().join(self.chain.own.first().map_or("", String::as_str));

@@ -357,7 +357,7 @@ impl Machines {
                     std::fs::hard_link(from, &to).map_err(StoreError::write(to))?;
                 }
                 dir.write_chain(&Chain { at: None, ..chain })?;
-                dir.write_folders(&parent.dir().folders()?)?;
+                dir.copy_folders(parent.dir())?;
                 Ok(copy_disk(&handle, &commands, dir)?)
             };
             match context.store.create(&id, &config, copy) {

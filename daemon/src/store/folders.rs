@@ -60,6 +60,12 @@ impl VmDir {
         Ok(folders)
     }
 
+    /// Gives a new VM the folders of another.
+    pub fn copy_folders(&self, from: &Self) -> Result<(), StoreError> {
+        let folders = from.folders()?;
+        if folders.is_empty() { Ok(()) } else { self.write_folders(&folders) }
+    }
+
     /// Says which folders the VM has.
     pub fn write_folders(&self, folders: &[Folder]) -> Result<(), StoreError> {
         let path = self.folders_file();

@@ -10,6 +10,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::Path;
+use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -136,14 +137,14 @@ impl Relay {
     }
 
     fn begin_session(self: &Arc<Self>, state: &mut State) -> io::Result<()> {
-        state.fuse = None;
+        (state.fuse, state.session) = (None, 0);
         mounts::forget_all()?;
         let mut number = [0; 8];
         random::fill(&mut number)?;
+        let device = Arc::new(open_fuse()?);
+        mounts::mount(&device)?;
         state.session = u64::from_le_bytes(number).max(1);
         state.line = Line::default();
-        let device = Arc::new(OpenOptions::new().read(true).write(true).open("/dev/fuse")?);
-        mounts::mount(&device)?;
         state.fuse = Some(Arc::clone(&device));
         let (relay, session) = (Arc::clone(self), state.session);
         thread::spawn(move || relay.ask(&device, session));
@@ -195,6 +196,18 @@ impl Relay {
             // A program that does not wait for it any more, or a file system that was unmounted, wants no answer.
             let _ = (&*device).write(&message);
         }
+    }
+}
+
+/// Opens the kernel's FUSE device. A guest that is still booting may not have it yet.
+fn open_fuse() -> io::Result<File> {
+    let open = || OpenOptions::new().read(true).write(true).open("/dev/fuse");
+    match open() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let status = Command::new("modprobe").arg("fuse").status()?;
+            if status.success() { open() } else { Err(io::Error::other(format!("modprobe fuse: {status}"))) }
+        }
+        opened => opened,
     }
 }
 
