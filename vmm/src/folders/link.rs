@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use super::FoldersError;
 use super::numbers::SavedNumbers;
 
+/// The guest is not read from while more bytes than this wait to be written to it.
+pub(super) const FULL: usize = 1 << 20;
+
 /// What another process needs to go on from here.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Saved {
@@ -141,7 +144,7 @@ impl Link {
                 let Ok(control) = serde_json::from_slice(&frame.payload) else { return Ok(None) };
                 match control {
                     // An agent that has just started asks to be greeted.
-                    LineControl::Hello { .. } if frame.epoch == 0 => {
+                    LineControl::Hello { .. } if frame.epoch == 0 && self.out.len() <= FULL => {
                         self.greet().map_err(super::failed("greet the guest"))?;
                     }
                     LineControl::Hello { session, received } if frame.epoch == self.epoch => {

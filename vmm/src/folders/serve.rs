@@ -5,15 +5,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
-use super::link::{Event, Link, Saved};
+use super::link::{Event, FULL, Link, Saved};
 use super::numbers::Numbers;
 use super::{Answer, FoldersError, Request, failed, fuse};
 use crate::devices::fs::Files;
 
 /// Longest request on the control socket, in bytes.
 const MAX_REQUEST: usize = 1 << 20;
-/// The guest is not read from while more than this waits to be written to it.
-const FULL: usize = 1 << 20;
 
 /// What serves one guest.
 pub(super) struct Server {
@@ -105,11 +103,12 @@ impl Server {
         let reads =
             if !held && self.numbers.is_ready() && self.link.waiting() <= FULL { libc::POLLIN } else { 0 };
         let entry = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
-        // A negative number is passed over.
+        // A negative number is passed over: one client at a time, the next waits.
         let client = self.client.as_ref().map_or(-1, |client| client.stream.as_raw_fd());
+        let listener = if client == -1 { self.control.as_raw_fd() } else { -1 };
         let mut all = [
             entry(self.link.stream().as_raw_fd(), reads | writes),
-            entry(self.control.as_raw_fd(), libc::POLLIN),
+            entry(listener, libc::POLLIN),
             entry(client, libc::POLLIN),
         ];
         loop {

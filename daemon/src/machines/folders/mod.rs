@@ -100,7 +100,12 @@ pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>) {
     let _gone = Gone(Arc::clone(&shared));
     let mut pause = FIRST_PAUSE;
     loop {
-        match serve(&context, &shared).await {
+        let served = serve(&context, &shared).await;
+        shared.folders.serving.send_replace((None, 0));
+        // With the VM's own process it ends as well, and then so does this task.
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+        match served {
             Ok(()) => {
                 tracing::warn!(vm = %shared.dir().id(), "what serves folders has ended; another begins");
             }
@@ -109,9 +114,6 @@ pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>) {
                 tracing::warn!(vm = %shared.dir().id(), reason, "folders are not served");
             }
         }
-        shared.folders.serving.send_replace((None, 0));
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LONGEST_PAUSE);
     }
 }
 
@@ -151,7 +153,13 @@ async fn serve(context: &Context, shared: &Shared) -> Result<(), ServingError> {
     let serving = Arc::new(serving);
     loop {
         let version = folders.facts().version;
-        let failed = serving.settle(&wanted(shared)).await?;
+        let failed = match serving.settle(&wanted(shared)).await {
+            Ok(failed) => failed,
+            Err(error) => {
+                serving.end().await;
+                return Err(error);
+            }
+        };
         {
             let mut facts = folders.facts();
             facts.state = None;

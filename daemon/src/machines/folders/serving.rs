@@ -29,6 +29,8 @@ const RUN: &str = "folders";
 const CONTROL: &str = "control.sock";
 /// How long an answer may take: it looks for what the guest had open.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
+/// The same while the VM may be saved: only one is heard at a time.
+const SETTLES_WITHIN: Duration = Duration::from_mins(5);
 
 /// Why folders are not served.
 #[derive(Debug, Error)]
@@ -82,6 +84,10 @@ impl Control {
     }
 
     async fn ask(&mut self, request: &Request) -> io::Result<Answer> {
+        self.ask_within(request, ANSWERS_WITHIN).await
+    }
+
+    async fn ask_within(&mut self, request: &Request, limit: Duration) -> io::Result<Answer> {
         let asked = async {
             let mut line = serde_json::to_vec(request)?;
             line.push(b'\n');
@@ -93,9 +99,7 @@ impl Control {
                 answer => Ok(answer),
             }
         };
-        tokio::time::timeout(ANSWERS_WITHIN, asked)
-            .await
-            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        tokio::time::timeout(limit, asked).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -147,6 +151,13 @@ impl Serving {
         self.process.exited().await;
     }
 
+    /// Ends it, since it does not do what it is told.
+    pub(super) async fn end(&self) {
+        if self.process.kill().is_ok() {
+            self.process.exited().await;
+        }
+    }
+
     /// Mounts what is wanted and not there, takes away what is not wanted, and says whom all belong to. What cannot be mounted
     /// is told with its name; the others are there.
     pub(super) async fn settle(
@@ -169,7 +180,7 @@ impl Serving {
             |folder: &Folder| FolderOwner { name: folder.name.clone(), uid: folder.uid, gid: folder.gid };
         let request = Request::Owners { folders: wanted.iter().map(owner).collect() };
         let mut control = Control::connect(&self.dir).await.map_err(io("take what there is"))?;
-        control.ask(&request).await.map_err(io("take what there is"))?;
+        control.ask_within(&request, SETTLES_WITHIN).await.map_err(io("take what there is"))?;
         Ok(failed)
     }
 
