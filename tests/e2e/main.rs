@@ -13,6 +13,7 @@ mod cpus;
 mod crash;
 mod daemons;
 mod faults;
+mod foreign;
 mod full;
 mod hosts;
 mod images;
@@ -23,6 +24,7 @@ mod many;
 mod owner;
 mod pair;
 mod rounds;
+mod settings;
 mod snapshots;
 
 use catalyst_tests::harness::{self, Group};
@@ -31,6 +33,7 @@ use catalyst_tests::harness::{self, Group};
 const GROUPS: &[Group] = &[
     ("many", many::many),
     ("instant", instant::instant),
+    ("foreign", foreign::foreign),
     ("full", full::full),
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
@@ -45,6 +48,7 @@ const GROUPS: &[Group] = &[
     ("hosts", hosts::hosts),
     ("legacy", legacy::legacy),
     ("disk_full", crash::disk_full),
+    ("settings", settings::settings),
     ("daemons", daemons::daemons),
     ("images", images::images),
 ];

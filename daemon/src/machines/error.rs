@@ -11,6 +11,7 @@ use crate::engine::EngineError;
 use crate::network::NetworkError;
 use crate::saved::SavedError;
 use crate::store::identity::IdentityError;
+use crate::store::foreign::{RegisterError, RegisterFailed};
 use crate::store::{ConfigError, IdError, StoreError, VmId};
 
 /// No such VM.
@@ -59,6 +60,15 @@ pub enum CreateError {
     /// A clone keeps its parent's disk.
     #[error("A clone has the template and disk size of its parent; leave them out")]
     ParentDisk,
+    /// The VMX cannot be registered in place.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// A registered VM is as its VMX says.
+    #[error("A VM that is registered in place is as its VMX says; leave parent, template, CPUs, memory and disk out")]
+    SourceAlone,
+    /// Its disks are not ours.
+    #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]
+    Registered(VmId),
     /// No address is left.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -68,6 +78,15 @@ pub enum CreateError {
     /// The daemon is stopping.
     #[error("The daemon is stopping")]
     Stopping,
+}
+
+impl From<RegisterFailed> for CreateError {
+    fn from(failed: RegisterFailed) -> Self {
+        match failed {
+            RegisterFailed::Register(error) => Self::Register(error),
+            RegisterFailed::Store(error) => Self::Store(error),
+        }
+    }
 }
 
 /// Why a running VM could not be frozen for others to go on from.
@@ -81,6 +100,9 @@ pub enum FreezeError {
         /// Its state.
         state: VmState,
     },
+    /// Its machine is none of ours.
+    #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]
+    Registered(VmId),
     /// It was being frozen when its daemon was killed.
     #[error(
         "The disk of '{0}' was being laid over when the daemon ended; power it off and on before it is cloned"
@@ -133,6 +155,9 @@ pub enum SnapshotError {
         /// The name.
         name: String,
     },
+    /// Its disks are not ours.
+    #[error("The VM '{0}' was registered in place and has no snapshots: its disks lie in a folder of others")]
+    Registered(VmId),
     /// No name.
     #[error(
         "A snapshot's name has 1 to {most} characters, none of them '/' or a control character, and is not '.' or '..'"
@@ -232,6 +257,19 @@ pub enum PowerError {
         state: VmState,
         /// What was asked.
         op: PowerOp,
+    },
+    /// It has no machine that could be saved.
+    #[error(
+        "The VM '{0}' was registered in place and cannot be suspended; pause it, or shut it down: catalyst vmpower shutdown {0}"
+    )]
+    Registered(VmId),
+    /// There is no UEFI.
+    #[error("The VM '{id}' wants UEFI, and {path} is not there; install it: sudo apt-get install ovmf")]
+    Firmware {
+        /// The VM.
+        id: VmId,
+        /// The file that was looked for.
+        path: &'static str,
     },
     /// A saved machine cannot be gone on from.
     #[error("The VM '{id}' cannot go on from its saved machine")]
@@ -351,6 +389,11 @@ pub enum GuestError {
         #[source]
         source: AgentError,
     },
+    /// It is not our guest.
+    #[error(
+        "The VM '{0}' was registered in place: its guest has no agent of Catalyst's, and logins of its own; get its address by: catalyst guest getip {0}"
+    )]
+    NoAgent(VmId),
     /// Too much at once.
     #[error("The console of '{0}' is attached elsewhere; leave it there first")]
     ConsoleBusy(VmId),

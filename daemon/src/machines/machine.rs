@@ -27,7 +27,7 @@ use super::error::{ChangeError, FreezeError, PowerError, SnapshotError};
 use super::freeze::Frozen;
 use super::resets::Resets;
 use super::shared::Shared;
-use super::{Context, attendant, snapshots, start, suspend};
+use super::{Context, attendant, registered, snapshots, start, suspend};
 use crate::engine::{Exit, VmProcess};
 use crate::store::{Began, VmDir, disk, files, logs};
 
@@ -395,7 +395,11 @@ impl Machine {
         }
         self.resets.started();
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
-        let attendant = tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)));
+        let attendant = if shared.dir().is_registered() {
+            tokio::spawn(registered::attend(context, shared))
+        } else {
+            tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)))
+        };
         self.process = Some(Running { process, attendant });
     }
 

@@ -17,6 +17,8 @@ pub struct Shared {
     events: Events,
     facts: Mutex<Facts>,
     console: Arc<tokio::sync::Semaphore>,
+    /// The VMX that was registered in place.
+    source: Option<std::path::PathBuf>,
 }
 
 /// See [`Shared`].
@@ -51,7 +53,9 @@ impl Shared {
             agent: None,
             unadopted: false,
         };
-        Self { dir, events, facts: Mutex::new(facts), console: Arc::new(tokio::sync::Semaphore::new(1)) }
+        let source = dir.registered().ok().flatten().map(|record| record.vmx);
+        let console = Arc::new(tokio::sync::Semaphore::new(1));
+        Self { dir, events, facts: Mutex::new(facts), console, source }
     }
 
     /// The VM's folder.
@@ -89,9 +93,11 @@ impl Shared {
         self.facts().lease.clone()
     }
 
-    /// The version of the template that the disk stands on, as template and version.
+    /// The version of the template that the disk stands on, as template and version; none of a registered VM.
     pub fn image(&self) -> Option<(String, String)> {
-        self.facts().config.as_ref().map(|config| (config.template.clone(), config.version.clone()))
+        let facts = self.facts();
+        let config = facts.config.as_ref().filter(|config| config.hardware.is_none())?;
+        Some((config.template.clone(), config.version.clone()))
     }
 
     /// The tags, for lists.
@@ -176,6 +182,7 @@ impl Shared {
             started: facts.started,
             start_mode: facts.began.map(|began| began.mode),
             vmx: self.dir.vmx().display().to_string(),
+            source: self.source.as_ref().map(|path| path.display().to_string()),
             id,
         }
     }
