@@ -99,7 +99,7 @@ pub fn up_to_destroy(world: &World) {
         answer.json(),
         json!({"id": ID, "parentId": "", "name": "Vagrant: default", "tag": "vagrant", "sourceReference": vmx})
     );
-    assert_eq!(plugin.ask("GET", "/api/vms", None).json(), json!([ID]));
+    assert!(plugin.ask("GET", "/api/vms", None).json().as_array().unwrap().contains(&json!(ID)));
     assert_eq!(plugin.state(), "powered off");
     assert_eq!(plugin.power("on").status, 200);
     let address = plugin.wait_for_address();
