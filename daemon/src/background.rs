@@ -41,7 +41,11 @@ pub fn start(log_dir: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let log = match log {
         Ok(file) => Stdio::from(file),
         Err(error) if log_dir.is_none() && error.kind() == io::ErrorKind::PermissionDenied => Stdio::null(),
-        Err(error) => return Err(format!("Cannot open the log {}: {}", path.display(), plain(&error.to_string())).into()),
+        Err(error) => {
+            return Err(
+                format!("Cannot open the log {}: {}", path.display(), plain(&error.to_string())).into()
+            );
+        }
     };
     let shown = path.display();
     let teller = OwnedFd::from(teller);

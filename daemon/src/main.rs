@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use catalyst_api::config::Config;
 use catalyst_daemon::access::guard::protect;
 use catalyst_daemon::access::listen::ListenOptions;
 use catalyst_daemon::access::owner::Owner;
@@ -21,7 +22,6 @@ use catalyst_daemon::http::{self, App};
 use catalyst_daemon::images::Images;
 use catalyst_daemon::machines::{Context, Machines};
 use catalyst_daemon::network::{Network, NetworkConfig};
-use catalyst_api::config::Config;
 use catalyst_daemon::settings::{Args, EngineChoice, LISTEN, Settings, default_state_dir, owners_config};
 use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;

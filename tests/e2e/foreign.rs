@@ -12,7 +12,9 @@ use std::time::Duration;
 use catalyst_tests::world::{HANG, engine, ran};
 use catalyst_tests::{Checks, World};
 
-use crate::common::{healthy, legacy_error, lives, power, running, try_power, v1_error, vm, vm_processes, wait_until};
+use crate::common::{
+    healthy, legacy_error, lives, power, running, try_power, v1_error, vm, vm_processes, wait_until,
+};
 use boxes::{Kind, Started};
 
 /// The group.
@@ -39,8 +41,14 @@ fn kept(checks: &mut Checks, world: &mut World) {
         assert!(ran.stderr.contains("Registered VM 'web1'"), "{}", ran.stderr);
         assert_eq!(world.catalyst(&["vm", "list"]).ok(), "web1");
         let shown = vm(world, "web1");
-        assert_eq!((&shown["cpus"], &shown["memory_mib"], &shown["disk_gib"]), (&1.into(), &128.into(), &3.into()));
-        assert_eq!((&shown["source"], &shown["name"]), (&vmx.to_str().unwrap().into(), &"A small box".into()));
+        assert_eq!(
+            (&shown["cpus"], &shown["memory_mib"], &shown["disk_gib"]),
+            (&1.into(), &128.into(), &3.into())
+        );
+        assert_eq!(
+            (&shown["source"], &shown["name"]),
+            (&vmx.to_str().unwrap().into(), &"A small box".into())
+        );
         assert_eq!((&shown["mac"], &shown["template"]), (&"00:0c:29:00:00:01".into(), &"".into()));
         let text = world.catalyst(&["vm", "show", "web1"]).ok().to_owned();
         assert!(text.contains("Registered") && !text.contains("Template"), "{text}");
@@ -52,7 +60,10 @@ fn kept(checks: &mut Checks, world: &mut World) {
         world.kill_daemon();
         world.start_daemon();
         let again = vm(world, "web1");
-        assert_eq!((&again["memory_mib"], &again["name"], &again["tags"][0]), (&256.into(), &"Web".into(), &"x".into()));
+        assert_eq!(
+            (&again["memory_mib"], &again["name"], &again["tags"][0]),
+            (&256.into(), &"Web".into(), &"x".into())
+        );
         assert_eq!((&again["mac"], &again["address"]), (&shown["mac"], &shown["address"]));
     });
     checks.check("a VMX that is gone blocks the VM, and one that is back unblocks it", || {
@@ -118,29 +129,42 @@ fn starts(checks: &mut Checks, world: &World) {
             assert!(!folder.exists() && vm_processes(world).is_empty());
         });
     }
-    checks.check("what a client changes in the VMX counts at the next power-on, also a disk that is new", || {
-        let folder = world.path("boxes/first");
-        let vmx = boxes::small(&folder, Kind::Sparse, Started::PVSCSI);
-        world.catalyst(&["vm", "create", "first", "--from", vmx.to_str().unwrap()]).ok();
-        boxes::disk(&folder, "more.vmdk", Kind::Sparse);
-        let text = fs::read_to_string(&vmx).unwrap().replace("numvcpus = \"1\"", "numvcpus = \"2\"");
-        let text = text + "scsi0:1.present = \"TRUE\"\nscsi0:1.filename = \"more.vmdk\"\nfirmware = \"bios\"\n";
-        fs::write(&vmx, text).unwrap();
-        power(world, "first", "on");
-        let words = crate::common::arguments(world.vm_pid("first").unwrap()).join(" ");
-        assert!(words.contains("-smp 2") && words.contains("scsi-id=1,drive=disk1"), "{words}");
-        power(world, "first", "off");
-        assert!(world.vm_dir("first").join("disk-2.qcow2").exists());
-        world.catalyst(&["vm", "delete", "first"]).ok();
-        assert!(!folder.exists());
-    });
+    checks.check(
+        "what a client changes in the VMX counts at the next power-on, also a disk that is new",
+        || {
+            let folder = world.path("boxes/first");
+            let vmx = boxes::small(&folder, Kind::Sparse, Started::PVSCSI);
+            world.catalyst(&["vm", "create", "first", "--from", vmx.to_str().unwrap()]).ok();
+            boxes::disk(&folder, "more.vmdk", Kind::Sparse);
+            let text = fs::read_to_string(&vmx).unwrap().replace("numvcpus = \"1\"", "numvcpus = \"2\"");
+            let text =
+                text + "scsi0:1.present = \"TRUE\"\nscsi0:1.filename = \"more.vmdk\"\nfirmware = \"bios\"\n";
+            fs::write(&vmx, text).unwrap();
+            power(world, "first", "on");
+            let words = crate::common::arguments(world.vm_pid("first").unwrap()).join(" ");
+            assert!(words.contains("-smp 2") && words.contains("scsi-id=1,drive=disk1"), "{words}");
+            power(world, "first", "off");
+            assert!(world.vm_dir("first").join("disk-2.qcow2").exists());
+            world.catalyst(&["vm", "delete", "first"]).ok();
+            assert!(!folder.exists());
+        },
+    );
 }
 
 /// The insecure way in that boxes have, from outside.
 fn ssh(world: &World, address: &str, words: &str) -> catalyst_tests::Ran {
     let mut ssh = world.command("ssh");
     ssh.args(["-i", boxes::key().to_str().unwrap(), "-o", "UserKnownHostsFile=/dev/null"]);
-    ssh.args(["-o", "StrictHostKeyChecking=no", "-o", "BatchMode=yes", "-o", "ConnectTimeout=60", "-o", "LogLevel=ERROR"]);
+    ssh.args([
+        "-o",
+        "StrictHostKeyChecking=no",
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        "ConnectTimeout=60",
+        "-o",
+        "LogLevel=ERROR",
+    ]);
     ssh.arg(format!("vagrant@{address}")).arg(words);
     ran(ssh)
 }
@@ -159,7 +183,8 @@ fn qcow2(world: &mut World) {
     let address = world.catalyst(&["guest", "getip", "deb"]).ok().to_owned();
     assert_eq!(vm(world, "deb")["address"], address.as_str());
     wait_for_ssh(world, &address);
-    let seen = ssh(world, &address, "ls /sys/firmware; cat /sys/class/net/eth0/address; nproc").ok().to_owned();
+    let seen =
+        ssh(world, &address, "ls /sys/firmware; cat /sys/class/net/eth0/address; nproc").ok().to_owned();
     assert_eq!(seen.contains("efi"), machine.firmware == "efi", "{seen}");
     assert!(seen.contains(vm(world, "deb")["mac"].as_str().unwrap()), "{seen}");
     refused(world, "deb");
@@ -202,6 +227,9 @@ fn refused(world: &World, id: &str) {
     }
     v1_error(&try_power(world, id, "suspend"), "not_yet");
     legacy_error(&world.curl("PATCH", &format!("/api/vms/power/{id}"), Some("suspend")), &[500]);
-    legacy_error(&world.curl("POST", "/api/vms", Some(&format!(r#"{{"id":"c","parentId":"{id}"}}"#))), &[500]);
+    legacy_error(
+        &world.curl("POST", "/api/vms", Some(&format!(r#"{{"id":"c","parentId":"{id}"}}"#))),
+        &[500],
+    );
     assert_eq!(vm(world, id)["state"], "powered on");
 }

@@ -75,18 +75,22 @@ fn vms(checks: &mut Checks, world: &World) {
         let start = world.curl("GET", "/swagger/swagger-initializer.js", None).body;
         assert!(start.contains("/json/swagger.json") && start.contains("/v1/openapi.json"), "{start}");
     });
-    checks.check("what the page sends when it is tried out is taken, and the same from elsewhere is not", || {
-        let send = |origin: &str, site: &str, body: &str| {
-            let (origin, site) = (format!("Origin: {origin}"), format!("Sec-Fetch-Site: {site}"));
-            let options = ["-X", "PATCH", "-H", &origin, "-H", &site, "-H", "Content-Type: application/json"];
-            world.curl_with(&options, "/api/vms/power/web1", Some(body.as_bytes())).status
-        };
-        assert_eq!(send("http://localhost:8080", "same-origin", "\"on\""), 200);
-        assert_eq!(send("http://localhost:8080", "same-origin", "off"), 200);
-        assert_eq!(send("http://evil.example", "cross-site", "on"), 403);
-        assert_eq!(send("http://localhost:9999", "same-site", "on"), 403);
-        assert_eq!(state(world, "web1"), "powered off");
-    });
+    checks.check(
+        "what the page sends when it is tried out is taken, and the same from elsewhere is not",
+        || {
+            let send = |origin: &str, site: &str, body: &str| {
+                let (origin, site) = (format!("Origin: {origin}"), format!("Sec-Fetch-Site: {site}"));
+                let options =
+                    ["-X", "PATCH", "-H", &origin, "-H", &site, "-H", "Content-Type: application/json"];
+                world.curl_with(&options, "/api/vms/power/web1", Some(body.as_bytes())).status
+            };
+            assert_eq!(send("http://localhost:8080", "same-origin", "\"on\""), 200);
+            assert_eq!(send("http://localhost:8080", "same-origin", "off"), 200);
+            assert_eq!(send("http://evil.example", "cross-site", "on"), 403);
+            assert_eq!(send("http://localhost:9999", "same-site", "on"), 403);
+            assert_eq!(state(world, "web1"), "powered off");
+        },
+    );
     checks.check("both names of the loopback serve it", || {
         for host in ["127.0.0.1", "[::1]"] {
             let mut command = world.command("curl");

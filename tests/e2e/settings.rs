@@ -79,7 +79,9 @@ fn files(checks: &mut Checks) {
     });
     checks.check("the usual parent is cloned where it is there, and the template where it is not", || {
         let set = |path: &str| {
-            let text = format!("DEFAULT_VM_PATH=~/Documents/AppCatalyst\nPORT=8181\nDEFAULT_PARENT_VM_PATH={path}\n");
+            let text = format!(
+                "DEFAULT_VM_PATH=~/Documents/AppCatalyst\nPORT=8181\nDEFAULT_PARENT_VM_PATH={path}\n"
+            );
             fs::write(&legacy, text).unwrap();
         };
         for (path, id, cpus) in [
@@ -107,34 +109,49 @@ fn files(checks: &mut Checks) {
             if port == 8282 {
                 assert_eq!(by_home(&world, &home, &["vm", "list"]).ok(), "web1\nweb2\nweb3");
             }
-            fs::write(&own, "listen = \"localhost:8282\"\nengine = \"qemu\"\nurl = \"http://localhost:8484\"\n").unwrap();
+            fs::write(
+                &own,
+                "listen = \"localhost:8282\"\nengine = \"qemu\"\nurl = \"http://localhost:8484\"\n",
+            )
+            .unwrap();
             if port == 8484 {
                 assert_eq!(by_home(&world, &home, &["vm", "list"]).ok(), "web1\nweb2\nweb3");
             }
             if engine() == "kvm" {
-                fs::write(&own, "listen = \"localhost:8282\"\nengine = \"kvm\"\nurl = \"http://localhost:8484\"\n").unwrap();
+                fs::write(
+                    &own,
+                    "listen = \"localhost:8282\"\nengine = \"kvm\"\nurl = \"http://localhost:8484\"\n",
+                )
+                .unwrap();
             }
         }
     });
-    checks.check("the log of a daemon in the background lies where it is set, and a link there is not followed", || {
-        let logs = home.join("logs");
-        fs::write(&own, format!("listen = \"localhost:8282\"\nlog_dir = \"~/logs\"\nengine = \"{}\"\n", engine())).unwrap();
-        let background = || command(&world, &home, &[], &["--background"]).output().unwrap();
-        let output = background();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        world.host = Some("localhost:8282".to_owned());
-        world.catalyst(&["daemon", "stop"]).ok();
-        let log = logs.join("catalyst-daemon.log");
-        assert!(fs::read_to_string(&log).unwrap().contains("ready"));
-        fs::remove_file(&log).unwrap();
-        std::os::unix::fs::symlink("/etc/passwd", &log).unwrap();
-        let output = command(&world, &home, &[], &["--background"]).output().unwrap();
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(!output.status.success() && text.contains("Cannot open the log"), "{text}");
-    });
+    checks.check(
+        "the log of a daemon in the background lies where it is set, and a link there is not followed",
+        || {
+            let logs = home.join("logs");
+            fs::write(
+                &own,
+                format!("listen = \"localhost:8282\"\nlog_dir = \"~/logs\"\nengine = \"{}\"\n", engine()),
+            )
+            .unwrap();
+            let background = || command(&world, &home, &[], &["--background"]).output().unwrap();
+            let output = background();
+            assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+            world.host = Some("localhost:8282".to_owned());
+            world.catalyst(&["daemon", "stop"]).ok();
+            let log = logs.join("catalyst-daemon.log");
+            assert!(fs::read_to_string(&log).unwrap().contains("ready"));
+            fs::remove_file(&log).unwrap();
+            std::os::unix::fs::symlink("/etc/passwd", &log).unwrap();
+            let output = command(&world, &home, &[], &["--background"]).output().unwrap();
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            assert!(!output.status.success() && text.contains("Cannot open the log"), "{text}");
+        },
+    );
     checks.check("a file that cannot be understood is named by both, and nothing is started", || {
         for (file, text, word) in [
-            (&own, "nonsense = 1", "nonsense"),
+            (&own, "nonsense = \"1\"", "nonsense"),
             (&own, "listen", "config.toml"),
             (&own, "engine = \"vmware\"", "vmware"),
             (&legacy, "PORT=many", "PORT"),
@@ -165,7 +182,10 @@ fn idioms(checks: &mut Checks) {
     let run = |script: &str| {
         let mut command = world.command("bash");
         command.arg("-c").arg(script);
-        command.env("PATH", format!("{}:{}", world.path("").display(), std::env::var("PATH").unwrap_or_default()));
+        command.env(
+            "PATH",
+            format!("{}:{}", world.path("").display(), std::env::var("PATH").unwrap_or_default()),
+        );
         ran(command)
     };
     appcatalyst(&world);

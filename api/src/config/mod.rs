@@ -36,20 +36,13 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let path = self.path.display();
         match &self.why {
-            Why::Unreadable(_) => write!(f, "Cannot read {path}"),
+            Why::Unreadable(error) => write!(f, "Cannot read {path}: {}", error.kind()),
             Why::Malformed(why) => write!(f, "{path} cannot be used: {why}; mend it or remove it"),
         }
     }
 }
 
-impl Error for ConfigError {
-    fn source(&self) -> Option<&(dyn Error + 'static)> {
-        match &self.why {
-            Why::Unreadable(error) => Some(error),
-            Why::Malformed(_) => None,
-        }
-    }
-}
+impl Error for ConfigError {}
 
 /// What the files say. What they do not say is `None`.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -114,11 +107,12 @@ fn read(path: &Path, parse: impl FnOnce(&str) -> Result<Config, String>) -> Resu
     }
 }
 
-/// The text of a file, or why it cannot be one; `None` if it is not there. People have their settings elsewhere and link to
-/// them.
+/// The text of a file, or why it cannot be one; `None` if it is not there, or in a home that is another user's, as sudo(8)
+/// may leave it in HOME. People have their settings elsewhere and link to them.
 fn text(path: &Path) -> io::Result<Option<Result<String, String>>> {
+    use io::ErrorKind::{NotFound, PermissionDenied};
     match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) if matches!(error.kind(), NotFound | PermissionDenied) => return Ok(None),
         // Opening a pipe would hold us up.
         Ok(about) if !about.is_file() => return Ok(Some(Err("it is not a regular file".to_owned()))),
         about => drop(about?),
@@ -170,7 +164,8 @@ mod tests {
 
     #[test]
     fn our_own_file_leads_and_the_other_fills_up() {
-        let home = Home::new("listen = \"localhost:9000\"\nengine = 'qemu'\n", "PORT=81\nDEFAULT_VM_PATH=~/VMs\n");
+        let home =
+            Home::new("listen = \"localhost:9000\"\nengine = 'qemu'\n", "PORT=81\nDEFAULT_VM_PATH=~/VMs\n");
         let config = home.load().unwrap();
         assert_eq!(config.listen.as_deref(), Some("localhost:9000"));
         assert_eq!(config.engine.as_deref(), Some("qemu"));

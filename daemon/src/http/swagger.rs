@@ -121,8 +121,12 @@ mod tests {
             let definition = &document()["definitions"][name];
             let described: BTreeSet<String> =
                 definition["properties"].as_object().unwrap().keys().cloned().collect();
-            let required: BTreeSet<String> =
-                definition["required"].as_array().unwrap().iter().map(|key| key.as_str().unwrap().into()).collect();
+            let required: BTreeSet<String> = definition["required"]
+                .as_array()
+                .unwrap()
+                .iter()
+                .map(|key| key.as_str().unwrap().into())
+                .collect();
             assert_eq!((&sent, &sent), (&described, &required), "{name}");
         }
     }

@@ -10,8 +10,8 @@ use crate::agent::AgentError;
 use crate::engine::EngineError;
 use crate::network::NetworkError;
 use crate::saved::SavedError;
-use crate::store::identity::IdentityError;
 use crate::store::foreign::{RegisterError, RegisterFailed};
+use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
 
 /// No such VM.
@@ -64,7 +64,9 @@ pub enum CreateError {
     #[error(transparent)]
     Register(#[from] RegisterError),
     /// A registered VM is as its VMX says.
-    #[error("A VM that is registered in place is as its VMX says; leave parent, template, CPUs, memory and disk out")]
+    #[error(
+        "A VM that is registered in place is as its VMX says; leave parent, template, CPUs, memory and disk out"
+    )]
     SourceAlone,
     /// Its disks are not ours.
     #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]

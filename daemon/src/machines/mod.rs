@@ -276,11 +276,18 @@ impl Machines {
         let wanted = self.0.parent.as_deref()?;
         let is_it = |vm: &&Arc<Shared>| {
             let dir = vm.dir();
-            if wanted.contains('/') { files::are_same(&dir.vmx(), wanted.as_ref()) } else { dir.id().as_str() == wanted }
+            if wanted.contains('/') {
+                files::are_same(&dir.vmx(), wanted.as_ref())
+            } else {
+                dir.id().as_str() == wanted
+            }
         };
         let found = self.list(&[]).iter().find(is_it).map(|vm| vm.dir().id().to_string());
         if found.is_none() {
-            tracing::warn!(parent = wanted, "the VM that is set as the usual parent is not there; the template is cloned");
+            tracing::warn!(
+                parent = wanted,
+                "the VM that is set as the usual parent is not there; the template is cloned"
+            );
         }
         found
     }

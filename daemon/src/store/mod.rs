@@ -194,9 +194,8 @@ impl VmDir {
     pub fn read(&self) -> Result<(Vmx, VmConfig), StoreError> {
         if let Some(record) = self.registered()? {
             let vmx = record.read_vmx()?;
-            let config = VmConfig::of_registered(&vmx, &self.id, &record).map_err(|source| {
-                StoreError::Vmx { path: record.vmx.display().to_string(), source }
-            })?;
+            let config = VmConfig::of_registered(&vmx, &self.id, &record)
+                .map_err(|source| StoreError::Vmx { path: record.vmx.display().to_string(), source })?;
             return Ok((vmx, config));
         }
         let path = self.vmx();

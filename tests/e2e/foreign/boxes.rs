@@ -71,9 +71,9 @@ const END: u64 = (3 << 21) - 1;
 /// halts.
 fn loader() -> Vec<u8> {
     let mut sector = vec![
-        0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, 0xfb, 0xbe, 0x30, 0x7c, 0xb4, 0x42,
-        0xcd, 0x13, 0x72, 0x0e, 0xbe, 0x00, 0x80, 0xac, 0x84, 0xc0, 0x74, 0x06, 0xba, 0xf8, 0x03, 0xee, 0xeb, 0xf5,
-        0xf4, 0xeb, 0xfd,
+        0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xc0, 0x8e, 0xd0, 0xbc, 0x00, 0x7c, 0xfb, 0xbe, 0x30, 0x7c, 0xb4,
+        0x42, 0xcd, 0x13, 0x72, 0x0e, 0xbe, 0x00, 0x80, 0xac, 0x84, 0xc0, 0x74, 0x06, 0xba, 0xf8, 0x03, 0xee,
+        0xeb, 0xf5, 0xf4, 0xeb, 0xfd,
     ];
     sector.resize(0x30, 0);
     // One sector to 0000:8000.
@@ -116,7 +116,8 @@ pub fn small(folder: &Path, kind: Kind, machine: Started) -> PathBuf {
 /// As VMware's products write it.
 fn vmx(folder: &Path, disk: &str, memory: u32, machine: Started) -> PathBuf {
     let Started { prefix, device, nic, firmware, .. } = machine;
-    let device = if device.is_empty() { String::new() } else { format!("{prefix}.virtualDev = \"{device}\"\n") };
+    let device =
+        if device.is_empty() { String::new() } else { format!("{prefix}.virtualDev = \"{device}\"\n") };
     let text = format!(
         "#!/usr/bin/vmware\n.encoding = \"UTF-8\"\nconfig.version = \"8\"\nvirtualHW.version = \"11\"\n\
          displayName = \"A small box\"\nguestOS = \"debian12-64\"\nfirmware = \"{firmware}\"\nmemsize = \"{memory}\"\n\
@@ -185,7 +186,8 @@ fn built() -> PathBuf {
     let sources = sources();
     let made_from = [fs::read_to_string(recipe).unwrap(), sources.join("\n")].concat();
     let key: String = Sha256::digest(made_from).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    let cache = std::env::var_os("CATALYST_TEST_CACHE").map_or_else(|| "/var/cache/catalyst".into(), PathBuf::from);
+    let cache =
+        std::env::var_os("CATALYST_TEST_CACHE").map_or_else(|| "/var/cache/catalyst".into(), PathBuf::from);
     let folder = cache.join(format!("box-{key}"));
     if folder.join("disk.raw").exists() {
         return folder;

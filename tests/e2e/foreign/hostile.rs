@@ -86,7 +86,14 @@ fn boxed(checks: &mut Checks, world: &World) {
         let folder = world.path("boxes/evil");
         let secret = world.path("secret.vmdk");
         fs::write(&secret, vec![b's'; 1 << 20]).unwrap();
-        for name in ["../../secret.vmdk", "/etc/shadow", secret.to_str().unwrap(), "link.vmdk", "box.vmx", "thesis.doc"] {
+        for name in [
+            "../../secret.vmdk",
+            "/etc/shadow",
+            secret.to_str().unwrap(),
+            "link.vmdk",
+            "box.vmx",
+            "thesis.doc",
+        ] {
             let vmx = boxes::small(&folder, Kind::Flat, Started::PVSCSI);
             let _ = symlink(&secret, folder.join("link.vmdk"));
             fs::write(folder.join("thesis.doc"), vec![b't'; 1 << 20]).unwrap();
@@ -95,7 +102,9 @@ fn boxed(checks: &mut Checks, world: &World) {
             fs::write(&vmx, text.replace("Small disk.vmdk", name)).unwrap();
             refused(world, vmx.to_str().unwrap());
             fs::write(&vmx, &text).unwrap();
-            let extent = format!("# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\nRW 2048 FLAT \"{name}\" 0\n");
+            let extent = format!(
+                "# Disk DescriptorFile\nversion=1\nCID=1\nparentCID=ffffffff\nRW 2048 FLAT \"{name}\" 0\n"
+            );
             fs::write(folder.join("Small disk.vmdk"), extent).unwrap();
             refused(world, vmx.to_str().unwrap());
             fs::remove_dir_all(&folder).unwrap();

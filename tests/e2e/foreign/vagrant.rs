@@ -27,7 +27,11 @@ impl Plugin<'_> {
         let answer = self.0.curl_with(&options, path, body.map(str::as_bytes));
         assert!(begun.elapsed() < PATIENCE, "{method} {path} took {:?}", begun.elapsed());
         // Whatever has a body is parsed.
-        assert!(answer.body.is_empty() && answer.status == 204 || answer.json().is_object() || answer.json().is_array());
+        assert!(
+            answer.body.is_empty() && answer.status == 204
+                || answer.json().is_object()
+                || answer.json().is_array()
+        );
         answer
     }
 
@@ -104,7 +108,9 @@ pub fn up_to_destroy(world: &World) {
     assert_eq!(plugin.power("on").status, 200);
     let address = plugin.wait_for_address();
     wait_for_ssh(world, &address);
-    let seen = ssh(world, &address, "nproc; cat /proc/meminfo | head -1; cat /sys/class/net/eth0/address").ok().to_owned();
+    let seen = ssh(world, &address, "nproc; cat /proc/meminfo | head -1; cat /sys/class/net/eth0/address")
+        .ok()
+        .to_owned();
     assert!(seen.starts_with("2\n") && seen.ends_with("00:0c:29:00:00:01"), "{seen}");
     let memory: u32 = seen.lines().nth(1).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!((300_000..400 * 1024).contains(&memory), "{seen}");

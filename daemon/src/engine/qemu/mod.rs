@@ -161,7 +161,8 @@ fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
         console_log: console_log.as_raw_fd(),
         qmp: qmp.as_raw_fd(),
     };
-    let pc::Line { args, kept } = pc::line(spec, descriptors).map_err(EngineError::io("describe its disks"))?;
+    let pc::Line { args, kept } =
+        pc::line(spec, descriptors).map_err(EngineError::io("describe its disks"))?;
     let fds = kept.into_iter().chain([console, console_log, qmp]).collect();
     let launch = Launch {
         engine: EngineName::Qemu,

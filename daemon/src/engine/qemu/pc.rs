@@ -268,7 +268,9 @@ mod tests {
         let written: Vec<String> = line
             .kept
             .iter()
-            .map(|fd| std::fs::read_to_string(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default())
+            .map(|fd| {
+                std::fs::read_to_string(format!("/proc/self/fd/{}", fd.as_raw_fd())).unwrap_or_default()
+            })
             .filter(|text| text.starts_with("# Disk"))
             .collect();
         assert!(written[0].contains("RW 4192256 SPARSE \"/dev/fdset/12\"\n"), "{written:?}");

@@ -112,7 +112,8 @@ impl Hardware {
 
 fn disk(vmx: &Vmx, prefix: &str, controller: u8, unit: u8) -> Result<Option<Disk>, ConfigError> {
     let slot = format!("{prefix}{controller}:{unit}");
-    if !is_true(vmx, &format!("{slot}.present")) || word(vmx, &format!("{slot}.devicetype")).contains("cdrom") {
+    if !is_true(vmx, &format!("{slot}.present")) || word(vmx, &format!("{slot}.devicetype")).contains("cdrom")
+    {
         return Ok(None);
     }
     let key = format!("{slot}.filename");
@@ -246,7 +247,8 @@ ethernet0.generatedAddress = \"00:0C:29:01:02:03\"
 
     #[test]
     fn what_is_left_out_is_what_the_products_take() {
-        let text = "scsi0:0.present = \"TRUE\"\nscsi0:0.filename = \"a.vmdk\"\nethernet1.present = \"true\"\n";
+        let text =
+            "scsi0:0.present = \"TRUE\"\nscsi0:0.filename = \"a.vmdk\"\nethernet1.present = \"true\"\n";
         let hardware = read(text).unwrap();
         assert_eq!((hardware.disks[0].bus, hardware.nic), (Bus::Lsi, Some(Nic::Vlance)));
         let hardware = read(&format!("{text}guestos = \"debian10-64\"\n")).unwrap();
@@ -259,9 +261,12 @@ ethernet0.generatedAddress = \"00:0C:29:01:02:03\"
         assert!(with("firmware = \"coreboot\"").contains("'bios' and 'efi'"));
         assert!(with("scsi0.virtualdev = \"buslogic\"").contains("pvscsi"));
         assert!(with("ethernet0.virtualdev = \"ne2000\"").contains("vmxnet3"));
-        assert!(with("ide0:0.present = \"TRUE\"\nide0:0.filename = \"Debian 64-bit.vmdk\"").contains("twice"));
+        assert!(
+            with("ide0:0.present = \"TRUE\"\nide0:0.filename = \"Debian 64-bit.vmdk\"").contains("twice")
+        );
         assert!(read("").unwrap_err().to_string().contains("no disk"));
-        for name in ["../a.vmdk", "/etc/a.vmdk", "a/b.vmdk", "a\\b.vmdk", "..", "thesis.doc", "shadow", "a.vmdk\t"]
+        for name in
+            ["../a.vmdk", "/etc/a.vmdk", "a/b.vmdk", "a\\b.vmdk", "..", "thesis.doc", "shadow", "a.vmdk\t"]
         {
             let text = with(&format!("scsi0:0.filename = \"{name}\""));
             assert!(text.contains("beside the VMX"), "{name}: {text}");

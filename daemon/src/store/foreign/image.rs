@@ -205,7 +205,10 @@ impl Sparse {
             return Ok(Self { sectors: capacity, descriptor: None });
         }
         let at = at.checked_mul(SECTOR).ok_or("its descriptor lies beyond its end")?;
-        Ok(Self { sectors: capacity, descriptor: Some((at, length.saturating_mul(SECTOR).min(MAX_DESCRIPTOR))) })
+        Ok(Self {
+            sectors: capacity,
+            descriptor: Some((at, length.saturating_mul(SECTOR).min(MAX_DESCRIPTOR))),
+        })
     }
 }
 
@@ -343,7 +346,9 @@ mod tests {
         std::os::unix::fs::symlink("../secret.vmdk", inner.join("link.vmdk")).unwrap();
         fs::create_dir(inner.join("folder.vmdk")).unwrap();
         fs::write(inner.join("thesis.doc"), vec![1; 1 << 20]).unwrap();
-        for name in ["../secret.vmdk", "/etc/shadow", "link.vmdk", "folder.vmdk", "thesis.doc", "gone.vmdk", ".."] {
+        for name in
+            ["../secret.vmdk", "/etc/shadow", "link.vmdk", "folder.vmdk", "thesis.doc", "gone.vmdk", ".."]
+        {
             let text = format!("# Disk DescriptorFile\nparentCID=ffffffff\nRW 16 FLAT \"{name}\" 0\n");
             fs::write(inner.join("disk.vmdk"), text).unwrap();
             open(&inner, "disk.vmdk").expect_err(name);

@@ -180,7 +180,8 @@ impl VmDir {
     /// Opens the disks that the VMX names, in their order, and makes overlays for those that are new.
     pub fn open_disks(&self, hardware: &Hardware, owner: (u32, u32)) -> Result<Vec<Opened>, StoreError> {
         let missing = || io::Error::from(io::ErrorKind::NotFound);
-        let mut record = self.registered()?.ok_or_else(|| io_error("read", &self.registered_file())(missing()))?;
+        let mut record =
+            self.registered()?.ok_or_else(|| io_error("read", &self.registered_file())(missing()))?;
         let mut opened = Vec::new();
         for wanted in &hardware.disks {
             let image = image::open(record.folder(), &wanted.file)?;
@@ -325,10 +326,8 @@ impl Store {
             }
             aside.write_registered(&record)?;
             // What it says must be possible here.
-            VmConfig::of_registered(&record.read_vmx()?, id, &record).map_err(|source| StoreError::Vmx {
-                path: record.vmx.display().to_string(),
-                source,
-            })?;
+            VmConfig::of_registered(&record.read_vmx()?, id, &record)
+                .map_err(|source| StoreError::Vmx { path: record.vmx.display().to_string(), source })?;
             let link = aside.vmx();
             std::os::unix::fs::symlink(&record.vmx, &link).map_err(io_error("make the link", &link))
         })
@@ -390,7 +389,10 @@ mod tests {
         let dir = registered(&store, &vmx);
         assert_eq!(store.scan().unwrap(), std::slice::from_ref(&dir));
         let (text, mut config) = dir.read().unwrap();
-        assert_eq!((config.name.as_str(), config.cpus, config.memory_mib, config.disk_gib), ("Box", 2, 256, 3));
+        assert_eq!(
+            (config.name.as_str(), config.cpus, config.memory_mib, config.disk_gib),
+            ("Box", 2, 256, 3)
+        );
         assert_eq!(config.hardware.as_ref().unwrap().mac, Some([0, 0x0c, 0x29, 0, 0, 1]));
         config.tags = vec!["vagrant".into()];
         config.address = Some(Ipv4Addr::new(10, 1, 2, 3));
@@ -434,7 +436,9 @@ mod tests {
     fn what_cannot_be_registered_is_named_and_leaves_nothing() {
         let (folder, store, vmx) = world();
         let refused = |path: &str| store.candidate(path).unwrap_err().to_string();
-        for path in ["", "web1/box.vmx", "/etc/passwd", "/", "/..", "a\0b.vmx", "/a\nb.vmx", "\\\\host\\box.vmx"] {
+        for path in
+            ["", "web1/box.vmx", "/etc/passwd", "/", "/..", "a\0b.vmx", "/a\nb.vmx", "\\\\host\\box.vmx"]
+        {
             assert!(refused(path).contains("absolute path"), "{path}");
         }
         assert!(refused("/nowhere/box.vmx").contains("Cannot open"));
