@@ -122,7 +122,7 @@ fn starts(checks: &mut Checks, world: &World) {
             world.catalyst(&["vm", "create", "first", "--from", vmx.to_str().unwrap(), "--on"]).ok();
             let log = world.vm_dir("first").join("console.log");
             let told = || fs::read_to_string(&log).unwrap_or_default().contains(boxes::WORD);
-            wait_until("its loader speaks", Duration::from_secs(60), told);
+            wait_until("its loader speaks", Duration::from_mins(1), told);
             assert_eq!(vm(world, "first")["start_mode"], "cold");
             assert_eq!(boxes::digests(&folder), before, "the box's own disk is not written");
             world.catalyst(&["vm", "delete", "--force", "first"]).ok();

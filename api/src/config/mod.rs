@@ -115,7 +115,8 @@ fn text(path: &Path) -> io::Result<Option<Result<String, String>>> {
         Err(error) if matches!(error.kind(), NotFound | PermissionDenied) => return Ok(None),
         // Opening a pipe would hold us up.
         Ok(about) if !about.is_file() => return Ok(Some(Err("it is not a regular file".to_owned()))),
-        about => drop(about?),
+        Err(error) => return Err(error),
+        Ok(_) => {}
     }
     let mut bytes = Vec::new();
     File::open(path)?.take(MAX_SIZE + 1).read_to_end(&mut bytes)?;

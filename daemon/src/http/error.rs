@@ -213,12 +213,13 @@ impl Failure for ImageError {
 impl Failure for CreateError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Id(_) | Self::Config(_) | Self::ParentDisk | Self::ParentSize => ErrorCode::InvalidRequest,
+            Self::Id(_) | Self::Config(_) | Self::ParentDisk | Self::ParentSize | Self::SourceAlone => {
+                ErrorCode::InvalidRequest
+            }
             Self::Unknown(_) => ErrorCode::VmNotFound,
             Self::Template { source, .. } => image_code(source),
             Self::ParentState { .. } => ErrorCode::WrongState,
             Self::Register(error) => register_code(error),
-            Self::SourceAlone => ErrorCode::InvalidRequest,
             Self::Registered(_) => ErrorCode::NotYet,
             Self::Freeze(freeze) => freeze.code(),
             Self::Start(power) => power.code(),

@@ -15,7 +15,7 @@ use super::{Context, Machines, blocking};
 use crate::engine::pc::{Efi, PcDisk};
 use crate::engine::{PcSpec, vm_user};
 use crate::network::Mac;
-use crate::store::foreign::hardware::{Firmware, Hardware};
+use crate::store::foreign::hardware::{Disk, Firmware, Hardware};
 use crate::store::foreign::{Opened, Registered};
 use crate::store::{Began, StoreError, VmConfig, VmDir, VmId, files};
 
@@ -81,12 +81,7 @@ pub(super) async fn start(
         Ok::<_, PowerError>((folder.open_disks(&hardware, owner)?, efi, hardware))
     });
     let (opened, efi, hardware) = open.await.map_err(|_| PowerError::Stopping)??;
-    let disk = |(at, Opened { image, overlay }): (&_, Opened)| {
-        let at: &crate::store::foreign::hardware::Disk = at;
-        let (bus, controller, unit) = (at.bus, at.controller, at.unit);
-        PcDisk { bus, controller, unit, overlay: overlay.into(), parts: image.parts }
-    };
-    let disks = hardware.disks.iter().zip(opened).map(disk).collect();
+    let disks = hardware.disks.iter().zip(opened).map(with_place).collect();
     let lease = shared.lease();
     let nic = match hardware.nic {
         None => None,
@@ -110,6 +105,11 @@ pub(super) async fn start(
     let process = context.engines.chosen().start_pc(spec).await;
     let process = process.map_err(|source| PowerError::Engine { id, op: PowerOp::On, source })?;
     Ok(Started { process, began })
+}
+
+fn with_place((place, opened): (&Disk, Opened)) -> PcDisk {
+    let &Disk { bus, controller, unit, .. } = place;
+    PcDisk { bus, controller, unit, overlay: opened.overlay.into(), parts: opened.image.parts }
 }
 
 /// Tells when the guest holds its address, which nobody in it does: it asks for it by DHCP. Whoever waits hears of it; who

@@ -1,8 +1,10 @@
 //! Word that the DHCP server has acknowledged a lease, for guests that no agent tells of.
 
+use std::ffi::{CStr, OsString};
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
 
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use tokio::io::Interest;
@@ -18,7 +20,7 @@ const BUFFER: usize = 4096;
 #[derive(Debug)]
 pub struct Acknowledgements {
     watch: AsyncFd<OwnedFd>,
-    name: Option<std::ffi::OsString>,
+    name: Option<OsString>,
 }
 
 impl Network {
@@ -57,8 +59,8 @@ impl Acknowledgements {
         loop {
             match reader.next() {
                 Ok(event) => {
-                    let name = event.file_name().map(|name| name.to_bytes());
-                    changed |= name == self.name.as_deref().map(std::os::unix::ffi::OsStrExt::as_bytes);
+                    let name = event.file_name().map(CStr::to_bytes);
+                    changed |= name == self.name.as_deref().map(OsStrExt::as_bytes);
                 }
                 Err(rustix::io::Errno::WOULDBLOCK) => return Ok(changed),
                 Err(errno) => return Err(errno.into()),

@@ -11,7 +11,7 @@ use super::{ssh, wait_for_ssh};
 use crate::common::{legacy_error, vm_processes};
 
 /// Its HTTP client gives up after this long.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 const ID: &str = "vagrant-6d1f2a0e-3b1c-4c5e-9a7d-0a8d5c1e2f30";
 
 /// A client of the plugin's: before each thing that it does it looks whether the daemon is one that it knows.

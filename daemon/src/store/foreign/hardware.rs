@@ -153,10 +153,9 @@ fn nic(vmx: &Vmx, number: u8) -> Result<Nic, ConfigError> {
         "e1000" => Ok(Nic::E1000),
         "e1000e" => Ok(Nic::E1000e),
         "vmxnet3" => Ok(Nic::Vmxnet3),
-        "vlance" => Ok(Nic::Vlance),
         // The products give a guest that they know to be of 64 bits the newer one.
         "" if word(vmx, "guestos").contains("64") => Ok(Nic::E1000),
-        "" => Ok(Nic::Vlance),
+        "vlance" | "" => Ok(Nic::Vlance),
         value => Err(unsupported(&key, value, "'e1000', 'e1000e', 'vmxnet3' and 'vlance'")),
     }
 }

@@ -14,6 +14,8 @@ use super::hardware::is_disk_name;
 
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
+/// Bytes of a file that say what it is.
+const HEAD: usize = 512;
 /// Largest descriptor, in bytes.
 const MAX_DESCRIPTOR: u64 = 64 * 1024;
 /// Most files that a disk may consist of: with 2 GB each, 512 GB.
@@ -59,7 +61,7 @@ pub fn open(folder: &Path, name: &str) -> Result<Image, DiskError> {
     let file = open_file(folder, name)?;
     let unusable = unusable(folder, name);
     let read_failed = |source| DiskError::Io { what: "read", path: shown(folder, name), source };
-    let mut start = [0; SECTOR as usize];
+    let mut start = [0; HEAD];
     let length = read_at_most(&file, &mut start).map_err(read_failed)?;
     let start = &start[..length];
     if start.starts_with(b"QFI\xfb") {
@@ -278,23 +280,20 @@ fn open_extent(folder: &Path, named: &Named) -> Result<Extent, DiskError> {
     let file = open_file(folder, &named.name)?;
     let unusable = unusable(folder, &named.name);
     let read_failed = |source| DiskError::Io { what: "read", path: shown(folder, &named.name), source };
-    match named.flat {
-        Some(offset) => {
-            let end = offset.checked_add(named.sectors).and_then(|end| end.checked_mul(SECTOR));
-            let length = file.metadata().map_err(read_failed)?.len();
-            if end.is_none_or(|end| end > length) {
-                return Err(unusable("it is shorter than its descriptor says"));
-            }
+    if let Some(offset) = named.flat {
+        let end = offset.checked_add(named.sectors).and_then(|end| end.checked_mul(SECTOR));
+        let length = file.metadata().map_err(read_failed)?.len();
+        if end.is_none_or(|end| end > length) {
+            return Err(unusable("it is shorter than its descriptor says"));
         }
-        None => {
-            let mut header = [0; SECTOR as usize];
-            let length = read_at_most(&file, &mut header).map_err(read_failed)?;
-            if !header[..length].starts_with(b"KDMV") {
-                return Err(unusable("it is not the sparse extent that its descriptor says"));
-            }
-            if Sparse::read(&header[..length]).map_err(unusable)?.sectors < named.sectors {
-                return Err(unusable("it is smaller than its descriptor says"));
-            }
+    } else {
+        let mut header = [0; HEAD];
+        let length = read_at_most(&file, &mut header).map_err(read_failed)?;
+        if !header[..length].starts_with(b"KDMV") {
+            return Err(unusable("it is not the sparse extent that its descriptor says"));
+        }
+        if Sparse::read(&header[..length]).map_err(unusable)?.sectors < named.sectors {
+            return Err(unusable("it is smaller than its descriptor says"));
         }
     }
     Ok(Extent { file, sectors: named.sectors, flat: named.flat })
