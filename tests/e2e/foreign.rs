@@ -22,6 +22,7 @@ pub fn foreign(checks: &mut Checks) {
     let mut world = running();
     kept(checks, &mut world);
     hostile::hostile(checks, &world);
+    hostile::owner(checks);
     if engine() == "kvm" {
         return not_on_kvm(checks, &world);
     }

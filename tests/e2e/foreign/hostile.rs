@@ -1,13 +1,14 @@
 //! Boxes that lie, and what clients do wrong with those that do not.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::Path;
 
 use catalyst_tests::{Checks, World};
 use serde_json::json;
 
 use super::boxes::{self, Kind, Started};
-use crate::common::{legacy_error, power, try_power, v1_error, vm};
+use crate::common::{legacy_error, power, quiet, try_power, v1_error, vm};
 
 pub fn hostile(checks: &mut Checks, world: &World) {
     paths(checks, world);
@@ -77,6 +78,37 @@ fn paths(checks: &mut Checks, world: &World) {
         let body = json!({"id": "good", "sourceReference": vmx}).to_string();
         legacy_error(&world.curl("POST", "/api/vms", Some(&body)), &[409]);
         world.catalyst(&["vm", "delete", "good", "web1"]).ok();
+        assert!(!vmx.exists());
+    });
+}
+
+/// The daemon is root, and does to files what their owner may.
+pub fn owner(checks: &mut Checks) {
+    /// A user that every Debian has (`backup`).
+    const UID: u32 = 34;
+    let mut world = quiet();
+    world.give_to(UID);
+    world.start_daemon();
+    checks.check("an owner registers what it may read, and deletes what it may delete", || {
+        let secret = world.path("secret");
+        let vmx = boxes::small(&secret, Kind::Sparse, Started::PVSCSI);
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o700)).unwrap();
+        let create =
+            |id: &str, vmx: &Path| world.catalyst(&["vm", "create", id, "--from", vmx.to_str().unwrap()]);
+        assert!(create("bad", &vmx).error(1).contains("Cannot open"));
+        let folder = world.path("shared");
+        let vmx = boxes::small(&folder, Kind::Sparse, Started::PVSCSI);
+        create("web1", &vmx).ok();
+        let overlay = world.vm_dir("web1").join("disk.qcow2").metadata().unwrap();
+        assert_eq!((overlay.uid(), overlay.mode() & 0o777), (UID, 0o600));
+        let text = world.catalyst(&["vm", "delete", "web1"]).error(1).to_owned();
+        assert!(text.contains("shared"), "{text}");
+        assert_eq!(world.catalyst(&["vm", "list"]).ok(), "web1", "what is left of it can be deleted later");
+        assert!(vmx.exists());
+        for path in [&folder, &vmx] {
+            chown(path, Some(UID), Some(UID)).unwrap();
+        }
+        world.catalyst(&["vm", "delete", "web1"]).ok();
         assert!(!vmx.exists());
     });
 }
