@@ -21,6 +21,8 @@ pub struct PcSpec {
     pub disks: Vec<PcDisk>,
     /// Its network card, with the tap that has `IFF_VNET_HDR`.
     pub nic: Option<(Nic, OwnedFd)>,
+    /// The number of that card's slot, if it has one.
+    pub slot: Option<u16>,
     /// MAC address of that.
     pub mac: [u8; 6],
     /// User and group the process runs as.

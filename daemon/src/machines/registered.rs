@@ -99,6 +99,7 @@ pub(super) async fn start(
         efi,
         disks,
         nic,
+        slot: hardware.slot,
         mac: lease.mac.0,
         user: vm_user(lease.address),
     };

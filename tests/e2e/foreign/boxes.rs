@@ -124,7 +124,8 @@ fn vmx(folder: &Path, disk: &str, memory: u32, machine: Started) -> PathBuf {
          numvcpus = \"1\"\n{prefix}.present = \"TRUE\"\n{device}{prefix}:0.present = \"TRUE\"\n\
          {prefix}:0.fileName = \"{disk}\"\nide1:0.present = \"TRUE\"\nide1:0.deviceType = \"cdrom-raw\"\n\
          ide1:0.fileName = \"auto detect\"\nethernet0.present = \"TRUE\"\nethernet0.virtualDev = \"{nic}\"\n\
-         ethernet0.addressType = \"generated\"\nethernet0.generatedAddress = \"00:0c:29:00:00:01\"\n"
+         ethernet0.addressType = \"generated\"\nethernet0.generatedAddress = \"00:0c:29:00:00:01\"\n\
+         ethernet0.pciSlotNumber = \"33\"\n"
     );
     let path = folder.join("box.vmx");
     fs::write(&path, text).unwrap();

@@ -114,6 +114,10 @@ pub fn up_to_destroy(world: &World) {
     assert!(seen.starts_with("2\n") && seen.ends_with("00:0c:29:00:00:01"), "{seen}");
     let memory: u32 = seen.lines().nth(1).unwrap().split_whitespace().nth(1).unwrap().parse().unwrap();
     assert!((300_000..400 * 1024).contains(&memory), "{seen}");
+    // A guest that names its cards for their slots has ens33, as it had before.
+    let seen = ssh(world, &address, "cat /sys/bus/pci/slots/33/address; readlink /sys/class/net/eth0/device");
+    let (slot, card) = seen.ok().split_once('\n').unwrap();
+    assert!(card.ends_with(&format!("/{slot}.0")), "{slot} {card}");
     plugin.halt();
     assert!(vm_processes(world).is_empty());
     assert_eq!(plugin.ask("DELETE", &format!("/api/vms/{ID}"), None).status, 204);

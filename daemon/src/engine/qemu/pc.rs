@@ -111,7 +111,8 @@ pub fn line(spec: PcSpec, fd: Descriptors) -> io::Result<Line> {
         };
         // It does not start from the network.
         let mac = format_mac(spec.mac);
-        line.arg("-device", format!("{model},netdev={CABLE},id=nic0,mac={mac},romfile="));
+        let bus = spec.slot.filter(|_| !old).map(|number| slot(&mut line, number)).unwrap_or_default();
+        line.arg("-device", format!("{model},netdev={CABLE},id=nic0,mac={mac},romfile={bus}"));
         line.kept.push(tap);
     }
     line.arg("-add-fd", format!("fd={},set={LOG_SET}", fd.console_log));
@@ -122,6 +123,13 @@ pub fn line(spec: PcSpec, fd: Descriptors) -> io::Result<Line> {
     line.arg("-mon", "chardev=qmp,mode=control");
     line.arg("-S", "");
     Ok(Line { args: line.args.into_iter().map(OsString::from).collect(), kept: line.kept })
+}
+
+/// A slot of that number, as guests find it where PCI Express tells of slots and ACPI does not.
+fn slot(line: &mut Builder, number: u16) -> String {
+    line.arg("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off");
+    line.arg("-device", format!("pcie-root-port,id=slot0,slot={number},chassis=1"));
+    ",bus=slot0".to_owned()
 }
 
 fn disks(line: &mut Builder, disks: Vec<PcDisk>, old: bool) -> io::Result<()> {
@@ -218,6 +226,7 @@ mod tests {
             efi: efi.then(|| Efi { code: file().into(), variables: file().into() }),
             disks,
             nic: Some((Nic::Vmxnet3, file().into())),
+            slot: Some(160),
             mac: [0x52, 0x54, 0, 0, 0, 1],
             user: 1,
         }
@@ -245,12 +254,16 @@ mod tests {
             "ide-hd,bus=sata0.2",
             "nvme-ns,bus=nvme0,nsid=1",
             "pflash0=code",
-            "vmxnet3,netdev=net0",
+            "pcie-root-port,id=slot0,slot=160,",
+            "vmxnet3,netdev=net0,id=nic0,mac=52:54:00:00:00:01,romfile=,bus=slot0",
         ] {
             assert!(text.contains(word), "{word} in {text}");
         }
         let old = self::text(spec(vec![disk(Bus::Ide, 1, 0, Parts::Vmdk(file()))], false));
-        assert!(old.contains("-machine pc,") && old.contains("ide-hd,bus=ide.1,unit=0"), "{old}");
+        assert!(
+            old.contains("-machine pc,") && !old.contains("pcie") && old.contains("ide-hd,bus=ide.1,unit=0"),
+            "{old}"
+        );
     }
 
     #[test]

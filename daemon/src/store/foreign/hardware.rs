@@ -66,12 +66,16 @@ pub struct Hardware {
     pub nic: Option<Nic>,
     /// The MAC address of that one, if the VMX has a usable one.
     pub mac: Option<[u8; 6]>,
+    /// The number of its slot, if the VMX has one: guests name it for that, such as `ens33`.
+    pub slot: Option<u16>,
 }
 
 /// Prefix of a controller's keys, how many of it there are, and how many disks each can have.
 const CONTROLLERS: [(&str, u8, u8); 4] = [("scsi", 4, 16), ("sata", 4, 6), ("nvme", 4, 15), ("ide", 2, 2)];
 /// Most disks of a VM.
 const MAX_DISKS: usize = 16;
+/// Numbers that a slot can have (PCI Express Base Specification, Slot Capabilities: 13 bits).
+const SLOTS: std::ops::RangeInclusive<u64> = 1..=8191;
 /// Most network cards that a VMX can have.
 const MAX_NICS: u8 = 10;
 
@@ -106,7 +110,9 @@ impl Hardware {
         let card = (0..MAX_NICS).find(|number| is_true(vmx, &format!("ethernet{number}.present")));
         let nic = card.map(|number| nic(vmx, number)).transpose()?;
         let mac = card.and_then(|number| mac(vmx, number));
-        Ok(Self { firmware, disks, nic, mac })
+        let slot = card.and_then(|number| vmx.number(&format!("ethernet{number}.pcislotnumber")).ok()?);
+        let slot = slot.filter(|slot| SLOTS.contains(slot)).and_then(|slot| u16::try_from(slot).ok());
+        Ok(Self { firmware, disks, nic, mac, slot })
     }
 }
 
@@ -216,6 +222,7 @@ ethernet0.present = \"TRUE\"
 ethernet0.virtualDev = \"vmxnet3\"
 ethernet0.addressType = \"generated\"
 ethernet0.generatedAddress = \"00:0C:29:01:02:03\"
+ethernet0.pciSlotNumber = \"160\"
 ";
 
     #[test]
@@ -229,6 +236,7 @@ ethernet0.generatedAddress = \"00:0C:29:01:02:03\"
                 disks: vec![disk],
                 nic: Some(Nic::Vmxnet3),
                 mac: Some([0, 0x0c, 0x29, 1, 2, 3]),
+                slot: Some(160),
             }
         );
     }
@@ -252,6 +260,10 @@ ethernet0.generatedAddress = \"00:0C:29:01:02:03\"
         assert_eq!((hardware.disks[0].bus, hardware.nic), (Bus::Lsi, Some(Nic::Vlance)));
         let hardware = read(&format!("{text}guestos = \"debian10-64\"\n")).unwrap();
         assert_eq!((hardware.nic, hardware.mac), (Some(Nic::E1000), None));
+        for slot in ["-1", "0", "99999", "x"] {
+            let hardware = read(&format!("{text}ethernet1.pcislotnumber = \"{slot}\"\n")).unwrap();
+            assert_eq!(hardware.slot, None, "{slot}");
+        }
     }
 
     #[test]
