@@ -28,6 +28,7 @@ pub fn foreign(checks: &mut Checks) {
     }
     starts(checks, &world);
     checks.check("a box with a qcow2 disk, as libvirt has them: SATA, vmxnet3, UEFI", || qcow2(&mut world));
+    checks.check("a box of old: its disk in parts on lsilogic, vlance, a BIOS", || old(&world));
     checks.check("Vagrant's plugin: a box from `up` to `destroy`", || vagrant::up_to_destroy(&world));
     checks.check("the daemon is well", || healthy(&world));
 }
@@ -205,6 +206,21 @@ fn qcow2(world: &mut World) {
     assert!(written_to(&world.vm_dir("deb").join("disk.qcow2")), "what it wrote is in its overlay");
     world.catalyst(&["vm", "delete", "deb"]).ok();
     assert!(!folder.exists() && !world.vm_dir("deb").exists());
+}
+
+/// What no loader tells: its kernel finds the disk and the card too.
+fn old(world: &World) {
+    let vmx = boxes::debian(&world.path("boxes/old"), Kind::Split, Started { nic: "vlance", ..Started::LSI });
+    let vmx = vmx.to_str().unwrap();
+    world.catalyst(&["vm", "create", "old", "--from", vmx, "--on", "--wait", "--timeout", "280"]).ok();
+    let address = world.catalyst(&["guest", "getip", "old"]).ok().to_owned();
+    wait_for_ssh(world, &address);
+    let seen = ssh(world, &address, "grep -l LABEL /etc/fstab; readlink /sys/class/net/eth0/device/driver")
+        .ok()
+        .to_owned();
+    assert!(seen.contains("fstab") && seen.ends_with("/pcnet32"), "{seen}");
+    world.catalyst(&["vm", "delete", "--force", "old"]).ok();
+    assert!(!world.path("boxes/old").exists());
 }
 
 fn written_to(disk: &Path) -> bool {

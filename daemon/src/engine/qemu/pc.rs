@@ -43,6 +43,8 @@ pub struct Line {
 /// Set of the console log; files of disks have those behind it.
 const LOG_SET: u32 = 1;
 const FIRST_SET: u32 = 10;
+/// The first SAS address of a disk: locally assigned (NAA 3 of SPC-4).
+const WWN: u64 = 0x3ca7_0000_0000_0000;
 
 struct Builder {
     args: Vec<String>,
@@ -156,7 +158,11 @@ fn disks(line: &mut Builder, disks: Vec<PcDisk>, old: bool) -> io::Result<()> {
         let (number, unit) = (disk.controller, disk.unit);
         let place = match disk.bus {
             Bus::Pvscsi => format!("scsi-hd,bus=pvscsi{number}.0,scsi-id={unit}"),
-            Bus::Lsi => format!("scsi-hd,bus=lsi{number}.0,scsi-id={unit}"),
+            // Linux finds a SAS disk by its address alone.
+            Bus::Lsi => {
+                let wwn = WWN + u64::from(number) * 256 + u64::from(unit);
+                format!("scsi-hd,bus=lsi{number}.0,scsi-id={unit},wwn={wwn:#x}")
+            }
             Bus::Ahci => format!("ide-hd,bus=sata{number}.{unit}"),
             Bus::Nvme => format!("nvme-ns,bus=nvme{number},nsid={}", unit + 1),
             Bus::Ide => format!("ide-hd,bus=ide.{number},unit={unit}"),
@@ -250,7 +256,7 @@ mod tests {
             "q35,vmport=off",
             "pvscsi,id=pvscsi1",
             "scsi-hd,bus=pvscsi1.0,scsi-id=3,drive=disk0,bootindex=0",
-            "scsi-hd,bus=lsi0.0,scsi-id=0,drive=disk1,bootindex=1",
+            "scsi-hd,bus=lsi0.0,scsi-id=0,wwn=0x3ca7000000000000,drive=disk1,bootindex=1",
             "ide-hd,bus=sata0.2",
             "nvme-ns,bus=nvme0,nsid=1",
             "pflash0=code",
