@@ -26,6 +26,7 @@ help: ## show this
 setup: ## install what is missing (Debian packages)
 	@missing=; for need in $(NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
 	[ -f /usr/share/seabios/bios-microvm.bin ] || missing="$$missing seabios"; \
+	[ -f /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing="$$missing ovmf"; \
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
@@ -72,7 +73,7 @@ e2e: image setup-tests ## end-to-end tests on real VMs (root)
 	cargo test --release -p catalyst-tests -- --nocapture
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
-KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input hosts legacy daemons life pair ports cpus many
+KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life folders pair ports cpus many
 e2e-kvm: export LAB_TIMEOUT ?= 10800
 e2e-kvm: export LAB_CPUS ?= 1
 e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root)
@@ -122,6 +123,8 @@ lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm
 
 install: image ## install programs, units and completions under PREFIX
 	$(SUDO) install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/catalyst $(RELEASE)/catalyst-daemon
+	$(SUDO) ln -sf catalyst $(DESTDIR)$(PREFIX)/bin/appcatalyst
+	$(SUDO) ln -sf catalyst-daemon $(DESTDIR)$(PREFIX)/bin/appcatalyst-daemon
 	$(SUDO) install -D -m 755 -t $(DESTDIR)$(PREFIX)/lib/catalyst $(RELEASE)/catalyst-vmm $(RELEASE)/catalyst-image $(RELEASE)/catalyst-agent-static
 	$(SUDO) install -D -m 644 -t $(DESTDIR)/etc/systemd/system daemon/catalyst@.service
 	$(SUDO) sed -i 's|@PREFIX@|$(PREFIX)|' $(DESTDIR)/etc/systemd/system/catalyst@.service
@@ -130,7 +133,8 @@ install: image ## install programs, units and completions under PREFIX
 	$(RELEASE)/catalyst completion zsh | $(SUDO) tee $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_catalyst >/dev/null
 
 uninstall: ## remove what install put there; VMs and images stay
-	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/bin/catalyst $(DESTDIR)$(PREFIX)/bin/catalyst-daemon $(DESTDIR)$(PREFIX)/lib/catalyst \
+	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/bin/catalyst $(DESTDIR)$(PREFIX)/bin/catalyst-daemon $(DESTDIR)$(PREFIX)/bin/appcatalyst \
+	  $(DESTDIR)$(PREFIX)/bin/appcatalyst-daemon $(DESTDIR)$(PREFIX)/lib/catalyst \
 	  $(DESTDIR)/etc/systemd/system/catalyst@.service $(DESTDIR)$(PREFIX)/share/bash-completion/completions/catalyst \
 	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_catalyst
 

@@ -2,8 +2,10 @@
 //!
 //! Two APIs live side by side: [`legacy`] is the AppCatalyst contract to the letter
 //! (`/api/…`), everything else here is Catalyst's own typed API (`/v1/…`), from which the
-//! daemon generates its OpenAPI 3.1 description. There is no behaviour in this crate.
+//! daemon generates its OpenAPI 3.1 description. There is no behaviour in this crate, but that it reads what a user has set
+//! in files ([`config`]), which both daemon and CLI must read alike.
 
+pub mod config;
 pub mod doctor;
 pub mod error;
 pub mod event;

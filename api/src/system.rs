@@ -16,8 +16,10 @@ pub struct Version {
     pub pid: u32,
     /// Name of the owner.
     pub owner: String,
-    /// State folder; VMs lie in `vms/` below it.
+    /// State folder.
     pub state_dir: String,
+    /// The folder in which VMs lie.
+    pub vm_dir: String,
     /// Folder of the images.
     pub image_dir: String,
     /// The engine that VMs are started with.

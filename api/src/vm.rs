@@ -206,7 +206,7 @@ pub struct Vm {
     pub memory_mib: u64,
     /// Virtual size of the disk in GiB.
     pub disk_gib: u64,
-    /// The template (image) it was made from.
+    /// The template (image) it was made from; empty for one that was registered in place.
     pub template: String,
     /// The engine of the running process, or the one the next power-on takes.
     pub engine: EngineName,
@@ -230,6 +230,9 @@ pub struct Vm {
     pub ports: Vec<Port>,
     /// The VM's configuration file.
     pub vmx: String,
+    /// The VMX that was registered in place, if it was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
 }
 
 /// Body of `POST /v1/vms`.
@@ -244,6 +247,10 @@ pub struct CreateVm {
     /// An existing VM to clone: with its disk, and where it runs with its memory, so that the clone runs too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
+    /// Absolute path of an existing `.vmx` to register where it is, instead of cloning: the VM is as that says, and deleting
+    /// it deletes its files there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
     /// The template to clone; by default `lumen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,

@@ -4,7 +4,7 @@ mod folder;
 mod port;
 
 use std::ffi::OsString;
-use std::process::ExitCode;
+use std::path::PathBuf;
 
 use catalyst_api::PublishPort;
 use clap::error::ErrorKind;
@@ -230,6 +230,9 @@ pub struct Create {
     /// Disk size in GiB, or with a unit: 80G, 1T; only what is written occupies space [default: 64G]
     #[arg(long, value_name = "SIZE", value_parser = size::disk_gib)]
     pub disk: Option<u64>,
+    /// Register this .vmx where it is, instead of cloning; deleting the VM deletes its files there
+    #[arg(long, value_name = "FILE.vmx", conflicts_with_all = ["cpus", "memory", "disk", "template"])]
+    pub from: Option<PathBuf>,
     /// The image to clone [default: lumen]
     #[arg(long, value_parser = names::image)]
     pub template: Option<String>,
@@ -484,20 +487,20 @@ pub struct DaemonStart {
 
 /// Prints what clap has to say: help and version as they are, wrong use as one line.
 /// Returns the exit code.
-pub fn report(error: &clap::Error) -> ExitCode {
+pub fn report(error: &clap::Error) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             // Nothing can be said to a reader that has gone.
             let _ = error.print();
-            ExitCode::SUCCESS
+            0
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
-            ExitCode::from(2)
+            2
         }
         _ => {
             output::error(&wrong_use(&error.render().to_string()));
-            ExitCode::from(2)
+            2
         }
     }
 }

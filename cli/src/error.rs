@@ -16,6 +16,9 @@ use crate::wait::WaitError;
 /// What ended a command.
 #[derive(Debug, thiserror::Error)]
 pub enum CliError {
+    /// A file of settings cannot be used.
+    #[error(transparent)]
+    Config(#[from] catalyst_api::config::ConfigError),
     /// `--host` is none.
     #[error(transparent)]
     Host(#[from] HostError),
@@ -71,7 +74,7 @@ impl CliError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Output(OutputError::Gone) => 0,
-            Self::Host(_) | Self::Use(_) => 2,
+            Self::Host(_) | Self::Config(_) | Self::Use(_) => 2,
             _ => 1,
         }
     }

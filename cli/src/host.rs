@@ -3,6 +3,7 @@
 use std::fmt;
 
 use catalyst_api::DEFAULT_PORT;
+use catalyst_api::config::Config;
 
 /// Why a `--host` cannot be one.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -34,12 +35,16 @@ impl Host {
         Self { name: "localhost".to_owned(), port: DEFAULT_PORT, explicit: false }
     }
 
-    /// The host that `--host` or CATALYST_HOST names; an empty text is none.
-    pub fn choose(given: Option<&str>) -> Result<Self, HostError> {
-        match given.map(str::trim) {
-            None | Some("") => Ok(Self::local()),
-            Some(text) => Self::parse(text),
+    /// The host that `--host` or CATALYST_HOST names, else the one that the user has set, else where a daemon listens by
+    /// what is set; an empty text is none.
+    pub fn choose(given: Option<&str>, config: &Config) -> Result<Self, HostError> {
+        let named = |text: Option<&str>| text.map(str::trim).filter(|text| !text.is_empty()).map(Self::parse);
+        if let Some(host) = named(given).or_else(|| named(config.url.as_deref())) {
+            return host;
         }
+        // A daemon that is started there finds the same settings.
+        let set = named(config.listen.as_deref()).transpose()?;
+        Ok(set.map_or_else(Self::local, |host| Self { explicit: false, ..host }))
     }
 
     /// Reads `http://HOST:PORT`, `HOST:PORT`, `HOST` or `:PORT`; a path of `/` is tolerated.
@@ -137,9 +142,18 @@ mod tests {
 
     #[test]
     fn only_no_choice_is_no_choice() {
-        assert_eq!(Host::choose(None), Ok(Host::local()));
-        assert_eq!(Host::choose(Some(" ")), Ok(Host::local()));
-        assert!(Host::choose(Some("localhost:8080")).unwrap().explicit);
+        let mut config = Config::default();
+        assert_eq!(Host::choose(None, &config), Ok(Host::local()));
+        assert_eq!(Host::choose(Some(" "), &config), Ok(Host::local()));
+        assert!(Host::choose(Some("localhost:8080"), &config).unwrap().explicit);
+        config.listen = Some("localhost:8081".to_owned());
+        let set = Host::choose(None, &config).unwrap();
+        assert_eq!((set.port, set.explicit), (8081, false));
+        config.url = Some("http://box:81".to_owned());
+        assert_eq!(Host::choose(None, &config).unwrap().to_string(), "box:81");
+        assert_eq!(Host::choose(Some(":1"), &config).unwrap().port, 1);
+        config.url = Some("https://box".to_owned());
+        assert!(Host::choose(None, &config).is_err());
         assert!(Host::local().is_loopback() && Host::parse("[::1]:1").unwrap().is_loopback());
         assert!(!Host::parse("box").unwrap().is_loopback());
     }

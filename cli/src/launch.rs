@@ -72,7 +72,10 @@ pub fn connect(host: &Host) -> Result<(Client, Version), CliError> {
     match client.probe() {
         Ok(version) => Ok((client, version)),
         Err(ClientError::NoAnswer { .. }) if !host.explicit => {
-            start(host, &[])?;
+            // What the user has set may not be what the owner of the daemon has, whom sudo names.
+            let elsewhere = *host != Host::local();
+            let options = [OsString::from("--listen"), host.to_string().into()];
+            start(host, if elsewhere { &options } else { &[] })?;
             let version = client.probe()?;
             told_started(&version);
             Ok((client, version))

@@ -27,6 +27,7 @@ mod text;
 mod wait;
 
 use std::ffi::OsString;
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -35,10 +36,19 @@ use crate::error::CliError;
 
 /// Runs one command line (program name first) and returns its exit code: 0, 1 for a failed
 /// operation, 2 for wrong use; `ssh` and `guest exec` pass the code of their command on.
+///
+/// By the name `appcatalyst` any failure is 255, as scripts of that program expect.
 pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
-    let result = match args::Cli::try_parse_from(words) {
+    let words: Vec<OsString> = words.into_iter().collect();
+    let name = words.first().and_then(|word| Path::new(word).file_name());
+    let failed = |code: u8| match code {
+        0 => ExitCode::SUCCESS,
+        _ if name == Some("appcatalyst".as_ref()) => ExitCode::from(255),
+        code => ExitCode::from(code),
+    };
+    let result = match args::Cli::try_parse_from(&words) {
         Ok(cli) => commands::run(cli),
-        Err(error) => return args::report(&error),
+        Err(error) => return failed(args::report(&error)),
     };
     match result {
         Ok(code) => code,
@@ -46,7 +56,7 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
             if let Some(line) = error.line() {
                 output::error(&line);
             }
-            ExitCode::from(error.exit_code())
+            failed(error.exit_code())
         }
     }
 }

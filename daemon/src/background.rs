@@ -7,26 +7,47 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
+
+use catalyst_daemon::http::error::plain;
+use catalyst_daemon::privilege::as_root;
 
 /// Names the descriptor on which the daemon in the background says how it went.
 const READY_FD: &str = "CATALYST_READY_FD";
 const READY: &str = "ready";
-/// Where a daemon in the background writes its log.
-const LOG: &str = "/var/log/catalyst-daemon.log";
+/// The folder where a daemon in the background writes its log, where no other is set.
+const LOG_DIR: &str = "/var/log";
+/// The log.
+const LOG: &str = "catalyst-daemon.log";
 
 static TOLD: Mutex<bool> = Mutex::new(false);
 
-/// Starts this program again in a session of its own and returns when it is ready.
-pub fn start() -> Result<(), Box<dyn Error>> {
+/// Starts this program again in a session of its own and returns when it is ready. A log folder that is set is the
+/// owner's, and nothing is done in it that the thread's file system user may not.
+pub fn start(log_dir: Option<&Path>) -> Result<(), Box<dyn Error>> {
     let (mut told, teller) = io::pipe()?;
-    let log = OpenOptions::new().append(true).create(true).mode(0o640).open(LOG);
+    let path = log_dir.unwrap_or(Path::new(LOG_DIR)).join(LOG);
+    let open = || {
+        let mut options = OpenOptions::new();
+        options.append(true).create(true).mode(0o640).custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK);
+        options.open(&path)
+    };
+    let log = match log_dir {
+        Some(folder) => std::fs::create_dir_all(folder).and_then(|()| open()),
+        None => as_root(open),
+    };
     let log = match log {
         Ok(file) => Stdio::from(file),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Stdio::null(),
-        Err(error) => return Err(format!("Cannot open the log {LOG}: {error}").into()),
+        Err(error) if log_dir.is_none() && error.kind() == io::ErrorKind::PermissionDenied => Stdio::null(),
+        Err(error) => {
+            return Err(
+                format!("Cannot open the log {}: {}", path.display(), plain(&error.to_string())).into()
+            );
+        }
     };
+    let shown = path.display();
     let teller = OwnedFd::from(teller);
     let number = teller.as_raw_fd();
     let mut command = Command::new(std::env::current_exe()?);
@@ -47,10 +68,10 @@ pub fn start() -> Result<(), Box<dyn Error>> {
     told.read_to_string(&mut text)?;
     match text.trim() {
         READY => {
-            println!("catalyst-daemon runs in the background (pid {}); its log is {LOG}", child.id());
+            println!("catalyst-daemon runs in the background (pid {}); its log is {shown}", child.id());
             Ok(())
         }
-        "" => Err(format!("The daemon ended without a word; see {LOG}").into()),
+        "" => Err(format!("The daemon ended without a word; see {shown}").into()),
         error => Err(error.to_owned().into()),
     }
 }

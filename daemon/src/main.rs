@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use catalyst_api::config::Config;
 use catalyst_daemon::access::guard::protect;
 use catalyst_daemon::access::listen::ListenOptions;
 use catalyst_daemon::access::owner::Owner;
@@ -21,7 +22,9 @@ use catalyst_daemon::http::{self, App};
 use catalyst_daemon::images::Images;
 use catalyst_daemon::machines::{Context, Machines};
 use catalyst_daemon::network::{Network, NetworkConfig};
-use catalyst_daemon::settings::{self, Args, Settings, default_state_dir};
+use catalyst_daemon::settings::{
+    self, Args, EngineChoice, LISTEN, Settings, default_state_dir, owners_config,
+};
 use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;
 use catalyst_daemon::{privilege, probe};
@@ -61,7 +64,7 @@ enum StartError {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let outcome = if args.background { background::start() } else { run(args) };
+    let outcome = if args.background { go_into_background(args) } else { run(args) };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -71,6 +74,24 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// What the owner has set is read with the owner's rights, and so is the log's folder that is set.
+fn with_settings(args: Args, owner: &Owner) -> Result<(Args, Config), Box<dyn Error>> {
+    privilege::act_as(owner.uid, owner.gid);
+    let config = owners_config(owner, is_own(owner))?;
+    Ok((args.over(&config)?, config))
+}
+
+/// Whether the environment is the owner's.
+fn is_own(owner: &Owner) -> bool {
+    owner.uid == rustix::process::getuid().as_raw()
+}
+
+fn go_into_background(args: Args) -> Result<(), Box<dyn Error>> {
+    let owner = Owner::resolve(args.owner.as_deref())?;
+    let (args, _) = with_settings(args, &owner)?;
+    background::start(args.log_dir.as_deref())
 }
 
 fn run(args: Args) -> Result<(), Box<dyn Error>> {
@@ -86,7 +107,7 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     settings::raise_descriptors();
     let (uid, gid) = (owner.uid, owner.gid);
-    privilege::act_as(uid, gid);
+    let (args, config) = with_settings(args, &owner)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_keep_alive(Duration::from_secs(5))
@@ -94,13 +115,14 @@ fn run(args: Args) -> Result<(), Box<dyn Error>> {
         .enable_all()
         .build()
         .map_err(StartError::Runtime)?;
-    let outcome = runtime.block_on(serve(args, owner));
+    let outcome = runtime.block_on(serve(args, config, owner));
     runtime.shutdown_timeout(Duration::from_secs(1));
     outcome
 }
 
-async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
-    let own_environment = owner.uid == rustix::process::getuid().as_raw();
+async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn Error>> {
+    let own_environment = is_own(&owner);
+    let listen = args.listen.unwrap_or_else(|| LISTEN.to_owned());
     let state_dir = match args.state_dir {
         Some(dir) => std::path::absolute(dir).map_err(StartError::Runtime)?,
         None => default_state_dir(&owner, own_environment),
@@ -110,15 +132,17 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let settings = Arc::new(Settings {
         state_dir: state_dir.clone(),
         image_dir: args.image_dir.clone(),
-        listen: args.listen.clone(),
+        listen: listen.clone(),
+        parent: config.parent,
     });
     // Listening comes first: a taken port is the most likely thing to be wrong.
-    let address = args.listen.parse()?;
+    let address = listen.parse()?;
     let socket = state_dir.join("catalyst.sock");
     let listener = ListenOptions { tcp: &address, unix: Some(&socket), owner: &owner }.bind()?;
 
     // Measured beside what else a start does; from the first answer on the daemon knows its engine.
-    let engines = tokio::spawn(Engines::choose(args.engine, probe::run()));
+    let engine = args.engine.unwrap_or(EngineChoice::Auto);
+    let engines = tokio::spawn(Engines::choose(engine, probe::run()));
     let events = Events::default();
     let images = ImageStore::open(&args.image_dir);
     let tasks = Tasks::new(events);
@@ -132,16 +156,20 @@ async fn serve(args: Args, owner: Owner) -> Result<(), Box<dyn Error>> {
     let serving = network.clone();
     tokio::spawn(async move { serving.keep_serving().await });
     let access_keys = AccessKeys::open(&state_dir, &owner.home)?;
+    if let Some(vm_dir) = args.vm_dir {
+        Store::lie_in(&state_dir, &std::path::absolute(vm_dir).map_err(StartError::Runtime)?)?;
+    }
     let store = Store::open(&state_dir)?;
     let engines = engines.await.map_err(|error| StartError::Runtime(std::io::Error::other(error)))??;
     tracing::info!(engine = %engines.name(), why = engines.why(), "engine");
     let mut context = Context::new(store, images, network, engines, tasks, owner.clone(), access_keys);
     context.warms_by_itself = !args.no_warming;
+    context.parent.clone_from(&settings.parent);
     let machines = Machines::load(context).await?;
 
     let app = App { machines, images: image_tasks, settings, stop: Arc::clone(&stop) };
     let router = protect(http::router(app), listener.policy());
-    tracing::info!(listen = %args.listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
+    tracing::info!(listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
     background::tell_ready();
     let stopping = Arc::new(Notify::new());
     let served = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())

@@ -3,11 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use catalyst_api::EngineName;
+use catalyst_api::config::{Config, ConfigError};
 use clap::{Parser, ValueEnum};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::access::owner::Owner;
 use crate::privilege::as_root;
+
+/// Where the daemon listens where nothing else is said.
+pub const LISTEN: &str = "localhost:8080";
 
 /// Where images lie where nothing else is said: shared by all state folders.
 pub const IMAGE_DIR: &str = "/var/lib/catalyst/images";
@@ -22,24 +26,30 @@ pub struct Args {
     /// State folder; VMs lie in vms/ below it [default: $XDG_DATA_HOME/catalyst of the owner]
     #[arg(long, value_name = "DIR", env = "CATALYST_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
-    /// Where to listen; loopback only
-    #[arg(long, value_name = "ADDR:PORT", default_value = "localhost:8080")]
-    pub listen: String,
+    /// Where to listen; loopback only [default: localhost:8080]
+    #[arg(long, value_name = "ADDR:PORT", env = "CATALYST_LISTEN")]
+    pub listen: Option<String>,
+    /// Folder in which VMs lie [default: vms in the state folder]
+    #[arg(long, value_name = "DIR", env = "CATALYST_VM_DIR")]
+    pub vm_dir: Option<PathBuf>,
     /// Whose VMs these are, by name or uid [default: SUDO_UID, else who starts it]
     #[arg(long, value_name = "USER")]
     pub owner: Option<String>,
     /// Folder of the images, shared between state folders
     #[arg(long, value_name = "DIR", env = "CATALYST_IMAGE_DIR", default_value = IMAGE_DIR)]
     pub image_dir: PathBuf,
-    /// The engine VMs are started with; auto measures KVM and takes it if it is usable
-    #[arg(long, value_enum, default_value_t = EngineChoice::Auto)]
-    pub engine: EngineChoice,
+    /// The engine VMs are started with; auto measures KVM and takes it if it is usable [default: auto]
+    #[arg(long, value_enum, env = "CATALYST_ENGINE")]
+    pub engine: Option<EngineChoice>,
     /// Make no warm states but those that are asked for
     #[arg(long, env = "CATALYST_NO_WARMING")]
     pub no_warming: bool,
     /// Name of the bridge [default: the first free of catalyst0, catalyst1, …]
     #[arg(long, value_name = "NAME")]
     pub bridge: Option<String>,
+    /// Folder of the log of a daemon in the background [default: /var/log]
+    #[arg(long, value_name = "DIR", env = "CATALYST_LOG_DIR")]
+    pub log_dir: Option<PathBuf>,
     /// Go into the background; returns when the daemon listens
     #[arg(long)]
     pub background: bool,
@@ -70,6 +80,34 @@ impl EngineChoice {
     }
 }
 
+/// A setting that is none.
+#[derive(Debug, thiserror::Error)]
+#[error("The setting engine = \"{0}\" is none: 'auto', 'kvm' and 'qemu' are")]
+pub struct NoEngine(String);
+
+impl Args {
+    /// Fills up with the owner's settings what was not named.
+    pub fn over(mut self, config: &Config) -> Result<Self, NoEngine> {
+        self.listen = self.listen.or_else(|| config.listen.clone());
+        // A daemon with a state folder of its own is another one beside the owner's, with VMs of its own.
+        if self.state_dir.is_none() {
+            self.vm_dir = self.vm_dir.or_else(|| config.vm_dir.clone());
+        }
+        self.log_dir = self.log_dir.or_else(|| config.log_dir.clone());
+        if let (None, Some(word)) = (self.engine, &config.engine) {
+            let engine = EngineChoice::from_str(word, true).map_err(|_| NoEngine(word.clone()))?;
+            self.engine = Some(engine);
+        }
+        Ok(self)
+    }
+}
+
+/// What the owner has set. `own_environment` says whether the environment is the owner's.
+pub fn owners_config(owner: &Owner, own_environment: bool) -> Result<Config, ConfigError> {
+    let named = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    Config::load(&owner.home, named.filter(|_| own_environment).as_deref())
+}
+
 /// How this daemon runs, everything decided.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -79,6 +117,8 @@ pub struct Settings {
     pub image_dir: PathBuf,
     /// Where it listens, as it was asked for.
     pub listen: String,
+    /// The VM that is cloned where nothing else is named: its id, or the path of its VMX.
+    pub parent: Option<String>,
 }
 
 /// Descriptors that a daemon asks for: a connection through a published port takes two.

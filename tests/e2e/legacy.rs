@@ -66,6 +66,31 @@ fn vms(checks: &mut Checks, world: &World) {
         assert_eq!(world.curl("GET", "/api/vms?tags=none", None).json(), json!([]));
         assert_eq!(world.curl("GET", "/api/vms?tags=", None).json(), ids);
     });
+    checks.check("its description is where clients look for it, and the page shows both APIs", || {
+        let document = world.curl("GET", "/json/swagger.json", None);
+        assert_eq!((document.status, &document.json()["info"]["version"]), (200, &json!("1.0.0")));
+        assert_eq!(document.json()["basePath"], "/api");
+        let page = world.curl_with(&["-L"], "/", None);
+        assert!(page.status == 200 && page.body.contains("swagger-ui"), "{page:?}");
+        let start = world.curl("GET", "/swagger/swagger-initializer.js", None).body;
+        assert!(start.contains("/json/swagger.json") && start.contains("/v1/openapi.json"), "{start}");
+    });
+    checks.check(
+        "what the page sends when it is tried out is taken, and the same from elsewhere is not",
+        || {
+            let send = |origin: &str, site: &str, body: &str| {
+                let (origin, site) = (format!("Origin: {origin}"), format!("Sec-Fetch-Site: {site}"));
+                let options =
+                    ["-X", "PATCH", "-H", &origin, "-H", &site, "-H", "Content-Type: application/json"];
+                world.curl_with(&options, "/api/vms/power/web1", Some(body.as_bytes())).status
+            };
+            assert_eq!(send("http://localhost:8080", "same-origin", "\"on\""), 200);
+            assert_eq!(send("http://localhost:8080", "same-origin", "off"), 200);
+            assert_eq!(send("http://evil.example", "cross-site", "on"), 403);
+            assert_eq!(send("http://localhost:9999", "same-site", "on"), 403);
+            assert_eq!(state(world, "web1"), "powered off");
+        },
+    );
     checks.check("both names of the loopback serve it", || {
         for host in ["127.0.0.1", "[::1]"] {
             let mut command = world.command("curl");
@@ -189,11 +214,6 @@ fn later(checks: &mut Checks, world: &World) {
             assert_eq!(state(world, "web1"), then);
             assert_eq!(vm_processes(world).is_empty(), then != "powered on", "{word}");
         }
-    });
-    checks.check("what comes later says so: sourceReference", || {
-        let body = r#"{"id":"v","name":"v","sourceReference":"/x/y.vmx","tag":"vagrant"}"#;
-        let text = legacy_error(&world.curl("POST", "/api/vms", Some(body)), &[500]);
-        assert!(text.contains("not yet"), "{text}");
     });
 }
 

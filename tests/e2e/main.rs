@@ -14,6 +14,7 @@ mod crash;
 mod daemons;
 mod faults;
 mod folders;
+mod foreign;
 mod full;
 mod hosts;
 mod images;
@@ -25,6 +26,7 @@ mod owner;
 mod pair;
 mod ports;
 mod rounds;
+mod settings;
 mod snapshots;
 mod vagrant;
 
@@ -34,6 +36,7 @@ use catalyst_tests::harness::{self, Group};
 const GROUPS: &[Group] = &[
     ("many", many::many),
     ("instant", instant::instant),
+    ("foreign", foreign::foreign),
     ("full", full::full),
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
@@ -51,6 +54,7 @@ const GROUPS: &[Group] = &[
     ("hosts", hosts::hosts),
     ("legacy", legacy::legacy),
     ("disk_full", crash::disk_full),
+    ("settings", settings::settings),
     ("daemons", daemons::daemons),
     ("images", images::images),
 ];

@@ -23,7 +23,8 @@ use crate::wait::Wait;
 pub fn run(context: &Context, asked: args::Exec) -> Outcome {
     let client = context.client()?;
     let wait = Wait { client: &client, id: &asked.id, what: "its agent", limit: context.timeout };
-    wait.until(&Board::new(), |vm| Ok(vm.guest.agent.then_some(())))?;
+    // One of others has none, and the daemon says so.
+    wait.until(&Board::new(), |vm| Ok((vm.guest.agent || vm.source.is_some()).then_some(())))?;
     let target = path(&["vms", &asked.id, "exec", "stream"]);
     Ok(ExitCode::from(converse(client.host(), &target, asked)?))
 }

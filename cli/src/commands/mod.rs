@@ -17,10 +17,12 @@ pub mod ssh;
 mod template;
 mod vm;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use catalyst_api::Version;
+use catalyst_api::config::Config;
 use clap::CommandFactory;
 
 use crate::Outcome;
@@ -54,10 +56,19 @@ impl Context {
     }
 }
 
+/// What the user has set.
+fn settings() -> Result<Config, CliError> {
+    let folder = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    match folder("HOME") {
+        Some(home) => Ok(Config::load(&home, folder("XDG_CONFIG_HOME").as_deref())?),
+        None => Ok(Config::default()),
+    }
+}
+
 /// Runs the command.
 pub fn run(cli: Cli) -> Outcome {
     let context = Context {
-        host: Host::choose(cli.global.host.as_deref())?,
+        host: Host::choose(cli.global.host.as_deref(), &settings()?)?,
         json: cli.global.json,
         timeout: Duration::from_secs(cli.global.timeout),
     };

@@ -32,10 +32,13 @@ pub fn run(context: &Context, command: args::Vm) -> Outcome {
 
 fn create(context: &Context, asked: args::Create) -> Outcome {
     let (client, daemon) = context.connect()?;
+    // The daemon has another working directory.
+    let source = asked.from.map(|path| std::path::absolute(&path).unwrap_or(path));
     let body = CreateVm {
         id: asked.id,
         name: asked.name,
         parent: None,
+        source: source.map(|path| path.to_string_lossy().into_owned()),
         template: asked.template,
         cpus: asked.cpus,
         memory_mib: asked.memory,
@@ -44,7 +47,10 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         publish: asked.publish,
     };
     let mut vm = client.create(&body)?;
-    told_cloned(&template_path(&daemon, &vm), &vm);
+    match &vm.source {
+        Some(source) => output::info(&format!("Registered VM '{}' at '{source}'", vm.id)),
+        None => told_cloned(&template_path(&daemon, &vm), &vm),
+    }
     for port in &vm.ports {
         port::told(&vm.id, port);
     }
@@ -96,7 +102,7 @@ fn told(context: &Context, vm: &Vm) -> Outcome {
 fn list(context: &Context, tag: Option<&str>, long: bool) -> Outcome {
     let (client, daemon) = context.connect()?;
     let vms = client.vms(tag)?;
-    output::info(&format!("VMs found in '{}/vms'", daemon.state_dir.trim_end_matches('/')));
+    output::info(&format!("VMs found in '{}'", daemon.vm_dir.trim_end_matches('/')));
     if context.json {
         output::json(&vms)?;
     } else if long {
@@ -188,7 +194,10 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
     pairs.pair("CPUs", vm.cpus.to_string());
     pairs.pair("Memory", memory(vm) + &used.map(memory_use).unwrap_or_default());
     pairs.pair("Disk", disk(vm));
-    pairs.pair("Template", &vm.template);
+    match &vm.source {
+        Some(source) => pairs.pair("Registered", source),
+        None => pairs.pair("Template", &vm.template),
+    }
     pairs.pair("Address", &vm.address);
     pairs.pair("MAC", &vm.mac);
     if !vm.ports.is_empty() {
@@ -201,6 +210,9 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
 }
 
 fn guest_line(vm: &Vm) -> String {
+    if vm.source.is_some() {
+        return (if vm.guest.identity { "it has its address" } else { "it has no address yet" }).to_owned();
+    }
     let version = vm.guest.agent_version.as_ref().map(|version| format!(" (agent {version})"));
     format!("{}{}", wait::stage(&vm.guest), version.unwrap_or_default())
 }
@@ -261,6 +273,7 @@ mod tests {
             start_mode: None,
             ports: Vec::new(),
             vmx: "/s/vms/web1/web1.vmx".to_owned(),
+            source: None,
         }
     }
 

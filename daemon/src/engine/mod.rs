@@ -9,6 +9,7 @@ pub mod choice;
 pub mod fit;
 pub mod folder;
 pub mod kvm;
+pub mod pc;
 pub mod process;
 pub mod qemu;
 pub mod sockets;
@@ -28,6 +29,7 @@ use crate::store::VmDir;
 use capture::Extent;
 pub use choice::Engines;
 pub use fit::Fit;
+pub use pc::PcSpec;
 pub use process::Exit;
 
 /// Everything a VM process is made of.
@@ -157,6 +159,9 @@ pub enum EngineError {
         /// Its answer.
         why: String,
     },
+    /// The engine has no firmware.
+    #[error("Engine kvm cannot start a VM by its own boot loader; start the daemon with --engine qemu")]
+    NoFirmware,
     /// Another process of this VM lives.
     #[error("A process of this VM is running already (pid {0})")]
     Running(u32),
@@ -179,6 +184,9 @@ pub trait Engine: Send + Sync {
 
     /// Starts a VM; its virtual CPUs stand until [`VmProcess::resume`].
     fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>>;
+
+    /// The same for a VM that starts by its own loader.
+    fn start_pc(&self, spec: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>>;
 
     /// Finds the process that an earlier daemon started for the VM in `dir` and that runs as
     /// `user`; `None` where there is none.

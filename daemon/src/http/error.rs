@@ -17,6 +17,7 @@ use crate::machines::error::{
 use crate::ports::error::PortError;
 use crate::saved::SavedError;
 use crate::store::disk::DiskError;
+use crate::store::foreign::RegisterError;
 use crate::store::{ConfigError, StoreError};
 
 /// The messages of an error and its causes, nearest first; a cause that only repeats is left out.
@@ -157,15 +158,28 @@ fn disk_code(error: &DiskError) -> ErrorCode {
 fn store_code(error: &StoreError) -> ErrorCode {
     match error {
         StoreError::Io { source, .. } => io_code(source),
-        StoreError::Vmx { .. } => ErrorCode::WrongState,
+        StoreError::Vmx { .. } | StoreError::Elsewhere { .. } => ErrorCode::WrongState,
         StoreError::Exists(_) => ErrorCode::VmExists,
         StoreError::Disk(disk) => disk_code(disk),
     }
 }
 
+fn register_code(error: &RegisterError) -> ErrorCode {
+    match error {
+        RegisterError::Path(_) | RegisterError::Open { .. } => ErrorCode::InvalidRequest,
+        RegisterError::Disk { source, .. } => match disk_code(source) {
+            ErrorCode::Internal => ErrorCode::InvalidRequest,
+            code => code,
+        },
+        RegisterError::Ours(_) | RegisterError::Taken { .. } => ErrorCode::InUse,
+    }
+}
+
 fn engine_code(error: &EngineError) -> ErrorCode {
     match error {
-        EngineError::Program { .. } | EngineError::Device { .. } => ErrorCode::HostUnfit,
+        EngineError::Program { .. } | EngineError::Device { .. } | EngineError::NoFirmware => {
+            ErrorCode::HostUnfit
+        }
         EngineError::Io { source, .. } => io_code(source),
         EngineError::Died(_) | EngineError::Refused { .. } | EngineError::Description(_) => {
             ErrorCode::Internal
@@ -205,10 +219,14 @@ impl Failure for ImageError {
 impl Failure for CreateError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Id(_) | Self::Config(_) | Self::ParentDisk | Self::ParentSize => ErrorCode::InvalidRequest,
+            Self::Id(_) | Self::Config(_) | Self::ParentDisk | Self::ParentSize | Self::SourceAlone => {
+                ErrorCode::InvalidRequest
+            }
             Self::Unknown(_) => ErrorCode::VmNotFound,
             Self::Template { source, .. } => image_code(source),
             Self::ParentState { .. } => ErrorCode::WrongState,
+            Self::Register(error) => register_code(error),
+            Self::Registered(_) => ErrorCode::NotYet,
             Self::Freeze(freeze) => freeze.code(),
             Self::Start(power) => power.code(),
             Self::Port(port) => port.code(),
@@ -222,6 +240,7 @@ impl Failure for CreateError {
 impl Failure for FreezeError {
     fn code(&self) -> ErrorCode {
         match self {
+            Self::Registered(_) => ErrorCode::NotYet,
             Self::State { .. } | Self::Unsettled(_) | Self::Layers { .. } => ErrorCode::WrongState,
             Self::Power(power) => power.code(),
             Self::Engine(engine) => engine_code(engine),
@@ -236,6 +255,7 @@ impl Failure for FolderError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Vm(_) => ErrorCode::VmNotFound,
+            Self::Registered(_) => ErrorCode::NotYet,
             Self::Unknown { .. } => ErrorCode::FolderNotFound,
             Self::Exists { .. } => ErrorCode::FolderExists,
             Self::Name | Self::HostPath | Self::GuestPath | Self::Host { .. } => ErrorCode::InvalidRequest,
@@ -256,6 +276,7 @@ impl Failure for SnapshotError {
             Self::Exists { .. } => ErrorCode::SnapshotExists,
             Self::Name { .. } | Self::Description { .. } => ErrorCode::InvalidRequest,
             Self::TooMany { .. } | Self::State { .. } => ErrorCode::WrongState,
+            Self::Registered(_) => ErrorCode::NotYet,
             Self::Template { source, .. } => image_code(source),
             Self::Freeze(freeze) => freeze.code(),
             Self::Saved(saved) => saved_code(saved),
@@ -308,7 +329,8 @@ impl Failure for PowerError {
             Self::Open { source, .. } => io_code(source),
             Self::Store(store) => store_code(store),
             Self::Identity(_) | Self::Stopping => ErrorCode::Internal,
-            Self::Misfit { .. } | Self::Network(_) => ErrorCode::HostUnfit,
+            Self::Misfit { .. } | Self::Network(_) | Self::Firmware { .. } => ErrorCode::HostUnfit,
+            Self::Registered(_) => ErrorCode::NotYet,
             Self::Engine { source, .. } | Self::Look { source, .. } => engine_code(source),
             Self::Saved { source, .. } => saved_code(source),
         }
@@ -330,6 +352,7 @@ impl Failure for GuestError {
             Self::State { .. } => ErrorCode::WrongState,
             Self::NotReady { .. } => ErrorCode::GuestNotReady,
             Self::Agent { .. } => ErrorCode::GuestFailed,
+            Self::NoAgent(_) => ErrorCode::NotYet,
             Self::ConsoleBusy(_) => ErrorCode::InUse,
             Self::Io { source, .. } => io_code(source),
         }

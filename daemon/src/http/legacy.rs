@@ -44,7 +44,7 @@ async fn list(State(app): State<App>, Query(query): Query<ListQuery>) -> Json<Ve
     Json(app.machines.list(&tags).iter().map(|vm| vm.dir().id().to_string()).collect())
 }
 
-/// Clones the default template, or the VM `parentId`.
+/// Clones the default template, or the VM `parentId`; or registers the VMX `sourceReference` where it is.
 #[utoipa::path(post, path = "/api/vms", tag = TAG, request_body = CreateBody,
     responses((status = 200, body = CreatedVm), (status = 500, body = CodeMessage)))]
 async fn create(State(app): State<App>, Raw(body): Raw) -> Answer<CreatedVm> {
@@ -52,13 +52,11 @@ async fn create(State(app): State<App>, Raw(body): Raw) -> Answer<CreatedVm> {
         LegacyRefusal::new(StatusCode::BAD_REQUEST, format!("The body is not a VM: {error}"))
     })?;
     let given = |text: &Option<String>| text.clone().filter(|text| !text.is_empty());
-    if given(&body.source_reference).is_some() {
-        return Err(not_yet("registering a VM in place (sourceReference)"));
-    }
     let request = CreateVm {
         id: body.id.clone(),
         name: given(&body.name),
         parent: given(&body.parent_id),
+        source: given(&body.source_reference),
         tags: split_tags(body.tag.as_deref().unwrap_or_default()),
         ..CreateVm::default()
     };
@@ -68,7 +66,7 @@ async fn create(State(app): State<App>, Raw(body): Raw) -> Answer<CreatedVm> {
         parent_id: body.parent_id.unwrap_or_default(),
         name: vm.name,
         tag: vm.tags.join(","),
-        source_reference: String::new(),
+        source_reference: body.source_reference.unwrap_or_default(),
     }))
 }
 
@@ -253,13 +251,6 @@ fn meant(folder: &FolderObject) -> CreateFolder {
 
 fn ok(message: &str) -> Json<CodeMessage> {
     Json(CodeMessage { code: 200, message: message.to_owned() })
-}
-
-fn not_yet(what: &str) -> LegacyRefusal {
-    LegacyRefusal::new(
-        StatusCode::INTERNAL_SERVER_ERROR,
-        format!("not yet: {what} is not supported by this version of Catalyst"),
-    )
 }
 
 /// A word as the clients send it: with blanks or quotes around it, under any content type.

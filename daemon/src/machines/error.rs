@@ -11,6 +11,7 @@ use crate::engine::EngineError;
 use crate::network::NetworkError;
 use crate::ports::error::PortError;
 use crate::saved::SavedError;
+use crate::store::foreign::{RegisterError, RegisterFailed};
 use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
 
@@ -63,6 +64,17 @@ pub enum CreateError {
     /// A port of the host is not to be had.
     #[error(transparent)]
     Port(#[from] PortError),
+    /// The VMX cannot be registered in place.
+    #[error(transparent)]
+    Register(#[from] RegisterError),
+    /// A registered VM is as its VMX says.
+    #[error(
+        "A VM that is registered in place is as its VMX says; leave parent, template, CPUs, memory and disk out"
+    )]
+    SourceAlone,
+    /// Its disks are not ours.
+    #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]
+    Registered(VmId),
     /// No address is left.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -104,6 +116,9 @@ pub enum FolderError {
         /// The limit.
         most: usize,
     },
+    /// Its guest has no agent.
+    #[error("The VM '{0}' was registered in place: its guest has no agent that could mount folders")]
+    Registered(VmId),
     /// Not a name.
     #[error("A folder's name is 1 to 80 bytes without '/' and control characters")]
     Name,
@@ -148,6 +163,15 @@ pub enum FolderError {
     Stopping,
 }
 
+impl From<RegisterFailed> for CreateError {
+    fn from(failed: RegisterFailed) -> Self {
+        match failed {
+            RegisterFailed::Register(error) => Self::Register(error),
+            RegisterFailed::Store(error) => Self::Store(error),
+        }
+    }
+}
+
 /// Why a running VM could not be frozen for others to go on from.
 #[derive(Debug, Error)]
 pub enum FreezeError {
@@ -159,6 +183,9 @@ pub enum FreezeError {
         /// Its state.
         state: VmState,
     },
+    /// Its machine is none of ours.
+    #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]
+    Registered(VmId),
     /// It was being frozen when its daemon was killed.
     #[error(
         "The disk of '{0}' was being laid over when the daemon ended; power it off and on before it is cloned"
@@ -211,6 +238,9 @@ pub enum SnapshotError {
         /// The name.
         name: String,
     },
+    /// Its disks are not ours.
+    #[error("The VM '{0}' was registered in place and has no snapshots: its disks lie in a folder of others")]
+    Registered(VmId),
     /// No name.
     #[error(
         "A snapshot's name has 1 to {most} characters, none of them '/' or a control character, and is not '.' or '..'"
@@ -310,6 +340,19 @@ pub enum PowerError {
         state: VmState,
         /// What was asked.
         op: PowerOp,
+    },
+    /// It has no machine that could be saved.
+    #[error(
+        "The VM '{0}' was registered in place and cannot be suspended; pause it, or shut it down: catalyst vmpower shutdown {0}"
+    )]
+    Registered(VmId),
+    /// There is no UEFI.
+    #[error("The VM '{id}' wants UEFI, and {path} is not there; install it: sudo apt-get install ovmf")]
+    Firmware {
+        /// The VM.
+        id: VmId,
+        /// The file that was looked for.
+        path: &'static str,
     },
     /// A saved machine cannot be gone on from.
     #[error("The VM '{id}' cannot go on from its saved machine")]
@@ -429,6 +472,11 @@ pub enum GuestError {
         #[source]
         source: AgentError,
     },
+    /// It is not our guest.
+    #[error(
+        "The VM '{0}' was registered in place: its guest has no agent of Catalyst's, and logins of its own; get its address by: catalyst guest getip {0}"
+    )]
+    NoAgent(VmId),
     /// Too much at once.
     #[error("The console of '{0}' is attached elsewhere; leave it there first")]
     ConsoleBusy(VmId),

@@ -29,7 +29,8 @@ impl Machines {
         let shared = self.guest(id)?;
         let lease = shared.lease();
         let guest = shared.guest();
-        let holds = guest.identity
+        // An agent that ends says so; of other guests it is known only that they had it once.
+        let holds = (guest.identity && guest.agent)
             || (!guest.agent && self.context().network.answers_arp(lease.address, lease.mac).await);
         if holds {
             Ok(lease.address)
@@ -41,8 +42,11 @@ impl Machines {
 
     /// What `ssh` needs, once sshd answers.
     pub async fn ssh(&self, id: &str) -> Result<SshInfo, GuestError> {
-        let address = self.address(id).await?.to_string();
         let shared = self.guest(id)?;
+        if shared.dir().is_registered() {
+            return Err(GuestError::NoAgent(shared.dir().id().clone()));
+        }
+        let address = self.address(id).await?.to_string();
         let id = shared.dir().id().clone();
         if shared.guest().agent && !shared.guest().ssh {
             return Err(GuestError::NotReady { id, missing: "its SSH server does not answer yet" });
@@ -63,6 +67,9 @@ impl Machines {
     /// The link to the agent, once it has said hello.
     pub fn agent(&self, id: &str) -> Result<AgentLink, GuestError> {
         let shared = self.guest(id)?;
+        if shared.dir().is_registered() {
+            return Err(GuestError::NoAgent(shared.dir().id().clone()));
+        }
         match shared.agent() {
             Some(link) if shared.guest().agent => Ok(link),
             _ => Err(GuestError::NotReady {

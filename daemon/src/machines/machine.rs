@@ -30,7 +30,7 @@ use super::error::{ChangeError, FolderError, FreezeError, PowerError, SnapshotEr
 use super::freeze::Frozen;
 use super::resets::Resets;
 use super::shared::Shared;
-use super::{Context, attendant, folders, snapshots, start, suspend};
+use super::{Context, attendant, folders, registered, snapshots, start, suspend};
 use crate::engine::{Exit, VmProcess};
 use crate::store::{Began, VmDir, disk, files, logs};
 
@@ -350,7 +350,11 @@ impl Machine {
         }
         self.resets.started();
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
-        let attendant = tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)));
+        let attendant = if shared.dir().is_registered() {
+            tokio::spawn(registered::attend(context, shared))
+        } else {
+            tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)))
+        };
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
         let folders = tokio::spawn(folders::attend(context, shared));
         self.process = Some(Running { process, attendant, folders });

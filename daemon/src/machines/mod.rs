@@ -11,6 +11,7 @@ mod freeze;
 pub mod guest;
 mod machine;
 mod ports;
+mod registered;
 mod resets;
 pub mod shared;
 mod snapshots;
@@ -35,7 +36,7 @@ use crate::events::Events;
 use crate::network::{Lease, Mac, Network, NetworkError};
 use crate::ports::Ports;
 use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
-use crate::store::{Chain, Store, StoreError, VmConfig, VmDir, VmId, disk};
+use crate::store::{Chain, Store, StoreError, VmConfig, VmDir, VmId, disk, files};
 use crate::tasks::Tasks;
 use error::{ChangeError, CreateError, PowerError, UnknownVm};
 use machine::{Asked, Command, Machine};
@@ -69,7 +70,11 @@ pub struct Context {
     pub tasks: Tasks,
     /// Whether sizes of VMs that are asked for again get a warm state.
     pub warms_by_itself: bool,
+    /// The VM that is cloned where nothing else is named: its id, or the path of its VMX.
+    pub parent: Option<String>,
     missed: Missed,
+    /// Held while a VMX is registered.
+    registering: tokio::sync::Mutex<()>,
     vms: RwLock<BTreeMap<VmId, Entry>>,
 }
 
@@ -115,7 +120,9 @@ impl Context {
             access_keys,
             tasks,
             warms_by_itself: true,
+            parent: None,
             missed,
+            registering: tokio::sync::Mutex::default(),
             vms,
         }
     }
@@ -250,7 +257,11 @@ impl Machines {
     }
 
     async fn create_whole(&self, mut request: CreateVm) -> Result<Arc<Shared>, CreateError> {
+        if request.parent.is_none() && request.template.is_none() && request.source.is_none() {
+            request.parent = self.usual_parent();
+        }
         if let Some(parent) = &request.parent
+            && request.source.is_none()
             && clones::with_memory(self.find(parent)?.0.state())
         {
             if request.template.is_some() || request.disk_gib.is_some() {
@@ -265,18 +276,7 @@ impl Machines {
         }
         let id = VmId::parse(&request.id)?;
         let _reservation = self.reserve(&id)?;
-        let lease = self.0.network.lease_for(id.as_str(), None)?;
-        let ports = &self.0.ports;
-        let published = ports.publish(&id, lease.address, &request.publish).await;
-        request.publish = match published {
-            Ok(published) => published,
-            Err(error) => return Err(self.unmade(&id, error.into()).await),
-        };
-        let created = match request.parent.clone() {
-            Some(parent) => self.clone_vm(&id, &parent, request, &lease).await,
-            None => self.create_from_template(&id, request, &lease).await,
-        };
-        let dir = match created {
+        let dir = match self.make(&id, request).await {
             Ok(dir) => dir,
             Err(error) => return Err(self.unmade(&id, error).await),
         };
@@ -290,6 +290,40 @@ impl Machines {
         self.0.network.release(id.as_str());
         self.0.ports.forget(id).await;
         error
+    }
+
+    /// The VM that the owner wants cloned where nothing else is named, if it is there.
+    fn usual_parent(&self) -> Option<String> {
+        let wanted = self.0.parent.as_deref()?;
+        let is_it = |vm: &&Arc<Shared>| {
+            let dir = vm.dir();
+            if wanted.contains('/') {
+                files::are_same(&dir.vmx(), wanted.as_ref())
+            } else {
+                dir.id().as_str() == wanted
+            }
+        };
+        let found = self.list(&[]).iter().find(is_it).map(|vm| vm.dir().id().to_string());
+        if found.is_none() {
+            tracing::warn!(
+                parent = wanted,
+                "the VM that is set as the usual parent is not there; the template is cloned"
+            );
+        }
+        found
+    }
+
+    async fn make(&self, id: &VmId, mut request: CreateVm) -> Result<VmDir, CreateError> {
+        if let Some(source) = request.source.clone() {
+            return self.register(id, source, request).await;
+        }
+        let lease = self.0.network.lease_for(id.as_str(), None)?;
+        let ports = &self.0.ports;
+        request.publish = ports.publish(id, lease.address, &request.publish).await?;
+        match request.parent.clone() {
+            Some(parent) => self.clone_vm(id, &parent, request, &lease).await,
+            None => self.create_from_template(id, request, &lease).await,
+        }
     }
 
     async fn create_from_template(
@@ -310,6 +344,7 @@ impl Machines {
             address: None,
             tags: Vec::new(),
             ports: Vec::new(),
+            hardware: None,
         };
         let mut config = with_lease(with_request(base, request), lease);
         config.check()?;
@@ -343,6 +378,9 @@ impl Machines {
         }
         let (parent, commands) = self.find(parent)?;
         let (_, inherited) = parent.dir().read()?;
+        if inherited.hardware.is_some() {
+            return Err(CreateError::Registered(parent.dir().id().clone()));
+        }
         let base = VmConfig { name: id.to_string(), ..inherited };
         let config = with_lease(with_request(base, request), lease);
         config.check()?;

@@ -21,6 +21,8 @@ pub struct Shared {
     facts: Mutex<Facts>,
     console: Arc<tokio::sync::Semaphore>,
     pub(super) folders: Folders,
+    /// The VMX that was registered in place.
+    source: Option<std::path::PathBuf>,
 }
 
 /// See [`Shared`].
@@ -55,8 +57,10 @@ impl Shared {
             agent: None,
             unadopted: false,
         };
+        let source = dir.registered().ok().flatten().map(|record| record.vmx);
         let console = Arc::new(tokio::sync::Semaphore::new(1));
-        Self { dir, events, ports, facts: Mutex::new(facts), console, folders: Folders::default() }
+        let folders = Folders::default();
+        Self { dir, events, ports, facts: Mutex::new(facts), console, folders, source }
     }
 
     /// The VM's folder.
@@ -94,9 +98,11 @@ impl Shared {
         self.facts().lease.clone()
     }
 
-    /// The version of the template that the disk stands on, as template and version.
+    /// The version of the template that the disk stands on, as template and version; none of a registered VM.
     pub fn image(&self) -> Option<(String, String)> {
-        self.facts().config.as_ref().map(|config| (config.template.clone(), config.version.clone()))
+        let facts = self.facts();
+        let config = facts.config.as_ref().filter(|config| config.hardware.is_none())?;
+        Some((config.template.clone(), config.version.clone()))
     }
 
     /// The tags, for lists.
@@ -186,6 +192,7 @@ impl Shared {
             start_mode: facts.began.map(|began| began.mode),
             ports: self.ports.list(self.dir.id()),
             vmx: self.dir.vmx().display().to_string(),
+            source: self.source.as_ref().map(|path| path.display().to_string()),
             id,
         }
     }

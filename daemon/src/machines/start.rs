@@ -38,6 +38,9 @@ pub(super) async fn start(
     let dir = shared.dir();
     dir.finish_restoring()?;
     let (_, config) = dir.read()?;
+    if let Some(hardware) = config.hardware.clone() {
+        return super::registered::start(context, shared, config, hardware).await;
+    }
     let image = image(context, dir, &config)?;
     let chain = dir.chain()?;
     if dir.suspended().exists() {

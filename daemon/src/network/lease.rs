@@ -99,12 +99,23 @@ impl LeaseTable {
     /// The lease of `id`: the one it has, else the `wanted` one if that can be had, else a new one with the lowest
     /// free address.
     pub fn lease_for(&mut self, id: &str, wanted: Option<(Mac, Ipv4Addr)>) -> Result<Lease, NetworkError> {
+        let (mac, address) = wanted.unzip();
+        self.lease_with(id, mac, address)
+    }
+
+    /// The same where only one of both may be wanted.
+    pub fn lease_with(
+        &mut self,
+        id: &str,
+        mac: Option<Mac>,
+        address: Option<Ipv4Addr>,
+    ) -> Result<Lease, NetworkError> {
         if let Some(lease) = self.by_id.get(id) {
             return Ok(lease.clone());
         }
         let mut changes = Vec::new();
-        let address = match wanted {
-            Some((_, address)) => match self.address_problem(address) {
+        let address = match address {
+            Some(address) => match self.address_problem(address) {
                 None => address,
                 Some(problem) => {
                     let other = self.lowest_free()?;
@@ -114,9 +125,9 @@ impl LeaseTable {
             },
             None => self.lowest_free()?,
         };
-        let mac = match wanted {
-            Some((mac, _)) if mac.is_unicast() && mac != self.bridge_mac && !self.macs.contains(&mac) => mac,
-            Some((mac, _)) => {
+        let mac = match mac {
+            Some(mac) if mac.is_unicast() && mac != self.bridge_mac && !self.macs.contains(&mac) => mac,
+            Some(mac) => {
                 let other = self.unused_mac();
                 changes.push(format!("MAC {other} instead of {mac}, which is taken or no card's"));
                 other

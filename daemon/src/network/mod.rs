@@ -11,6 +11,7 @@
 //!
 //! The daemon lives in one network namespace; everything here happens in that of the calling thread.
 
+mod acknowledged;
 mod address;
 mod arp;
 mod dnsmasq;
@@ -36,6 +37,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+pub use self::acknowledged::Acknowledgements;
 pub use self::address::{Mac, Subnet};
 pub use self::error::{AddressError, NetworkError};
 pub use self::lease::{DOMAIN, Lease};
@@ -176,6 +178,19 @@ impl Network {
     /// [`NetworkError::Full`].
     pub fn lease_for(&self, id: &str, wanted: Option<(Mac, Ipv4Addr)>) -> Result<Lease, NetworkError> {
         self.leases().lease_for(id, wanted)
+    }
+
+    /// The same where only one of both may be wanted.
+    ///
+    /// # Errors
+    /// [`NetworkError::Full`].
+    pub fn lease_with(
+        &self,
+        id: &str,
+        mac: Option<Mac>,
+        address: Option<Ipv4Addr>,
+    ) -> Result<Lease, NetworkError> {
+        self.leases().lease_with(id, mac, address)
     }
 
     /// Takes the lease of `id` back: its address is free for others, and its name is not known any more.

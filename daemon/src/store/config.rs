@@ -5,6 +5,8 @@ use std::net::Ipv4Addr;
 use catalyst_api::PublishPort;
 use thiserror::Error;
 
+use super::foreign::Registered;
+use super::foreign::hardware::Hardware;
 use super::id::VmId;
 use super::vmx::{Vmx, VmxError};
 
@@ -64,6 +66,38 @@ pub enum ConfigError {
     /// Too many ports.
     #[error("{0} published ports are too many: a VM can have {MAX_PORTS}")]
     TooManyPorts(usize),
+    /// A registered VMX has a device that there is not.
+    #[error("'{key}' is \"{value}\"; of these there are {possible}")]
+    Unsupported {
+        /// The key.
+        key: String,
+        /// Its value.
+        value: String,
+        /// What it may be.
+        possible: &'static str,
+    },
+    /// A registered VMX names a disk that is not looked for.
+    #[error("'{key}' is \"{value}\"; a disk must lie beside the VMX, as .vmdk, .qcow2 or .img")]
+    DiskName {
+        /// The key.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+    /// A registered VMX has nothing to start from.
+    #[error("it has no disk: no scsi, sata, nvme or ide disk is present")]
+    NoDisk,
+    /// Or too much.
+    #[error("it has {count} disks; at most {most} are possible")]
+    TooManyDisks {
+        /// How many it has.
+        count: usize,
+        /// The most.
+        most: usize,
+    },
+    /// Or one disk in two places.
+    #[error("it has the disk \"{0}\" twice")]
+    SameDisk(String),
     /// A line of ours was damaged.
     #[error("'{key}' is \"{value}\", which is not {wanted}")]
     Malformed {
@@ -99,6 +133,8 @@ pub struct VmConfig {
     pub tags: Vec<String>,
     /// Ports of the guest that are published on the host.
     pub ports: Vec<PublishPort>,
+    /// The machine of a VM that was registered in place. It has no template, and its disk is as large as it is.
+    pub hardware: Option<Hardware>,
 }
 
 impl VmConfig {
@@ -116,9 +152,52 @@ impl VmConfig {
             address: text("catalyst.address").map(|value| parse_address(&value)).transpose()?,
             tags: split_tags(vmx.get("catalyst.tags").unwrap_or_default()),
             ports: parse_ports(vmx.get(PORTS).unwrap_or_default())?,
+            hardware: None,
         };
         config.check()?;
         Ok(config)
+    }
+
+    /// The same of a VM that was registered in place.
+    pub(super) fn of_registered(vmx: &Vmx, id: &VmId, record: &Registered) -> Result<Self, ConfigError> {
+        let config = Self {
+            name: record.name.clone().or_else(|| foreign_name(vmx)).unwrap_or_else(|| id.to_string()),
+            cpus: u32::try_from(vmx.number("numvcpus")?.unwrap_or(DEFAULT_CPUS)).unwrap_or(u32::MAX),
+            memory_mib: vmx.number("memsize")?.unwrap_or(DEFAULT_MEMORY_MIB),
+            disk_gib: record.disk_gib(),
+            template: String::new(),
+            version: String::new(),
+            mac: record.mac,
+            address: record.address,
+            tags: record.tags.clone(),
+            ports: record.ports.clone(),
+            hardware: Some(Hardware::from_vmx(vmx)?),
+        };
+        config.check()?;
+        Ok(config)
+    }
+
+    /// What of it is kept beside a registered VMX.
+    pub(super) fn kept(&self, vmx: &Vmx, id: &VmId, record: Registered) -> Registered {
+        let of_vmx = foreign_name(vmx).unwrap_or_else(|| id.to_string());
+        let renamed = record.name.is_some() || of_vmx != self.name;
+        let name = renamed.then(|| self.name.clone());
+        let (tags, ports) = (self.tags.clone(), self.ports.clone());
+        Registered { name, tags, mac: self.mac, address: self.address, ports, ..record }
+    }
+
+    /// Writes CPUs and memory into `vmx`; whether it says something else now.
+    pub(super) fn write_size(&self, vmx: &mut Vmx) -> bool {
+        let before = vmx.clone();
+        for (key, value, default) in [
+            ("numvcpus", u64::from(self.cpus), DEFAULT_CPUS),
+            ("memsize", self.memory_mib, DEFAULT_MEMORY_MIB),
+        ] {
+            if vmx.number(key).map(|now| now.unwrap_or(default)) != Ok(value) {
+                vmx.set(key, value.to_string());
+            }
+        }
+        *vmx != before
     }
 
     /// Writes the configuration into `vmx`, leaving its other lines.
@@ -146,7 +225,9 @@ impl VmConfig {
     /// Whether all values are possible on any host.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_size(self.cpus, self.memory_mib)?;
-        in_range("A disk size in GiB", self.disk_gib, DISK_GIB)?;
+        if self.hardware.is_none() {
+            in_range("A disk size in GiB", self.disk_gib, DISK_GIB)?;
+        }
         check_text("The name", &self.name, |_| true)?;
         check_text("The template", &self.template, |c| c.is_ascii_alphanumeric() || "-_.".contains(c))?;
         check_text("The template version", &self.version, |c| c.is_ascii_alphanumeric())?;
@@ -201,7 +282,14 @@ pub fn format_mac(mac: [u8; 6]) -> String {
     mac.map(|byte| format!("{byte:02x}")).join(":")
 }
 
-fn parse_mac(value: &str) -> Result<[u8; 6], ConfigError> {
+/// The name that a foreign VMX has, as far as it can be one here.
+fn foreign_name(vmx: &Vmx) -> Option<String> {
+    let name = vmx.get("displayname")?.trim().trim_start_matches('.');
+    let name: String = name.chars().filter(|c| !c.is_control()).take(MAX_TEXT).collect();
+    (!name.is_empty()).then_some(name)
+}
+
+pub(super) fn parse_mac(value: &str) -> Result<[u8; 6], ConfigError> {
     let malformed = || ConfigError::Malformed {
         key: "ethernet0.address",
         value: value.to_owned(),

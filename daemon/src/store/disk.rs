@@ -80,6 +80,14 @@ pub fn create_overlay(
     run_as(command, owner, path)
 }
 
+/// Makes an empty qcow2 of so many bytes, whose header names nothing below it; what stood there is lost. Runs the tool as
+/// `owner` (uid, gid).
+pub fn create_empty(path: &Path, bytes: u64, owner: (u32, u32)) -> Result<(), DiskError> {
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2"]).arg(path).arg(bytes.to_string()).stdin(Stdio::null());
+    run_as(command, owner, path)
+}
+
 /// Runs the tool, which makes or changes the disk `path`.
 fn run_as(mut command: Command, owner: (u32, u32), path: &Path) -> Result<(), DiskError> {
     if rustix::process::geteuid().is_root() && owner.0 != 0 {

@@ -9,6 +9,7 @@ pub mod config;
 pub mod disk;
 pub mod files;
 pub mod folders;
+pub mod foreign;
 pub mod id;
 pub mod identity;
 pub mod layers;
@@ -60,6 +61,14 @@ pub enum StoreError {
         /// What is wrong.
         #[source]
         source: ConfigError,
+    },
+    /// VMs are to lie elsewhere than they do.
+    #[error("There are VMs in {from}; move them to {to}, or take that setting away")]
+    Elsewhere {
+        /// Where they are.
+        from: String,
+        /// Where they are to be.
+        to: String,
     },
     /// A VM of this id is there already.
     #[error("A VM '{0}' exists already; choose another id or delete it: catalyst vm delete {0}")]
@@ -184,6 +193,12 @@ impl VmDir {
 
     /// Reads the VMX and what it says.
     pub fn read(&self) -> Result<(Vmx, VmConfig), StoreError> {
+        if let Some(record) = self.registered()? {
+            let vmx = record.read_vmx()?;
+            let config = VmConfig::of_registered(&vmx, &self.id, &record)
+                .map_err(|source| StoreError::Vmx { path: record.vmx.display().to_string(), source })?;
+            return Ok((vmx, config));
+        }
         let path = self.vmx();
         let bytes =
             files::read_bounded(&path, vmx::MAX_SIZE).map_err(io_error("read the VM's file", &path))?;
@@ -193,10 +208,22 @@ impl VmDir {
         Ok((vmx, config))
     }
 
-    /// Writes the VMX with `config` in it.
+    /// Writes the VMX with `config` in it. One that was registered is written only if it says something else, and what
+    /// is ours alone is kept beside it.
     pub fn write(&self, mut vmx: Vmx, config: &VmConfig) -> Result<(), StoreError> {
-        config.write_to(&mut vmx);
-        let path = self.vmx();
+        let path = match self.registered()? {
+            None => {
+                config.write_to(&mut vmx);
+                self.vmx()
+            }
+            Some(record) => {
+                self.write_registered(&config.kept(&vmx, &self.id, record.clone()))?;
+                if !config.write_size(&mut vmx) {
+                    return Ok(());
+                }
+                record.vmx
+            }
+        };
         files::write_atomically(&path, vmx.to_text().as_bytes(), 0o644)
             .map_err(io_error("write the VM's file", &path))
     }
@@ -209,6 +236,26 @@ pub struct Store {
 }
 
 impl Store {
+    /// Lets the VMs of `state_dir` lie in `vm_dir`: `vms` becomes a link to it, so that who knows the state folder finds
+    /// them.
+    pub fn lie_in(state_dir: &Path, vm_dir: &Path) -> Result<(), StoreError> {
+        let link = state_dir.join("vms");
+        let mut builder = fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(vm_dir).map_err(io_error("make the folder", vm_dir))?;
+        if files::are_same(&link, vm_dir) {
+            return Ok(());
+        }
+        let is_folder = link.symlink_metadata().is_ok_and(|about| about.is_dir());
+        if is_folder && fs::remove_dir(&link).is_err() {
+            let (from, to) = (link.display().to_string(), vm_dir.display().to_string());
+            return Err(StoreError::Elsewhere { from, to });
+        }
+        let aside = state_dir.join(format!(".vms-{}", std::process::id()));
+        let linked = std::os::unix::fs::symlink(vm_dir, &aside).and_then(|()| fs::rename(&aside, &link));
+        linked.map_err(io_error("make the link", &link))
+    }
+
     /// Opens `<state_dir>/vms`, makes it if need be, and sweeps what a crash left.
     pub fn open(state_dir: &Path) -> Result<Self, StoreError> {
         let vms = state_dir.join("vms");
@@ -217,6 +264,8 @@ impl Store {
             .mode(0o700)
             .create(&vms)
             .map_err(io_error("make the folder", &vms))?;
+        let linked = vms.symlink_metadata().is_ok_and(|about| about.is_symlink());
+        let vms = if linked { vms.canonicalize().map_err(io_error("read the folder", &vms))? } else { vms };
         let store = Self { vms };
         for path in store.entries()? {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
@@ -262,14 +311,8 @@ impl Store {
         config: &VmConfig,
         fill: impl FnOnce(&VmDir) -> Result<(), StoreError>,
     ) -> Result<VmDir, StoreError> {
-        let dir = self.dir(id);
-        let aside = VmDir { id: id.clone(), path: self.aside(NEW) };
-        let build = || {
-            fs::DirBuilder::new()
-                .mode(0o700)
-                .create(&aside.path)
-                .map_err(io_error("make the folder", &aside.path))?;
-            fill(&aside)?;
+        self.build(id, |aside| {
+            fill(aside)?;
             let mut vmx = Vmx::default();
             vmx.set(".encoding", "UTF-8");
             vmx.set("config.version", "8");
@@ -278,7 +321,24 @@ impl Store {
             vmx.set("ethernet0.addresstype", "static");
             config.write_to(&mut vmx);
             let path = aside.vmx();
-            files::write_new(&path, vmx.to_text().as_bytes(), 0o644).map_err(io_error("write", &path))?;
+            files::write_new(&path, vmx.to_text().as_bytes(), 0o644).map_err(io_error("write", &path))
+        })
+    }
+
+    /// Makes a VM's folder: `fill` puts everything into a folder aside, which then takes its place.
+    fn build(
+        &self,
+        id: &VmId,
+        fill: impl FnOnce(&VmDir) -> Result<(), StoreError>,
+    ) -> Result<VmDir, StoreError> {
+        let dir = self.dir(id);
+        let aside = VmDir { id: id.clone(), path: self.aside(NEW) };
+        let build = || {
+            fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&aside.path)
+                .map_err(io_error("make the folder", &aside.path))?;
+            fill(&aside)?;
             if dir.path.symlink_metadata().is_ok() {
                 return Err(StoreError::Exists(id.clone()));
             }
@@ -311,8 +371,13 @@ impl Store {
         Ok(VmDir { id, path })
     }
 
-    /// Removes a VM's folder.
+    /// Removes a VM's folder, and what was registered in place with its files. Where that fails, the VM stays.
     pub fn delete(&self, dir: &VmDir) -> Result<(), StoreError> {
+        if let Err(error) = dir.registered() {
+            tracing::warn!(vm = %dir.id, %error, "what was registered in place stays");
+        } else {
+            dir.delete_registered()?;
+        }
         let gone = self.aside(GONE);
         fs::rename(&dir.path, &gone).map_err(io_error("remove the folder", &dir.path))?;
         files::sync_folder(&self.vms).map_err(io_error("sync", &self.vms))?;
@@ -374,6 +439,27 @@ mod tests {
         let found = store.scan().unwrap();
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].read().unwrap().1.memory_mib, 512);
+    }
+
+    #[test]
+    fn vms_lie_where_they_are_to_and_are_not_left_behind() {
+        let folder = tempfile::tempdir().unwrap();
+        let (state, elsewhere) = (folder.path().join("state"), folder.path().join("deep/VMs"));
+        Store::open(&state).unwrap();
+        Store::lie_in(&state, &elsewhere).unwrap();
+        let store = Store::open(&state).unwrap();
+        let dir = store.create(&VmId::parse("web1").unwrap(), &config(), |_| Ok(())).unwrap();
+        assert_eq!(dir.vmx(), elsewhere.join("web1/web1.vmx"));
+        assert_eq!(Store::open_existing(&state).scan().unwrap().len(), 1);
+        let third = folder.path().join("third");
+        Store::lie_in(&state, &third).unwrap();
+        assert!(Store::open(&state).unwrap().scan().unwrap().is_empty());
+        Store::lie_in(&state, &elsewhere).unwrap();
+        assert_eq!(Store::open(&state).unwrap().scan().unwrap().len(), 1);
+        let other = folder.path().join("other");
+        Store::open(&other).unwrap().create(&VmId::parse("a").unwrap(), &config(), |_| Ok(())).unwrap();
+        let error = Store::lie_in(&other, &third).unwrap_err();
+        assert!(matches!(error, StoreError::Elsewhere { .. }), "{error}");
     }
 
     #[test]

@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 use super::capture::Extent;
 use super::process::{Exit, Launch, Process, Program};
 use super::qemu::tsc;
-use super::{Engine, EngineError, Fit, Layer, StartSpec, VmProcess, folder, sockets};
+use super::{Engine, EngineError, Fit, Layer, PcSpec, StartSpec, VmProcess, folder, sockets};
 use crate::privilege::as_root;
 use crate::saved::in_memory;
 use crate::settings::sibling;
@@ -120,6 +120,10 @@ impl Engine for KvmEngine {
             }
         }
         .boxed()
+    }
+
+    fn start_pc(&self, _: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
+        async { Err(EngineError::NoFirmware) }.boxed()
     }
 
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {

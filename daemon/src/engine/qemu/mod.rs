@@ -2,6 +2,7 @@
 
 pub mod command;
 pub mod frozen;
+pub mod pc;
 pub mod qmp;
 pub mod tsc;
 
@@ -17,7 +18,7 @@ use tokio::sync::OnceCell;
 
 use super::capture::Extent;
 use super::process::{Exit, Launch, Process, Program};
-use super::{Engine, EngineError, Fit, Layer, StartSpec, VmProcess, folder, sockets};
+use super::{Engine, EngineError, Fit, Layer, PcSpec, StartSpec, VmProcess, folder, sockets};
 use crate::privilege::as_root;
 use crate::store::VmDir;
 use frozen::Frozen;
@@ -76,24 +77,18 @@ impl Engine for QemuEngine {
             let launched = tokio::task::spawn_blocking(move || launch(spec, &frozen))
                 .await
                 .map_err(|error| EngineError::Died(error.to_string()))??;
-            let Launched { process, memory, state } = launched;
-            let begun = async {
-                let qmp = connect(&process, &dir).await?;
-                if let Some(state) = state {
-                    folder::first_answer(&process, &dir, qmp.load(state)).await?;
-                }
-                Ok(qmp)
-            };
-            let qmp = match begun.await {
-                Ok(qmp) => qmp,
-                Err(error) => {
-                    // Nobody would know of it any more.
-                    process.kill()?;
-                    process.exited().await;
-                    return Err(error);
-                }
-            };
-            Ok(Arc::new(QemuVm { process, qmp: Ok(qmp), _memory: memory }) as Arc<dyn VmProcess>)
+            launched.begin(&dir).await
+        }
+        .boxed()
+    }
+
+    fn start_pc(&self, spec: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
+        async move {
+            let dir = spec.dir.clone();
+            let launched = tokio::task::spawn_blocking(move || launch_pc(spec))
+                .await
+                .map_err(|error| EngineError::Died(error.to_string()))??;
+            launched.begin(&dir).await
         }
         .boxed()
     }
@@ -132,6 +127,55 @@ struct Launched {
     memory: Option<Arc<OwnedFd>>,
     /// The number that it knows the file with its state by.
     state: Option<RawFd>,
+}
+
+impl Launched {
+    /// Waits until it answers and has loaded its state.
+    async fn begin(self, dir: &VmDir) -> Result<Arc<dyn VmProcess>, EngineError> {
+        let Self { process, memory, state } = self;
+        let begun = async {
+            let qmp = connect(&process, dir).await?;
+            if let Some(state) = state {
+                folder::first_answer(&process, dir, qmp.load(state)).await?;
+            }
+            Ok(qmp)
+        };
+        match begun.await {
+            Ok(qmp) => Ok(Arc::new(QemuVm { process, qmp: Ok(qmp), _memory: memory })),
+            Err(error) => {
+                // Nobody would know of it any more.
+                process.kill()?;
+                process.exited().await;
+                Err(error)
+            }
+        }
+    }
+}
+
+fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
+    let folder::Opened { log, console_log, console, .. } = folder::open(&spec.dir)?;
+    let qmp = folder::listen(&spec.dir, QMP_SOCKET)?;
+    let (run, user) = (spec.dir.run(), (spec.user, spec.user));
+    let descriptors = pc::Descriptors {
+        console: console.as_raw_fd(),
+        console_log: console_log.as_raw_fd(),
+        qmp: qmp.as_raw_fd(),
+    };
+    let pc::Line { args, kept } =
+        pc::line(spec, descriptors).map_err(EngineError::io("describe its disks"))?;
+    let fds = kept.into_iter().chain([console, console_log, qmp]).collect();
+    let launch = Launch {
+        engine: EngineName::Qemu,
+        program: Program::InPath(PROGRAM.to_owned()),
+        remedy: REMEDY,
+        args,
+        fds,
+        user,
+        may_mount: false,
+        large_pages: true,
+        log,
+    };
+    Ok(Launched { process: Process::spawn(launch, &run)?, memory: None, state: None })
 }
 
 fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {

@@ -31,6 +31,7 @@ async fn version(State(app): State<App>) -> Json<Version> {
         pid: std::process::id(),
         owner: context.owner.name.clone(),
         state_dir: app.settings.state_dir.display().to_string(),
+        vm_dir: context.store.path().display().to_string(),
         image_dir: app.settings.image_dir.display().to_string(),
         engine: context.engines.name(),
     })

@@ -16,6 +16,9 @@ impl Machine {
     /// Saves the machine to disk and ends its process. If that fails, it is `before` as it was.
     pub(super) async fn suspend(&mut self, before: VmState) -> Result<(), PowerError> {
         let id = self.shared.dir().id().clone();
+        if self.shared.dir().is_registered() {
+            return Err(PowerError::Registered(id));
+        }
         let (Some(running), Some(began)) = (&self.process, self.shared.facts().began) else {
             return Err(PowerError::State { id, state: before, op: PowerOp::Suspend });
         };
@@ -86,6 +89,9 @@ impl Machine {
 
     pub(super) async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
         self.adopt_again().await;
+        if self.shared.dir().is_registered() {
+            return Err(FreezeError::Registered(self.shared.dir().id().clone()));
+        }
         self.settle_disk().await?;
         let (id, state) = (self.shared.dir().id().clone(), self.shared.state());
         let running = match state {
@@ -104,6 +110,9 @@ impl Machine {
         self.adopt_again().await;
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
         let (id, state) = (shared.dir().id().clone(), shared.state());
+        if shared.dir().is_registered() {
+            return Err(SnapshotError::Registered(id));
+        }
         let settled =
             matches!(state, VmState::PoweredOn | VmState::Paused | VmState::PoweredOff | VmState::Suspended);
         if !settled || shared.facts().unadopted {
