@@ -19,6 +19,7 @@ mod images;
 mod instant;
 mod legacy;
 mod life;
+mod machine;
 mod many;
 mod owner;
 mod pair;
@@ -29,6 +30,7 @@ use catalyst_tests::harness::{self, Group};
 
 // The longest come first: groups run side by side.
 const GROUPS: &[Group] = &[
+    ("machine", machine::machine),
     ("many", many::many),
     ("instant", instant::instant),
     ("full", full::full),
@@ -44,6 +46,7 @@ const GROUPS: &[Group] = &[
     ("bad_input", bad_input::bad_input),
     ("hosts", hosts::hosts),
     ("legacy", legacy::legacy),
+    ("driver_2015", legacy::driver_2015),
     ("disk_full", crash::disk_full),
     ("daemons", daemons::daemons),
     ("images", images::images),
