@@ -145,7 +145,7 @@ func (d *Driver) PreCreateCheck() error {
 
 // Create makes the VM and lets the machine's key in, or leaves nothing of it.
 func (d *Driver) Create() error {
-	log.Info("Making an SSH key...")
+	say("Making an SSH key...")
 	if err := ssh.GenerateSSHKey(d.GetSSHKeyPath()); err != nil {
 		return err
 	}
@@ -153,7 +153,7 @@ func (d *Driver) Create() error {
 	if err != nil {
 		return err
 	}
-	log.Infof("Making the VM '%s'...", d.MachineName)
+	say("Making the VM '%s'...", d.MachineName)
 	made, err := d.client().create(createVM{
 		ID: d.MachineName, Template: d.Template, CPUs: d.CPUs, Memory: d.Memory, Disk: d.Disk,
 		Tags: append([]string{tag}, d.Tags...),
@@ -173,7 +173,7 @@ func (d *Driver) Create() error {
 
 // begin starts the VM for the first time and prepares its guest.
 func (d *Driver) begin(key string) error {
-	log.Infof("Starting the VM '%s'...", d.MachineName)
+	say("Starting the VM '%s'...", d.MachineName)
 	if err := d.client().power(d.MachineName, "on"); err != nil {
 		return err
 	}
@@ -227,7 +227,7 @@ func (d *Driver) Remove() error {
 		err = d.client().remove(d.MachineName)
 	}
 	if gone := new(goneError); errors.As(err, &gone) || isRefusal(err, "vm_not_found") {
-		log.Infof("Nothing to delete: %s", err)
+		say("Nothing to delete: %s", err)
 		return nil
 	}
 	return err
