@@ -36,16 +36,16 @@ go: setup
 	@$(WITH_GO) go version
 
 machine-driver: go ## build the docker-machine driver into target/release
-	CGO_ENABLED=0 $(WITH_GO) go build -buildvcs=false -trimpath -ldflags=-s -o $(CURDIR)/$(RELEASE)/ .
+	CGO_ENABLED=0 $(WITH_GO) go build -trimpath -ldflags=-s -o $(CURDIR)/$(RELEASE)/ .
 
 # The real programs that its tests use: rancher-machine, and Docker's client. Debian has that in one package with the
 # daemon, which is not to be started here, so the client alone is taken out of it.
 MACHINE_TOOLS := $(CURDIR)/$(RELEASE)/machine
 machine-tools: go
 	@mkdir -p $(MACHINE_TOOLS)
-	CGO_ENABLED=0 $(WITH_GO) go build -buildvcs=false -trimpath -ldflags=-s -o $(MACHINE_TOOLS)/ tool
+	CGO_ENABLED=0 $(WITH_GO) go build -trimpath -ldflags=-s -o $(MACHINE_TOOLS)/ tool
 	@PATH=$(MACHINE_TOOLS):$$PATH command -v docker >/dev/null || { echo "fetching Docker's client"; $(SUDO) apt-get update -qq && \
-	  folder=$$(mktemp -d) && cd $$folder && apt-get download -qq docker.io && dpkg-deb --extract docker.io_*.deb . && \
+	  folder=$$(mktemp -d) && cd $$folder && apt-get download -qq -o APT::Sandbox::User=root docker.io && dpkg-deb --extract docker.io_*.deb . && \
 	  install -m 755 usr/bin/docker $(MACHINE_TOOLS)/ && rm -r $$folder; }
 
 build: setup lean ## build everything into target/release

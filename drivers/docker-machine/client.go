@@ -61,7 +61,8 @@ type command struct {
 	Stdin string   `json:"stdin"`
 }
 
-// refusal is the daemon's error. Its code is a word, or a number where the sender may not use the daemon at all.
+// refusal is the daemon's error. Its code is a word, or a number where the sender may not use the daemon
+// at all.
 type refusal struct {
 	Code    any      `json:"code"`
 	Message string   `json:"message"`
@@ -138,11 +139,13 @@ func (c client) writeFile(id, path string, content []byte) error {
 	return err
 }
 
-// wait waits until a VM's guest is so far: it asks when the daemon begins to tell events of the VM, and after each.
+// wait waits until a VM's guest is so far: it asks when the daemon begins to tell events of the VM, and
+// after each.
 func (c client) wait(id string, limit time.Duration, what string, reached func(guest) bool) error {
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, c.base+"/v1/events?vm="+url.QueryEscape(id), nil)
+	address := c.base + "/v1/events?vm=" + url.QueryEscape(id)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, address, nil)
 	if err != nil {
 		return err
 	}
@@ -224,7 +227,8 @@ func (c client) silent(err error) error {
 	if errors.As(err, &where) {
 		err = where.Err
 	}
-	return fmt.Errorf("no Catalyst daemon answers at %s (%w); start one with: catalyst daemon start", c.base, err)
+	const message = "no Catalyst daemon answers at %s (%w); start one with: catalyst daemon start"
+	return fmt.Errorf(message, c.base, err)
 }
 
 func (c client) foreign(why string) error {

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// daemon answers as no real one would do when asked to. What a real one does is shown by tests/e2e/machine.rs.
+// daemon answers as no real one does when it is asked to. What a real one does tests/e2e/machine.rs shows.
 func daemon(t *testing.T, answers http.HandlerFunc) client {
 	server := httptest.NewServer(answers)
 	t.Cleanup(server.Close)
@@ -17,15 +17,22 @@ func daemon(t *testing.T, answers http.HandlerFunc) client {
 }
 
 func TestWhatIsNotCatalystIsNamedSo(t *testing.T) {
-	for name, answers := range map[string]http.HandlerFunc{
-		"another product": func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"product":"other"}`) },
-		"no JSON":         func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<html>") },
-		"an error page":   func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "<html>", http.StatusBadGateway) },
-		"a bare JSON":     func(w http.ResponseWriter, _ *http.Request) { http.Error(w, `{}`, http.StatusNotFound) },
+	for _, answer := range []struct {
+		status int
+		body   string
+	}{
+		{http.StatusOK, `{"product":"other"}`},
+		{http.StatusOK, "<html>"},
+		{http.StatusBadGateway, "<html>"},
+		{http.StatusNotFound, `{}`},
 	} {
-		err := daemon(t, answers).check()
-		if err == nil || !strings.Contains(err.Error(), "is not a Catalyst daemon") || strings.Contains(err.Error(), "\n") {
-			t.Errorf("%s: %v", name, err)
+		err := daemon(t, func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(answer.status)
+			fmt.Fprint(w, answer.body)
+		}).check()
+		text := fmt.Sprint(err)
+		if !strings.Contains(text, "is not a Catalyst daemon") || strings.Contains(text, "\n") {
+			t.Errorf("%d %s: %v", answer.status, answer.body, err)
 		}
 	}
 }
@@ -70,7 +77,8 @@ func TestWaitingAsksAgainAfterEachEvent(t *testing.T) {
 		w.(http.Flusher).Flush()
 		<-r.Context().Done()
 	}
-	if err := told(t, state, events).wait("m1", time.Minute, "SSH", func(now guest) bool { return now.SSH }); err != nil {
+	answers := func(now guest) bool { return now.SSH }
+	if err := told(t, state, events).wait("m1", time.Minute, "SSH", answers); err != nil {
 		t.Error(err)
 	}
 	if len(asked) != 2 {
@@ -79,15 +87,17 @@ func TestWaitingAsksAgainAfterEachEvent(t *testing.T) {
 }
 
 func TestWaitingEndsWithTheVMTheDaemonAndTheTime(t *testing.T) {
-	never := func(guest) bool { return false }
-	on := func() string { return `{"state":"powered on"}` }
-	off := func() string { return `{"state":"powered off","reason":"the VM process was killed"}` }
+	const on, off = `{"state":"powered on"}`, `{"state":"powered off","reason":"the VM process was killed"}`
 	ends := func(http.ResponseWriter, *http.Request) {}
 	stays := func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }
+	wait := func(state string, events http.HandlerFunc, limit time.Duration) error {
+		never := func(guest) bool { return false }
+		return told(t, func() string { return state }, events).wait("m1", limit, "SSH", never)
+	}
 	for wanted, err := range map[string]error{
-		"became powered off while it was waited for: the VM process was killed": told(t, off, stays).wait("m1", time.Minute, "SSH", never),
-		"ended while 'm1' was waited for":                                       told(t, on, ends).wait("m1", time.Minute, "SSH", never),
-		"SSH in 'm1' did not answer within 50ms":                                told(t, on, stays).wait("m1", 50*time.Millisecond, "SSH", never),
+		"became powered off while it was waited for: the VM process was killed": wait(off, stays, time.Minute),
+		"ended while 'm1' was waited for":                                       wait(on, ends, time.Minute),
+		"SSH in 'm1' did not answer within 50ms":                                wait(on, stays, 50*time.Millisecond),
 	} {
 		if err == nil || !strings.Contains(err.Error(), wanted) {
 			t.Errorf("%v, and not: %s", err, wanted)

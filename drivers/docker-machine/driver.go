@@ -134,8 +134,8 @@ func (d *Driver) PreCreateCheck() error {
 	}
 	switch _, err := d.client().vm(d.MachineName); {
 	case err == nil:
-		return fmt.Errorf("Catalyst has a VM '%s' already; choose another name, or delete it: catalyst vm delete %s",
-			d.MachineName, d.MachineName)
+		const message = "there is a VM '%s' already; choose another name, or delete it: catalyst vm delete %s"
+		return fmt.Errorf(message, d.MachineName, d.MachineName)
 	case isRefusal(err, "vm_not_found"):
 		return nil
 	default:
@@ -194,7 +194,8 @@ func (d *Driver) Start() error {
 	if err := d.waitForSSH(); err != nil {
 		return err
 	}
-	// libmachine gives Docker half a minute; a boot on a software CPU may take longer. A template may have no Docker.
+	// libmachine gives Docker half a minute; a boot on a software CPU may take longer. A template may have
+	// no Docker.
 	docker := func(now guest) bool { return now.Docker }
 	if err := d.client().wait(d.MachineName, dockerLimit, "Docker", docker); err != nil {
 		log.Debug(err)

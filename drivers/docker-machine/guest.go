@@ -8,12 +8,13 @@ import (
 const (
 	// The agent writes ~/.ssh/authorized_keys anew at each start. authorized_keys2, which sshd reads as well
 	// (sshd_config(5), AuthorizedKeysFile), is the user's own.
-	addKey = "umask 077 && mkdir -p ~/.ssh && cat >>~/.ssh/authorized_keys2 && sync ~/.ssh/authorized_keys2"
+	addKey = "umask 077 && mkdir -p ~/.ssh && cd ~/.ssh && cat >>authorized_keys2 && sync authorized_keys2"
 
 	dockerSettings = "/etc/docker/daemon.json"
 )
 
-// What libmachine's provisioner says on dockerd's command line. dockerd does not start where its file says it too.
+// What libmachine's provisioner says on dockerd's command line. dockerd does not start where its file says
+// it too.
 var provisioned = []string{
 	"hosts", "labels", "storage-driver", "tls", "tlscacert", "tlscert", "tlskey", "tlsverify",
 }
@@ -26,7 +27,7 @@ func (c client) admit(id, user, key string) error {
 	return nil
 }
 
-// leaveDockerTo takes what libmachine's provisioner will say out of the guest's Docker settings.
+// leaveDockerToProvisioner takes what libmachine's provisioner will say out of the guest's Docker settings.
 func (c client) leaveDockerToProvisioner(id string) error {
 	before, err := c.readFile(id, dockerSettings)
 	if isRefusal(err, "path_not_found") {
@@ -45,7 +46,8 @@ func (c client) leaveDockerToProvisioner(id string) error {
 	return nil
 }
 
-// withoutProvisioned gives the settings without those, and whether any was there. What is no JSON object is left as it is.
+// withoutProvisioned gives the settings without those, and whether any was there. What is no JSON object is
+// left as it is.
 func withoutProvisioned(settings []byte) ([]byte, bool) {
 	var all map[string]json.RawMessage
 	if json.Unmarshal(settings, &all) != nil {

@@ -11,8 +11,8 @@ import (
 )
 
 func main() {
-	// rancher-machine shows a plugin's stdout to the user, among what `ip` or `ssh` print, and takes stderr for debugging.
-	// libmachine's log debugs to stdout.
+	// rancher-machine shows a plugin's stdout to the user, among what `ip` or `ssh` print, and takes stderr for
+	// debugging. libmachine's log debugs to stdout.
 	log.SetOutWriter(os.Stderr)
 	plugin.RegisterDriver(newDriver())
 }

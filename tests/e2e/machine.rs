@@ -92,6 +92,11 @@ fn refused(checks: &mut Checks, world: &World) {
     checks.check("where no daemon answers, one sentence says so, and nothing is left", || {
         let text = complaint(&create(world, "m1", &["--catalyst-url", "http://localhost:9"]), 3);
         assert!(text.contains("no Catalyst daemon answers at http://localhost:9"), "{text}");
+        // A flag's variable counts as the flag.
+        let mut by_variable = command(world, "rancher-machine");
+        by_variable.args(["create", "-d", "catalyst", "m1"]).env("CATALYST_URL", "http://localhost:7");
+        let text = complaint(&ran(by_variable), 3);
+        assert!(text.contains("no Catalyst daemon answers at http://localhost:7"), "{text}");
         assert_eq!(known(world), "");
     });
     checks.check("wrong flags are refused by name", || {
@@ -163,6 +168,8 @@ fn interrupted(checks: &mut Checks, world: &World) {
         let group = nix::unistd::Pid::from_raw(-i32::try_from(child.id()).unwrap());
         nix::sys::signal::kill(group, nix::sys::signal::Signal::SIGKILL).unwrap();
         child.wait().unwrap();
+        let saved: Value = serde_json::from_str(machine_command(world, &["inspect", "m3"]).ok()).unwrap();
+        assert_eq!(saved["Driver"]["MAC"], "", "it was killed before it knew its VM");
         machine_command(world, &["rm", "-y", "m3"]).ok();
         assert_eq!((known(world).as_str(), ids(world)), ("", json!(["taken"])));
         world.catalyst(&["vm", "delete", "taken"]).ok();
