@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install uninstall clean
+.PHONY: help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install uninstall clean go machine-driver machine-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -36,6 +36,27 @@ setup-tests: setup ## install what only tests need besides
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
+# Go is needed for the docker-machine driver alone: with-go takes the machine's own, or fetches one by pip.
+WITH_GO := drivers/docker-machine/with-go
+go: setup
+	@$(WITH_GO) go version >/dev/null 2>&1 || python3 -m pip --version >/dev/null 2>&1 || \
+	  { echo 'installing: python3-pip'; $(SUDO) apt-get update -qq && \
+	    $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-pip >/dev/null; }
+	@$(WITH_GO) go version
+
+machine-driver: go ## build the docker-machine driver into target/release
+	CGO_ENABLED=0 $(WITH_GO) go build -trimpath -ldflags=-s -o $(CURDIR)/$(RELEASE)/ .
+
+# The real programs that its tests use: rancher-machine, and Docker's client. Debian has that in one package with the
+# daemon, which is not to be started here, so the client alone is taken out of it.
+MACHINE_TOOLS := $(CURDIR)/$(RELEASE)/machine
+machine-tools: go
+	@mkdir -p $(MACHINE_TOOLS)
+	CGO_ENABLED=0 $(WITH_GO) go build -trimpath -ldflags=-s -o $(MACHINE_TOOLS)/ tool
+	@PATH=$(MACHINE_TOOLS):$$PATH command -v docker >/dev/null || { echo "fetching Docker's client"; $(SUDO) apt-get update -qq && \
+	  folder=$$(mktemp -d) && cd $$folder && apt-get download -qq -o APT::Sandbox::User=root docker.io && dpkg-deb --extract docker.io_*.deb . && \
+	  install -m 755 usr/bin/docker $(MACHINE_TOOLS)/ && rm -r $$folder; }
+
 build: setup lean ## build everything into target/release
 	cargo build --release --workspace --exclude catalyst-agent --exclude catalyst-vmm
 
@@ -62,13 +83,14 @@ image: build ## build the bundled image lumen and make it warm, unless that is d
 demo: image ## from nothing to a container in a VM, each step with its time
 	tests/demo $(RELEASE)
 
-unit: build rspec ## unit tests
+unit: build rspec go ## unit tests
 	cargo test --release --workspace --exclude catalyst-tests
+	$(WITH_GO) go test ./...
 
 rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 	cd drivers/vagrant && rspec
 
-e2e: image setup-tests ## end-to-end tests on real VMs (root)
+e2e: image setup-tests machine-driver machine-tools ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
 	cargo test --release -p catalyst-tests -- --nocapture
 
@@ -91,11 +113,13 @@ test-long: image
 
 test-full: test test-long e2e-kvm bench-monitor ## those too
 
-lint: setup ## formatting and clippy
+lint: setup go ## formatting, clippy and vet
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	@unformatted=$$($(WITH_GO) gofmt -l .); [ -z "$$unformatted" ] || { echo "not as gofmt writes it: $$unformatted" >&2; exit 1; }
+	$(WITH_GO) go vet ./...
 
-licences: setup ## licences and advisories of all dependencies
+licences: setup go ## licences and advisories of all dependencies
 	tests/licences
 
 fuzz: ## fuzz the monitor: TARGET=name for one, SECONDS=600 each

@@ -1,6 +1,7 @@
-//! The AppCatalyst contract as its clients use it, as far as it needs no booted guest
-//! (AppCatalyst reference sections 1.1 to 1.5).
+//! The AppCatalyst contract as its clients use it, without a booted guest (AppCatalyst reference sections 1.1 to 1.5), and
+//! with one as docker-machine's driver of 2015 uses it (section 4.1).
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,103 @@ pub fn legacy(checks: &mut Checks) {
     later(checks, &world);
     deleted(checks, &world);
     checks.check("the daemon is well", || healthy(&world));
+}
+
+/// The group of docker-machine's driver of 2015.
+pub fn driver_2015(checks: &mut Checks) {
+    let world = World::new();
+    driver_creates(checks, &world);
+    driver_stops(checks, &world);
+}
+
+/// A request as Go sends it: no content type. The answer is one of success, and an object with the keys.
+#[track_caller]
+fn go(world: &World, method: &str, path: &str, body: Option<&str>, keys: &[&str]) -> serde_json::Value {
+    let options = ["-X", method, "-H", "Content-Type:", "-H", "User-Agent: Go-http-client/1.1"];
+    let answer = world.curl_with(&options, path, body.map(str::as_bytes));
+    assert!([200, 201, 202, 204].contains(&answer.status), "{method} {path}: {answer:?}");
+    if keys.is_empty() {
+        return serde_json::Value::Null;
+    }
+    let object = answer.json();
+    assert!(keys.iter().all(|key| object.get(key).is_some()), "{method} {path}: {answer:?}");
+    object
+}
+
+/// Its rewriting of one value of a VMX: keys in lower case and in order, and only what has the form `key = "value"`.
+fn set_vmx_value(world: &World, id: &str, key: &str, value: &str) {
+    let path = world.vm_dir(id).join(format!("{id}.vmx"));
+    let text = fs::read_to_string(&path).unwrap();
+    let pairs = text.lines().filter_map(|line| {
+        let (key, value) = line.split_once('=')?;
+        Some((key.trim().to_lowercase(), value.trim().strip_prefix('"')?.strip_suffix('"')?.to_owned()))
+    });
+    let mut values: BTreeMap<String, String> = pairs.collect();
+    values.insert(key.to_owned(), value.to_owned());
+    let lines: String = values.iter().map(|(key, value)| format!("{key} = \"{value}\"\n")).collect();
+    fs::write(&path, lines).unwrap();
+}
+
+fn driver_creates(checks: &mut Checks, world: &World) {
+    let reply = ["code", "message"];
+    checks.check("docker-machine's driver of 2015 creates a machine", || {
+        let made = go(
+            world,
+            "POST",
+            "/api/vms",
+            Some(r#"{"id":"m1","name":"m1","tag":"photon"}"#),
+            &["id", "name", "tag"],
+        );
+        assert_eq!(
+            (&made["id"], &made["name"], &made["tag"]),
+            (&json!("m1"), &json!("m1"), &json!("photon"))
+        );
+        set_vmx_value(world, "m1", "memsize", "512");
+        set_vmx_value(world, "m1", "numvcpus", "2");
+        go(world, "PATCH", "/api/vms/power/m1", Some("on"), &reply);
+        // Anything else than these is an error or a stopped machine to it, at once.
+        let state = go(world, "GET", "/api/vms/power/m1", None, &reply);
+        assert!(["powering on", "powered on"].contains(&state["message"].as_str().unwrap()), "{state}");
+    });
+    checks.check("it gets the address in one of its 60 tries, and what it wrote counts in the guest", || {
+        let address = (0..60).find_map(|_| {
+            let answer = world.curl("GET", "/api/vms/m1/ipaddress", None);
+            if answer.status == 200 {
+                return Some(answer.json()["message"].as_str().unwrap().to_owned());
+            }
+            legacy_error(&answer, &[408, 500]);
+            std::thread::sleep(Duration::from_secs(2));
+            None
+        });
+        assert_eq!(vm(world, "m1")["address"], json!(address.expect("an address")));
+        let script = "nproc; sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
+        let told = world.catalyst(&["guest", "exec", "m1", "--timeout", "120", "--", "sh", "-c", script]);
+        let told: Vec<u64> = told.ok().lines().map(|line| line.parse().unwrap()).collect();
+        // The kernel keeps some of the memory for itself.
+        assert!(told[0] == 2 && (400 << 10..=512 << 10).contains(&told[1]), "{told:?}");
+    });
+}
+
+fn driver_stops(checks: &mut Checks, world: &World) {
+    let reply = ["code", "message"];
+    let message =
+        || go(world, "GET", "/api/vms/power/m1", None, &reply)["message"].as_str().unwrap().to_owned();
+    checks.check("it stops and starts it: each is done when it is answered", || {
+        assert_eq!(message(), "powered on");
+        go(world, "PATCH", "/api/vms/power/m1", Some("shutdown"), &reply);
+        assert_eq!(message(), "powered off");
+        go(world, "PATCH", "/api/vms/power/m1", Some("on"), &reply);
+        assert_eq!(message(), "powered on");
+        go(world, "PATCH", "/api/vms/power/m1", Some("off"), &reply);
+        assert_eq!(message(), "powered off");
+    });
+    checks.check("it removes it by a DELETE with a body, and hears of it no more", || {
+        go(world, "PATCH", "/api/vms/power/m1", Some("on"), &reply);
+        go(world, "PATCH", "/api/vms/power/m1", Some("off"), &reply);
+        go(world, "DELETE", "/api/vms/m1", Some(r#"{"id":"m1"}"#), &[]);
+        legacy_error(&world.curl("GET", "/api/vms/power/m1", None), &[404]);
+        assert!(!world.vm_dir("m1").exists());
+    });
 }
 
 fn post(world: &World, body: &serde_json::Value) -> serde_json::Value {

@@ -21,6 +21,7 @@ mod images;
 mod instant;
 mod legacy;
 mod life;
+mod machine;
 mod many;
 mod owner;
 mod pair;
@@ -34,6 +35,7 @@ use catalyst_tests::harness::{self, Group};
 
 // The longest come first: groups run side by side.
 const GROUPS: &[Group] = &[
+    ("machine", machine::machine),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),
@@ -53,6 +55,7 @@ const GROUPS: &[Group] = &[
     ("bad_input", bad_input::bad_input),
     ("hosts", hosts::hosts),
     ("legacy", legacy::legacy),
+    ("driver_2015", legacy::driver_2015),
     ("disk_full", crash::disk_full),
     ("settings", settings::settings),
     ("daemons", daemons::daemons),
