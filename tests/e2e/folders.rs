@@ -213,6 +213,10 @@ fn kept_in(checks: &mut Checks, world: &World, shared: &Path) {
         let root: Vec<_> =
             fs::read_dir(format!("/proc/{pid}/root")).unwrap().flatten().map(|one| one.file_name()).collect();
         assert_eq!(root, ["shared"]);
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+        let open = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+        let open: u64 = open.split_whitespace().nth(3).unwrap().parse().unwrap();
+        assert!(open >= 500_000, "a guest remembers many files: {open}");
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         for line in
             ["CapEff:\t0000000000000000", "CapPrm:\t0000000000000000", "Seccomp:\t2", "NoNewPrivs:\t1"]

@@ -13,6 +13,10 @@ const BOOTS: usize = 3;
 const MANY: usize = 20;
 /// What a VM that is left alone does by itself has an end after this.
 const IDLE: Duration = Duration::from_secs(10);
+/// Many on few processors take longer: they are at rest when all together take less than this part of one.
+const AT_REST: f64 = 0.1;
+/// And no longer than this.
+const AT_REST_WITHIN: Duration = Duration::from_mins(10);
 
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -109,6 +113,16 @@ pub fn idle_private() -> f64 {
     mib("private") + mib("overhead")
 }
 
+/// Processor time of processes (proc_pid_stat(5), fields 14 and 15, in hundredths of a second).
+fn processor_time(pids: &[u32]) -> f64 {
+    let of = |pid: &u32| -> f64 {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+        let after_name = text.rsplit_once(") ").expect("its name").1;
+        after_name.split(' ').skip(11).take(2).map(|ticks| ticks.parse::<f64>().expect("ticks")).sum()
+    };
+    pids.iter().map(of).sum::<f64>() / 100.0
+}
+
 /// Clones asked for at once until the last answers SSH, in s; then their memory (PSS) after they were left alone, in GiB.
 fn many() -> (f64, f64) {
     let world = warmed();
@@ -125,7 +139,17 @@ fn many() -> (f64, f64) {
         }
     });
     let taken = begun.elapsed().as_secs_f64();
-    std::thread::sleep(IDLE);
+    let pids: Vec<u32> = ids.iter().map(|id| world.vm_pid(id).expect("it runs")).collect();
+    let begun = Instant::now();
+    loop {
+        let before = processor_time(&pids);
+        std::thread::sleep(IDLE);
+        let busy = (processor_time(&pids) - before) / IDLE.as_secs_f64();
+        if busy < AT_REST || begun.elapsed() > AT_REST_WITHIN {
+            eprintln!("  after {:.0} s they take {busy:.2} of a processor", begun.elapsed().as_secs_f64());
+            break;
+        }
+    }
     let pss = |id: &String| {
         let pid = world.vm_pid(id).expect("it runs");
         let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).expect("smaps_rollup");

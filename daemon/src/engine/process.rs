@@ -62,6 +62,8 @@ pub struct Launch {
     pub fds: Vec<OwnedFd>,
     /// User and group that it runs as; it keeps no other group, and no capability but what `may_mount` gives.
     pub user: (u32, u32),
+    /// How many files it may have open; else as many as the daemon.
+    pub open_files: Option<u64>,
     /// Let it have large pages (prctl(2), PR_SET_THP_DISABLE): quicker, but what it touches is rounded up.
     pub large_pages: bool,
     /// Leave it `CAP_SYS_ADMIN`, for a mount namespace of its own.
@@ -110,13 +112,12 @@ impl Process {
             command.env("PATH", path);
         }
         command.stdin(Stdio::null()).stdout(launch.log).stderr(errors);
-        let (lock_fd, user, may_mount) = (lock.as_raw_fd(), launch.user, launch.may_mount);
-        let large_pages = launch.large_pages;
+        let (lock_fd, user) = (lock.as_raw_fd(), launch.user);
+        let may =
+            May { mount: launch.may_mount, large_pages: launch.large_pages, open_files: launch.open_files };
         // SAFETY: prepare_child only makes system calls and allocates nothing, as what runs
         // between fork and exec of a threaded process must.
-        unsafe {
-            command.pre_exec(move || prepare_child(&inherited, lock_fd, user, (may_mount, large_pages)))
-        };
+        unsafe { command.pre_exec(move || prepare_child(&inherited, lock_fd, user, may)) };
         let child = command.spawn().map_err(|source| EngineError::Program {
             program: launch.program.to_string(),
             remedy: launch.remedy,
@@ -306,13 +307,16 @@ fn lock_file(run: &Path) -> Result<File, EngineError> {
     Ok(file)
 }
 
+/// What a child may.
+#[derive(Clone, Copy)]
+struct May {
+    mount: bool,
+    large_pages: bool,
+    open_files: Option<u64>,
+}
+
 /// Runs in the child: own session, descriptors kept, privileges gone, pid into the lock file.
-fn prepare_child(
-    inherited: &[RawFd],
-    lock: RawFd,
-    (user, group): (u32, u32),
-    (may_mount, large_pages): (bool, bool),
-) -> io::Result<()> {
+fn prepare_child(inherited: &[RawFd], lock: RawFd, (user, group): (u32, u32), may: May) -> io::Result<()> {
     let mut digits = [0_u8; 16];
     let mut cursor = io::Cursor::new(&mut digits[..]);
     write!(cursor, "{}", rustix::process::getpid().as_raw_nonzero())?;
@@ -325,16 +329,21 @@ fn prepare_child(
         }
         let limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         check(libc::setrlimit(libc::RLIMIT_CORE, &raw const limit))?;
-        if !large_pages {
+        if let Some(most) = may.open_files {
+            let limit = libc::rlimit { rlim_cur: most, rlim_max: most };
+            // Where even root may not have as many, it has as many as the daemon.
+            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+        }
+        if !may.large_pages {
             check(libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0))?;
         }
         if libc::geteuid() == 0 {
             // Else the change of user takes all capabilities.
-            rustix::thread::set_keep_capabilities(may_mount)?;
+            rustix::thread::set_keep_capabilities(may.mount)?;
             check(libc::setgroups(0, std::ptr::null()))?;
             check(libc::setresgid(group, group, group))?;
             check(libc::setresuid(user, user, user))?;
-            if may_mount {
+            if may.mount {
                 keep_only(CapabilitySet::SYS_ADMIN)?;
             }
         }
@@ -418,6 +427,7 @@ mod tests {
             fds: vec![],
             user: (65534, 65534),
             may_mount: false,
+            open_files: None,
             log: File::create(folder.join("log")).unwrap(),
         }
     }

@@ -132,10 +132,10 @@ mod tests {
         let named: Vec<RawFd> = read.descriptors().into_iter().map(|(_, fd)| fd).collect();
         let [overlay, base] = [0, 1].map(|layer: usize| &spec.layers[layer].file);
         let own = [&spec.kernel, &spec.initrd, base, overlay, &spec.tap].map(AsRawFd::as_raw_fd);
-        for fd in own.into_iter().chain(1001..=1006) {
+        for fd in own.into_iter().chain(1001..=1007) {
             assert!(named.contains(&fd), "{fd} in {named:?}");
         }
-        assert_eq!(named.len(), 11);
+        assert_eq!(named.len(), 12);
     }
 
     #[test]

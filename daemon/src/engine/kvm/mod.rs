@@ -215,6 +215,7 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
         user: (spec.user, spec.user),
         // The folder of shares lies in a mount namespace of the monitor's own.
         may_mount: true,
+        open_files: None,
         large_pages: true,
         log,
     };

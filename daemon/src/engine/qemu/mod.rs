@@ -236,6 +236,7 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
         fds: kept,
         user: (spec.user, spec.user),
         may_mount: false,
+        open_files: None,
         // A clone is to cost little: most of what is QEMU's own is room for translated code, used here and there.
         large_pages: memory == command::Memory::New,
         log,

@@ -27,6 +27,8 @@ use crate::store::folders::Folder;
 /// Below the VM's `run/`.
 const RUN: &str = "folders";
 const CONTROL: &str = "control.sock";
+/// Most files that may be open for a guest.
+const OPEN_FILES: u64 = 1 << 20;
 /// How long an answer may take: it looks for what the guest had open.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
 /// The same while the VM may be saved: only one is heard at a time.
@@ -232,6 +234,12 @@ async fn end_former(context: &Context, dir: &VmDir) -> Result<(), ServingError> 
     Ok(())
 }
 
+/// Each file that the guest's kernel remembers is an open one: as many as the system lets a process have.
+fn most_open() -> u64 {
+    let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
+    OPEN_FILES.min(most.unwrap_or(OPEN_FILES))
+}
+
 /// Opens a folder of the host with the owner's rights.
 pub(super) fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)
@@ -276,6 +284,7 @@ fn launch(
         fds: [port, control].into_iter().chain(state).collect(),
         user: owner,
         may_mount: true,
+        open_files: Some(most_open()),
         large_pages: false,
         log: crate::engine::folder::append(&dir.engine_log())?,
     };
