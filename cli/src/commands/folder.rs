@@ -21,11 +21,11 @@ pub fn run(context: &Context, command: args::Folder) -> Outcome {
             let body = CreateFolder { name, host_path, guest_path, read_only, uid, gid };
             add(context, &vm, &body)
         }
-        args::Folder::List { vm, long, quiet } => {
-            let all = context.client()?.folders(&vm)?;
+        args::Folder::List(asked) => {
+            let all = context.client()?.folders(&asked.vm)?;
             if context.json {
                 output::json(&all)?;
-            } else if !quiet && (long || output::on_terminal()) {
+            } else if asked.as_table() {
                 output::print(&table(&all).render(output::colours()))?;
             } else {
                 output::print(&all.iter().map(|one| text::clean(&one.name) + "\n").collect::<String>())?;

@@ -88,8 +88,7 @@ impl Engine for QemuEngine {
                 Ok(qmp) => qmp,
                 Err(error) => {
                     // Nobody would know of it any more.
-                    process.kill()?;
-                    process.exited().await;
+                    process.end().await?;
                     return Err(error);
                 }
             };
@@ -100,7 +99,7 @@ impl Engine for QemuEngine {
 
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {
         async move {
-            let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
+            let Some(process) = folder::find(dir.run(), user).await? else { return Ok(None) };
             let qmp = match connect(&process, &dir).await {
                 Ok(qmp) => Ok(qmp),
                 // It was ending when it was found.

@@ -120,10 +120,10 @@ impl Machines {
         id: &str,
         request: CreateFolder,
     ) -> Result<catalyst_api::Folder, FolderError> {
-        self.get(id)?;
+        let shared = self.get(id)?;
         let folder = check(request)?;
-        let known = self.get(id)?.dir().folders()?.contains(&folder);
-        let shared = self.change_folders(id, Change::Add(folder.clone())).await?;
+        let known = shared.dir().folders()?.contains(&folder);
+        self.change_folders(id, Change::Add(folder.clone())).await?;
         if let Some(link) = agent(&shared)
             && let Err(why) = super::mount(&shared, &link, &folder).await
         {
