@@ -154,6 +154,27 @@ pub enum Vm {
     Getip(GetIp),
 }
 
+/// A list of what a VM has, by name.
+#[derive(Debug, Args)]
+pub struct NamesOf {
+    /// The VM
+    #[arg(value_parser = names::vm_id)]
+    pub vm: String,
+    /// A table, in a pipe too
+    #[arg(short, long, conflicts_with = "quiet")]
+    long: bool,
+    /// Names alone, on a terminal too
+    #[arg(short, long)]
+    quiet: bool,
+}
+
+impl NamesOf {
+    /// Whether it is to be a table.
+    pub fn as_table(&self) -> bool {
+        !self.quiet && (self.long || output::on_terminal())
+    }
+}
+
 /// `vm snapshot …`
 #[derive(Debug, Subcommand)]
 pub enum Snapshot {
@@ -171,17 +192,7 @@ pub enum Snapshot {
     },
     /// List snapshots: a table on a terminal, names alone in a pipe
     #[command(visible_alias = "ls")]
-    List {
-        /// The VM
-        #[arg(value_parser = names::vm_id)]
-        vm: String,
-        /// A table, in a pipe too
-        #[arg(short, long, conflicts_with = "quiet")]
-        long: bool,
-        /// Names alone, on a terminal too
-        #[arg(short, long)]
-        quiet: bool,
-    },
+    List(NamesOf),
     /// Show which snapshot comes from which
     Tree {
         /// The VM

@@ -2,6 +2,7 @@
 
 use clap::Subcommand;
 
+use super::NamesOf;
 use crate::names;
 
 /// `folder …`
@@ -31,17 +32,7 @@ pub enum Folder {
     },
     /// List a VM's folders: a table on a terminal, names alone in a pipe
     #[command(visible_alias = "ls")]
-    List {
-        /// The VM
-        #[arg(value_parser = names::vm_id)]
-        vm: String,
-        /// A table, in a pipe too
-        #[arg(short, long, conflicts_with = "quiet")]
-        long: bool,
-        /// Names alone, on a terminal too
-        #[arg(short, long)]
-        quiet: bool,
-    },
+    List(NamesOf),
     /// Take folders away from a VM; one that a program in the guest uses stays
     #[command(visible_alias = "rm")]
     Remove {

@@ -21,11 +21,11 @@ pub fn run(context: &Context, command: args::Folder) -> Outcome {
             let body = CreateFolder { name, host_path, guest_path, read_only, uid, gid };
             add(context, &vm, &body)
         }
-        args::Folder::List { vm, long, quiet } => {
-            let all = context.client()?.folders(&vm)?;
+        args::Folder::List(asked) => {
+            let all = context.client()?.folders(&asked.vm)?;
             if context.json {
                 output::json(&all)?;
-            } else if !quiet && (long || output::on_terminal()) {
+            } else if asked.as_table() {
                 output::print(&table(&all).render(output::colours()))?;
             } else {
                 output::print(&all.iter().map(|one| text::clean(&one.name) + "\n").collect::<String>())?;
@@ -46,13 +46,17 @@ pub fn run(context: &Context, command: args::Folder) -> Outcome {
 
 fn add(context: &Context, vm: &str, body: &CreateFolder) -> Outcome {
     let folder = context.client()?.add_folder(vm, body)?;
-    let place = folder.guest_path.clone().unwrap_or_else(|| format!("/mnt/hgfs/{}", folder.name));
     let when = if folder.mounted { "is" } else { "will be" };
-    output::info(&format!("{} {when} at {place} in VM '{vm}'", folder.host_path));
+    output::info(&format!("{} {when} at {} in VM '{vm}'", folder.host_path, place(&folder)));
     if context.json {
         output::json(&folder)?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where a folder is in the guest.
+fn place(folder: &Folder) -> String {
+    folder.guest_path.clone().unwrap_or_else(|| format!("/mnt/hgfs/{}", folder.name))
 }
 
 /// The daemon has another working folder. Links stay: they may lead elsewhere tomorrow.
@@ -84,7 +88,7 @@ fn table(all: &[Folder]) -> Table {
         table.row(vec![
             Cell::from(&one.name),
             Cell::from(&one.host_path),
-            Cell::from(one.guest_path.clone().unwrap_or_else(|| format!("/mnt/hgfs/{}", one.name))),
+            Cell::from(place(one)),
             Cell::from(if one.read_only { "read" } else { "read and write" }),
             Cell::from(state),
         ]);

@@ -21,9 +21,7 @@ const DEEPEST: usize = 256;
 pub fn run(context: &Context, command: args::Snapshot) -> Outcome {
     match command {
         args::Snapshot::Create { vm, name, description } => create(context, &vm, name, description),
-        args::Snapshot::List { vm, long, quiet } => {
-            list(context, &vm, !quiet && (long || output::on_terminal()))
-        }
+        args::Snapshot::List(asked) => list(context, &asked.vm, asked.as_table()),
         args::Snapshot::Tree { vm } => {
             let all = context.client()?.snapshots(&vm)?;
             if context.json {

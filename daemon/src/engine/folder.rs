@@ -4,7 +4,7 @@ use std::fmt::Display;
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::process::{Exit, Process};
@@ -60,9 +60,8 @@ pub fn append(path: &Path) -> Result<File, EngineError> {
         .map_err(EngineError::io(format!("open the log {}", path.display())))
 }
 
-/// The process that lives in the VM's folder and runs as `user`, if there is one.
-pub async fn find(dir: &VmDir, user: u32) -> Result<Option<Process>, EngineError> {
-    let run = dir.run();
+/// The process whose lock is in the folder `run` and that runs as `user`, if there is one.
+pub async fn find(run: PathBuf, user: u32) -> Result<Option<Process>, EngineError> {
     if !run.join("lock").exists() {
         return Ok(None);
     }

@@ -192,6 +192,13 @@ impl Process {
         }
     }
 
+    /// Ends it at once, and waits until it has.
+    pub async fn end(&self) -> Result<(), EngineError> {
+        self.kill()?;
+        self.exited().await;
+        Ok(())
+    }
+
     /// Waits for its end and, if it is a child, reaps it.
     pub async fn exited(&self) -> Exit {
         // An error of the runtime means that the daemon itself is stopping.
@@ -216,9 +223,7 @@ impl Process {
 /// Ends the process that holds the lock in `run`, if one does, and waits for its end; it must be one of a VM.
 pub fn end_holder(run: &Path) -> Result<(), EngineError> {
     let Some(process) = Process::adopt_of(run, &is_vm_user)? else { return Ok(()) };
-    process.kill()?;
-    tokio::runtime::Handle::current().block_on(process.exited());
-    Ok(())
+    tokio::runtime::Handle::current().block_on(process.end())
 }
 
 impl Program {

@@ -226,10 +226,12 @@ fn folder_body(body: &[u8]) -> Result<FolderObject, LegacyRefusal> {
 }
 
 fn find_folder(app: &App, id: &str, name: &str) -> Result<Folder, FolderError> {
-    let all = app.machines.folders(id)?;
-    let by_place = name.parse().ok().and_then(|place: usize| all.get(place).cloned());
-    let found = all.into_iter().find(|folder| folder.name == name).or(by_place);
-    found.map_or_else(|| app.machines.folder(id, name), Ok)
+    match (app.machines.folder(id, name), name.parse::<usize>()) {
+        (Err(unknown @ FolderError::Unknown { .. }), Ok(place)) => {
+            app.machines.folders(id)?.into_iter().nth(place).ok_or(unknown)
+        }
+        (found, _) => found,
+    }
 }
 
 fn shown(folder: &Folder) -> FolderObject {

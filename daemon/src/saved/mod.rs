@@ -13,12 +13,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use catalyst_api::EngineName;
 use catalyst_images::digest::hex;
+use catalyst_vmm::folders::MAX_STATE as MAX_FOLDERS;
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use thiserror::Error;
-
-use catalyst_vmm::folders::MAX_STATE as MAX_FOLDERS;
 
 use crate::engine::capture::Memory;
 use crate::engine::{EngineError, Fit, Saved, VmProcess};
@@ -217,9 +216,7 @@ impl SavedDir {
         }
         Ok(Saved { memory, frozen, state })
     }
-}
 
-impl SavedDir {
     /// What the folders' server of the machine knew of its guest.
     pub fn open_folders(&self, manifest: &Manifest) -> Result<Option<Vec<u8>>, SavedError> {
         let Some(digest) = &manifest.folders_sha256 else { return Ok(None) };

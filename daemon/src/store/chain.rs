@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{StoreError, VmDir, files, io_error};
+use super::{StoreError, VmDir, files, io_error, read_json};
 
 /// The file.
 pub(super) const FILE: &str = "disk.json";
@@ -46,13 +46,7 @@ impl VmDir {
     /// What the disk stands on.
     pub fn chain(&self) -> Result<Chain, StoreError> {
         let path = self.chain_file();
-        let bytes = match files::read_bounded(&path, MAX_SIZE) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Chain::default()),
-            Err(error) => return Err(io_error("read", &path)(error)),
-        };
-        let chain: Chain =
-            serde_json::from_slice(&bytes).map_err(|error| io_error("understand", &path)(error.into()))?;
+        let chain: Chain = read_json(&path, MAX_SIZE)?.unwrap_or_default();
         check(&chain).map_err(io_error("understand", &path))?;
         Ok(chain)
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use super::{StoreError, VmDir, files, io_error};
+use super::{StoreError, VmDir, files, io_error, read_json};
 
 /// The file.
 const FILE: &str = "folders.json";
@@ -47,15 +47,10 @@ impl VmDir {
     /// The VM's folders.
     pub fn folders(&self) -> Result<Vec<Folder>, StoreError> {
         let path = self.folders_file();
-        let bytes = match files::read_bounded(&path, MAX_SIZE) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(io_error("read", &path)(error)),
-        };
-        let unfit = |why: std::io::Error| io_error("understand", &path)(why);
-        let folders: Vec<Folder> = serde_json::from_slice(&bytes).map_err(|error| unfit(error.into()))?;
+        let folders: Vec<Folder> = read_json(&path, MAX_SIZE)?.unwrap_or_default();
         if folders.len() > MOST || !folders.iter().all(|folder| is_name(&folder.name)) {
-            return Err(unfit(std::io::Error::other("it names what cannot be folders")));
+            let why = std::io::Error::other("it names what cannot be folders");
+            return Err(io_error("understand", &path)(why));
         }
         Ok(folders)
     }

@@ -23,6 +23,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use thiserror::Error;
 
 pub use began::Began;
@@ -88,6 +89,17 @@ impl StoreError {
 fn io_error(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StoreError {
     let path = path.display().to_string();
     move |source| StoreError::Io { what, path, source }
+}
+
+/// What stands in a file of JSON of at most `most` bytes, if it is there.
+fn read_json<T: DeserializeOwned>(path: &Path, most: usize) -> Result<Option<T>, StoreError> {
+    match files::read_bounded(path, most) {
+        Ok(bytes) => {
+            serde_json::from_slice(&bytes).map_err(|error| io_error("understand", path)(error.into()))
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(io_error("read", path)(error)),
+    }
 }
 
 /// The folder of one VM.

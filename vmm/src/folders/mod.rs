@@ -146,9 +146,3 @@ fn read_state(file: File) -> Result<Saved, FoldersError> {
     file.take(MAX_STATE).read_to_end(&mut bytes).map_err(failed("read the saved state of folders"))?;
     serde_json::from_slice(&bytes).map_err(FoldersError::State)
 }
-
-/// Whether a number is an open descriptor.
-pub fn is_open(fd: RawFd) -> bool {
-    // SAFETY: fcntl on a number only answers.
-    unsafe { libc::fcntl(fd, libc::F_GETFD) >= 0 }
-}

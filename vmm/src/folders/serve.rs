@@ -54,8 +54,7 @@ impl Server {
             if port & libc::POLLOUT != 0 {
                 self.link.flush().map_err(failed("write to the port"))?;
             }
-            let held = self.client.as_ref().is_some_and(|client| client.holds);
-            if held && port & (libc::POLLHUP | libc::POLLERR) != 0 {
+            if self.is_held() && port & (libc::POLLHUP | libc::POLLERR) != 0 {
                 // What waits there is asked again of whoever goes on.
                 return Ok(());
             }
@@ -96,9 +95,14 @@ impl Server {
         Ok(())
     }
 
+    /// Whether the port is to be left alone.
+    fn is_held(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.holds)
+    }
+
     /// Waits; which events port, listener and client have.
     fn wait(&self) -> io::Result<[i16; 3]> {
-        let held = self.client.as_ref().is_some_and(|client| client.holds);
+        let held = self.is_held();
         let writes = if self.link.is_writing() && !held { libc::POLLOUT } else { 0 };
         let reads =
             if !held && self.numbers.is_ready() && self.link.waiting() <= FULL { libc::POLLIN } else { 0 };

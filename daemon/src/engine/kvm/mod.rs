@@ -113,8 +113,7 @@ impl Engine for KvmEngine {
                 }
                 Err(error) => {
                     // Nobody would know of it any more.
-                    process.kill()?;
-                    process.exited().await;
+                    process.end().await?;
                     Err(error)
                 }
             }
@@ -128,7 +127,7 @@ impl Engine for KvmEngine {
 
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {
         async move {
-            let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
+            let Some(process) = folder::find(dir.run(), user).await? else { return Ok(None) };
             let control = match connect(&process, &dir, ADOPT_LIMIT).await {
                 Ok((control, _)) => Ok(control),
                 // It was ending when it was found.

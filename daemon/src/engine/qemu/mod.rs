@@ -95,7 +95,7 @@ impl Engine for QemuEngine {
 
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {
         async move {
-            let Some(process) = folder::find(&dir, user).await? else { return Ok(None) };
+            let Some(process) = folder::find(dir.run(), user).await? else { return Ok(None) };
             let qmp = match connect(&process, &dir).await {
                 Ok(qmp) => Ok(qmp),
                 // It was ending when it was found.
@@ -144,8 +144,7 @@ impl Launched {
             Ok(qmp) => Ok(Arc::new(QemuVm { process, qmp: Ok(qmp), _memory: memory })),
             Err(error) => {
                 // Nobody would know of it any more.
-                process.kill()?;
-                process.exited().await;
+                process.end().await?;
                 Err(error)
             }
         }
@@ -172,6 +171,7 @@ fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
         fds,
         user,
         may_mount: false,
+        open_files: None,
         large_pages: true,
         log,
     };

@@ -126,7 +126,7 @@ impl Machines {
         }
         let folder = check(request)?;
         let known = shared.dir().folders()?.contains(&folder);
-        let shared = self.change_folders(id, Change::Add(folder.clone())).await?;
+        self.change_folders(id, Change::Add(folder.clone())).await?;
         if let Some(link) = agent(&shared)
             && let Err(why) = super::mount(&shared, &link, &folder).await
         {

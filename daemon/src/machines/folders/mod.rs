@@ -69,28 +69,20 @@ impl Folders {
         facts.mounted.clear();
     }
 
-    fn serving(&self) -> Option<Arc<Serving>> {
-        self.serving.borrow().0.clone()
-    }
-
-    /// The same for a VM that is being saved: without it the guest's files are closed when it goes on, and nothing else is lost.
+    /// What another process needs to go on from here, for a VM that is being saved: without it the guest's files are closed when
+    /// it goes on, and nothing else is lost. Folders are left alone while what comes with it lives.
     pub(super) async fn kept(&self, dir: &VmDir) -> (Option<Vec<u8>>, Option<Held>) {
-        match self.save().await {
-            Ok(saved) => saved.map_or((None, None), |(state, held)| (Some(state), held)),
+        // One that was to go on, and has not come to it, leaves what it was to go on from.
+        let Some(serving) = self.serving.borrow().0.clone() else {
+            return (self.facts().state.clone(), None);
+        };
+        match serving.save().await {
+            Ok((state, held)) => (Some(state), Some(held)),
             Err(error) => {
                 let reason = chain(&error).join(": ");
                 tracing::warn!(vm = %dir.id(), reason, "what its guest has open of folders is not saved");
                 (None, None)
             }
-        }
-    }
-
-    /// What another process needs to go on from here, if folders are served; they are left alone while what comes with it lives.
-    async fn save(&self) -> Result<Option<(Vec<u8>, Option<Held>)>, ServingError> {
-        match self.serving() {
-            Some(serving) => serving.save().await.map(|(state, held)| Some((state, Some(held)))),
-            // It was to go on from that, and has not come to it.
-            None => Ok(self.facts().state.clone().map(|state| (state, None))),
         }
     }
 }

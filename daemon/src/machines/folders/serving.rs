@@ -17,7 +17,7 @@ use tokio::net::UnixStream;
 
 use super::super::Context;
 use crate::engine::process::{Launch, Process, Program};
-use crate::engine::{EngineError, kvm, sockets};
+use crate::engine::{EngineError, folder, kvm, sockets};
 use crate::privilege::as_root;
 use crate::saved;
 use crate::settings::sibling;
@@ -112,7 +112,10 @@ impl Serving {
         dir: &VmDir,
         state: Option<Vec<u8>>,
     ) -> Result<Self, ServingError> {
-        end_former(context, dir).await?;
+        // What served the VM as it was before may still be ending by itself.
+        if let Some(former) = folder::find(dir.run().join(RUN), context.owner.uid).await? {
+            former.end().await?;
+        }
         let port = sockets::connect(&dir.run(), sockets::FOLDERS).await.map_err(io("reach the VM's port"))?;
         let port = port.into_std().map_err(io("reach the VM's port"))?;
         let own = dir.clone();
@@ -124,9 +127,7 @@ impl Serving {
 
     /// Finds the one that an earlier daemon has started.
     pub(super) async fn adopt(context: &Context, dir: &VmDir) -> Result<Option<Self>, ServingError> {
-        let (run, user) = (dir.run().join(RUN), context.owner.uid);
-        let adopted = tokio::task::spawn_blocking(move || Process::adopt(&run, user)).await;
-        match adopted.map_err(|error| EngineError::Died(error.to_string()))?? {
+        match folder::find(dir.run().join(RUN), context.owner.uid).await? {
             Some(process) => Self::of(dir, process).await.map(Some),
             None => Ok(None),
         }
@@ -141,8 +142,7 @@ impl Serving {
             Ok(namespace) => Ok(Self { dir: dir.clone(), process, namespace }),
             Err(source) => {
                 // Nobody would know of it any more.
-                process.kill()?;
-                process.exited().await;
+                process.end().await?;
                 Err(io("begin")(source))
             }
         }
@@ -155,8 +155,8 @@ impl Serving {
 
     /// Ends it, since it does not do what it is told.
     pub(super) async fn end(&self) {
-        if self.process.kill().is_ok() {
-            self.process.exited().await;
+        if let Err(error) = self.process.end().await {
+            tracing::warn!(vm = %self.dir.id(), %error, "what serves folders lives on");
         }
     }
 
@@ -223,17 +223,6 @@ impl Serving {
     }
 }
 
-/// Ends the process that served what the VM was before, which may still be ending by itself.
-async fn end_former(context: &Context, dir: &VmDir) -> Result<(), ServingError> {
-    let (run, user) = (dir.run().join(RUN), context.owner.uid);
-    let former = tokio::task::spawn_blocking(move || Process::adopt(&run, user)).await;
-    if let Some(process) = former.map_err(|error| EngineError::Died(error.to_string()))?? {
-        process.kill()?;
-        process.exited().await;
-    }
-    Ok(())
-}
-
 /// Each file that the guest's kernel remembers is an open one: as many as the system lets a process have.
 fn most_open() -> u64 {
     let most = std::fs::read_to_string("/proc/sys/fs/nr_open").ok().and_then(|text| text.trim().parse().ok());
@@ -286,7 +275,7 @@ fn launch(
         may_mount: true,
         open_files: Some(most_open()),
         large_pages: false,
-        log: crate::engine::folder::append(&dir.engine_log())?,
+        log: folder::append(&dir.engine_log())?,
     };
     Process::spawn(launch, &run)
 }

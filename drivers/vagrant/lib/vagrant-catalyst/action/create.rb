@@ -2,6 +2,7 @@
 
 require "securerandom"
 
+require "vagrant-catalyst/action/step"
 require "vagrant-catalyst/box"
 require "vagrant-catalyst/errors"
 
@@ -9,11 +10,7 @@ module VagrantPlugins
   module Catalyst
     module Action
       # Makes the machine's VM: from a box, as a clone of another, or from a template.
-      class Create
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class Create < Step
         def call(env)
           @env = env
           @machine = env[:machine]
@@ -162,11 +159,7 @@ module VagrantPlugins
       end
 
       # Does what another machine wants of this one, while this one is locked.
-      class Lend
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class Lend < Step
         def call(env)
           env[:borrow].call
           @app.call(env)

@@ -1,5 +1,6 @@
 # frozen_string_literal: true
 
+require "vagrant-catalyst/action/step"
 require "vagrant-catalyst/errors"
 
 module VagrantPlugins
@@ -8,7 +9,7 @@ module VagrantPlugins
       # Names the guest as the Vagrantfile says. The daemon names guests of templates for their VMs, which is
       # why VMs are called after their machines' host names; what is left to do is a name that is another
       # VM's, or has a domain.
-      class SetHostname
+      class SetHostname < Step
         # Run as root; ends at once where the guest has the name.
         SCRIPT = <<~'SH'
           [ "$(hostname)" = "$1" ] && { [ "$1" = "$2" ] || [ "$(hostname -f)" = "$2" ]; } && exit 0
@@ -17,10 +18,6 @@ module VagrantPlugins
           hosts=$(sed "/^127\.0\.1\.1[[:space:]]/d" /etc/hosts) &&
             printf "%s\n" "$hosts" "127.0.1.1 $names" >/etc/hosts
         SH
-
-        def initialize(app, _env)
-          @app = app
-        end
 
         def call(env)
           @app.call(env)

@@ -2,6 +2,7 @@
 
 require "json"
 
+require "vagrant-catalyst/action/step"
 require "vagrant-catalyst/errors"
 
 module VagrantPlugins
@@ -10,17 +11,13 @@ module VagrantPlugins
       # Forwards ports of the host, as the Vagrantfile says now. The daemon keeps them for the VM, and is the
       # one that knows which are taken: of two machines that come up at once, both ask it, and the second
       # takes another port if it may (`auto_correct`).
-      class ForwardPorts
+      class ForwardPorts < Step
         # The ports that Vagrant has forwarded, in the machine's data folder: others of the VM are somebody
         # else's.
         FILE = "catalyst_ports"
         LOOPBACK = "127.0.0.1"
         # What Vagrant adds by itself to reach guests: here it reaches them by their address.
         OWN_SSH = { id: "ssh", guest: 22, host: 2222, host_ip: LOOPBACK }.freeze
-
-        def initialize(app, _env)
-          @app = app
-        end
 
         def call(env)
           @machine = env[:machine]

@@ -1,16 +1,13 @@
 # frozen_string_literal: true
 
+require "vagrant-catalyst/action/step"
 require "vagrant-catalyst/errors"
 
 module VagrantPlugins
   module Catalyst
     module Action
       # Starts the VM, or lets it go on; one that runs is left alone.
-      class PowerOn
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class PowerOn < Step
         def call(env)
           machine = env[:machine]
           words, operation = {
@@ -28,13 +25,9 @@ module VagrantPlugins
 
       # Switches the VM off: by its guest, unless `env[:force_halt]` is set, the guest does not do it in time
       # or there is none that could.
-      class PowerOff
+      class PowerOff < Step
         # How long the daemon waits for a guest, in seconds; its answer may take a little more.
         DAEMON_WAITS = 50
-
-        def initialize(app, _env)
-          @app = app
-        end
 
         def call(env)
           @machine = env[:machine]
@@ -81,11 +74,7 @@ module VagrantPlugins
       end
 
       # Writes memory and devices to disk.
-      class Suspend
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class Suspend < Step
         def call(env)
           machine = env[:machine]
           if %i[running paused].include?(machine.state.id)

@@ -1,14 +1,12 @@
 # frozen_string_literal: true
 
+require "vagrant-catalyst/action/step"
+
 module VagrantPlugins
   module Catalyst
     module Action
       # Keeps the VM as it is: disk, and where it runs or is suspended its memory.
-      class SnapshotSave
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class SnapshotSave < Step
         def call(env)
           name = env[:snapshot_name]
           env[:ui].info(I18n.t("vagrant.actions.vm.snapshot.saving", name: name))
@@ -19,11 +17,7 @@ module VagrantPlugins
       end
 
       # Makes the VM what it was; what it is now is lost.
-      class SnapshotRestore
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class SnapshotRestore < Step
         def call(env)
           name = env[:snapshot_name]
           env[:ui].info(I18n.t("vagrant.actions.vm.snapshot.restoring", name: name))
@@ -34,11 +28,7 @@ module VagrantPlugins
       end
 
       # Deletes a snapshot.
-      class SnapshotDelete
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class SnapshotDelete < Step
         def call(env)
           name = env[:snapshot_name]
           env[:ui].info(I18n.t("vagrant.actions.vm.snapshot.deleting", name: name))

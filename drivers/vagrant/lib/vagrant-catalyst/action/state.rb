@@ -1,5 +1,6 @@
 # frozen_string_literal: true
 
+require "vagrant-catalyst/action/step"
 require "vagrant-catalyst/errors"
 
 module VagrantPlugins
@@ -9,11 +10,7 @@ module VagrantPlugins
       RUNS = %i[starting running].freeze
 
       # Puts the id of the machine's state into `env[:result]`, for `Call`.
-      class ReadState
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class ReadState < Step
         def call(env)
           env[:result] = env[:machine].state.id
           @app.call(env)
@@ -21,11 +18,7 @@ module VagrantPlugins
       end
 
       # Refuses what needs a guest where there is none.
-      class MustRun
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class MustRun < Step
         def call(env)
           state = env[:machine].state
           raise Vagrant::Errors::VMNotCreatedError if state.id == :not_created
@@ -36,9 +29,9 @@ module VagrantPlugins
       end
 
       # Says a thing, by its key among the texts.
-      class Tell
-        def initialize(app, _env, key)
-          @app = app
+      class Tell < Step
+        def initialize(app, env, key)
+          super(app, env)
           @key = key
         end
 
@@ -49,11 +42,7 @@ module VagrantPlugins
       end
 
       # Names what the Vagrantfile asks for and Catalyst has not, so that nobody looks for it in vain.
-      class WarnOfUnsupported
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class WarnOfUnsupported < Step
         def call(env)
           lacking(env[:machine].config.vm).each do |what|
             env[:ui].warn(I18n.t("vagrant_catalyst.lacks.#{what}"))

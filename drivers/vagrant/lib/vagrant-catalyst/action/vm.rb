@@ -1,5 +1,6 @@
 # frozen_string_literal: true
 
+require "vagrant-catalyst/action/step"
 require "vagrant-catalyst/errors"
 require "vagrant-catalyst/synced_folder"
 
@@ -7,11 +8,7 @@ module VagrantPlugins
   module Catalyst
     module Action
       # Gives the VM the CPUs and the memory that the Vagrantfile says now.
-      class Resize
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class Resize < Step
         def call(env)
           machine = env[:machine]
           vm = machine.provider.vm
@@ -29,11 +26,7 @@ module VagrantPlugins
 
       # Spares Vagrant its search for the kind of guest, which takes some thirty commands by SSH: lumen is
       # Debian.
-      class KnowGuest
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class KnowGuest < Step
         def call(env)
           machine = env[:machine]
           config = machine.config.vm
@@ -44,11 +37,7 @@ module VagrantPlugins
 
       # Takes away the synced folders that have left the Vagrantfile. Vagrant asks a kind of folders to clean
       # up only while the Vagrantfile has some of it.
-      class ForgetFolders
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class ForgetFolders < Step
         def call(env)
           SyncedFolder.new.forget_earlier(env[:machine])
           @app.call(env)
@@ -56,11 +45,7 @@ module VagrantPlugins
       end
 
       # Deletes the VM with all that is its own.
-      class Destroy
-        def initialize(app, _env)
-          @app = app
-        end
-
+      class Destroy < Step
         def call(env)
           machine = env[:machine]
           halt(env) unless env.fetch(:force_halt, true)
