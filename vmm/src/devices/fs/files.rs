@@ -20,6 +20,7 @@ use fuse_backend_rs::api::filesystem::{
 };
 use fuse_backend_rs::passthrough::PassthroughFs;
 
+use super::hard_link;
 use super::root::Owner;
 use super::{FsError, ShareRoot};
 use crate::virtio::Counters;
@@ -293,7 +294,14 @@ impl FileSystem for Files {
     fn link(&self, context: &Context, inode: u64, parent: u64, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         self.admit()?;
-        self.inner.link(context, inode, parent, name).map(|entry| self.looked_up(entry))
+        let made = match self.inner.link(context, inode, parent, name) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {
+                hard_link::make(&self.inner, inode, parent, name)?;
+                self.inner.lookup(context, parent, name)
+            }
+            made => made,
+        };
+        made.map(|entry| self.looked_up(entry))
     }
 
     fn open(&self, context: &Context, inode: u64, flags: u32, _fuse_flags: u32) -> Opened {

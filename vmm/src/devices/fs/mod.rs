@@ -17,6 +17,7 @@
 
 mod device;
 mod files;
+mod hard_link;
 pub mod mounting;
 mod request;
 mod root;
