@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install uninstall clean go machine-driver machine-tools
+.PHONY: help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install uninstall clean go machine-driver machine-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -32,6 +32,8 @@ setup: ## install what is missing (Debian packages)
 	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
 
 setup-tests: setup ## install what only tests need besides
+	@python3 -m pip --version >/dev/null 2>&1 || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends python3-pip >/dev/null; }
 	@missing=; for need in $(TEST_NEEDS); do command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
@@ -56,6 +58,13 @@ machine-tools: go
 	@PATH=$(MACHINE_TOOLS):$$PATH command -v docker >/dev/null || { echo "fetching Docker's client"; $(SUDO) apt-get update -qq && \
 	  folder=$$(mktemp -d) && cd $$folder && apt-get download -qq -o APT::Sandbox::User=root docker.io && dpkg-deb --extract docker.io_*.deb . && \
 	  install -m 755 usr/bin/docker $(MACHINE_TOOLS)/ && rm -r $$folder; }
+
+# What asks the daemon by the descriptions of its API, of the versions that are written down.
+ASKER := $(CURDIR)/$(RELEASE)/schemathesis
+ASKER_PINS := tests/e2e/schemas/requirements.txt
+schemathesis: setup-tests
+	@cmp -s $(ASKER_PINS) $(ASKER)/requirements.txt || { echo 'fetching schemathesis'; rm -rf $(ASKER); \
+	  python3 -m pip install --quiet --disable-pip-version-check --no-deps --target $(ASKER) -r $(ASKER_PINS) && cp $(ASKER_PINS) $(ASKER)/; }
 
 build: setup lean ## build everything into target/release
 	cargo build --release --workspace --exclude catalyst-agent --exclude catalyst-vmm
@@ -90,7 +99,7 @@ unit: build rspec go ## unit tests
 rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 	cd drivers/vagrant && rspec
 
-e2e: image setup-tests machine-driver machine-tools ## end-to-end tests on real VMs (root)
+e2e: image setup-tests machine-driver machine-tools schemathesis ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
 	cargo test --release -p catalyst-tests -- --nocapture
 

@@ -9,6 +9,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::words::{Variable, Word};
+
 /// Channel byte of stdout in a binary frame of the daemon.
 pub const CHANNEL_STDOUT: u8 = 1;
 /// Channel byte of stderr in a binary frame of the daemon.
@@ -28,15 +30,19 @@ pub struct TerminalSize {
 #[serde(deny_unknown_fields)]
 pub struct ExecRequest {
     /// Program and arguments; no shell is involved. 1 to 1024 words.
+    #[schema(value_type = Vec<Word>, min_items = 1, max_items = 1024)]
     pub argv: Vec<String>,
     /// User in the guest; by default root.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Word>)]
     pub user: Option<String>,
     /// Working directory; by default the user's home.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Word>)]
     pub cwd: Option<String>,
     /// Added to the environment, as `NAME=value`.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<Variable>)]
     pub env: Vec<String>,
     /// Gives the command a terminal of this size (streams only).
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::words::{AbsolutePath, PathPart};
+
 /// A folder of the host that a VM's guest sees.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Folder {
@@ -31,11 +33,14 @@ pub struct Folder {
 #[serde(deny_unknown_fields)]
 pub struct CreateFolder {
     /// Its name: 1 to 80 bytes, one part of a path.
+    #[schema(value_type = PathPart)]
     pub name: String,
     /// Absolute path of a folder on the host that the owner may enter.
+    #[schema(value_type = AbsolutePath)]
     pub host_path: String,
     /// Absolute path in the guest; made if it is not there.
     #[serde(default)]
+    #[schema(value_type = Option<AbsolutePath>)]
     pub guest_path: Option<String>,
     /// Whether the guest may only read.
     #[serde(default)]

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::words::{AbsolutePath, PathPart, VmId};
+
 /// Every error, and every answer that carries one word: `code` repeats the HTTP status.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct CodeMessage {
@@ -17,6 +19,7 @@ pub struct CodeMessage {
 pub struct CreateBody {
     /// Id of the new VM.
     #[serde(default)]
+    #[schema(value_type = VmId, required = true)]
     pub id: String,
     /// VM to clone; some clients write it all in lower case.
     #[serde(default, rename = "parentId", alias = "parentid", skip_serializing_if = "Option::is_none")]
@@ -70,8 +73,10 @@ pub struct VmObject {
 #[serde(rename_all = "camelCase")]
 pub struct FolderObject {
     /// Its name (not a path).
+    #[schema(value_type = PathPart)]
     pub guest_path: String,
     /// Folder on the host.
+    #[schema(value_type = AbsolutePath)]
     pub host_path: String,
     /// 4: the guest may write.
     pub flags: i64,

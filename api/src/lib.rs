@@ -18,6 +18,7 @@ pub mod snapshot;
 pub mod system;
 pub mod template;
 pub mod vm;
+pub mod words;
 
 pub use doctor::{Check, CheckStatus, Doctor};
 pub use error::{ApiError, ErrorCode};

@@ -119,13 +119,14 @@ pub struct PublishPort {
     /// The port of the host; 0 lets the daemon choose one.
     pub host_port: u16,
     /// The port of the guest, 1 to 65535.
+    #[schema(minimum = 1)]
     pub guest_port: u16,
     /// By default tcp.
     #[serde(default)]
     pub protocol: Protocol,
     /// By default `localhost`: 127.0.0.1 and ::1.
     #[serde(default)]
-    #[schema(value_type = String)]
+    #[schema(value_type = String, pattern = r"^(localhost|[0-9]{1,3}(\.[0-9]{1,3}){3}|[0-9a-fA-F:.]{2,45})$")]
     pub host_address: HostAddress,
 }
 

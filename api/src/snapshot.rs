@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::words::PathPart;
+
 /// A VM as it was at one moment: its disk, and where it ran or was suspended its memory too.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Snapshot {
@@ -31,9 +33,11 @@ pub struct Snapshot {
 #[serde(deny_unknown_fields)]
 pub struct CreateSnapshot {
     /// Its name: 1 to 80 characters, none of them a control character or '/'.
+    #[schema(value_type = PathPart)]
     pub name: String,
     /// Anything, in one line: at most 500 characters.
     #[serde(default)]
+    #[schema(pattern = "^[^\\u0000-\\u001f\\u007f-\\u009f]*$", max_length = 500)]
     pub description: String,
 }
 

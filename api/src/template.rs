@@ -48,8 +48,10 @@ pub struct WarmInfo {
 pub struct WarmRequest {
     /// Virtual CPUs, 1 to 32; by default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32)]
     pub cpus: Option<u32>,
     /// Memory in MiB; by default 1024.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 128)]
     pub memory_mib: Option<u64>,
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::port::{Port, PublishPort};
+use crate::words::{AbsolutePath, DisplayName, ImageName, Tag, VmId};
 
 /// The state of a VM. The words are the ones AppCatalyst's clients understand
 /// (reference section 1.4), so that both APIs speak of a VM alike.
@@ -240,34 +241,44 @@ pub struct Vm {
 #[serde(deny_unknown_fields)]
 pub struct CreateVm {
     /// Letters, digits, `-`, `_` and `.`, starting with a letter or digit; at most 63.
+    #[schema(value_type = VmId)]
     pub id: String,
     /// Display name; by default the id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<DisplayName>)]
     pub name: Option<String>,
     /// An existing VM to clone: with its disk, and where it runs with its memory, so that the clone runs too.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<VmId>)]
     pub parent: Option<String>,
     /// Absolute path of an existing `.vmx` to register where it is, instead of cloning: the VM is as that says, and deleting
     /// it deletes its files there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<AbsolutePath>)]
     pub source: Option<String>,
     /// The template to clone; by default `lumen`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<ImageName>)]
     pub template: Option<String>,
     /// Virtual CPUs, 1 to 32; by default 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32)]
     pub cpus: Option<u32>,
     /// Memory in MiB, 128 up to the host's; by default 1024.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 128)]
     pub memory_mib: Option<u64>,
     /// Virtual disk size in GiB, 64 to 16384; by default 64. It occupies what is written.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 64, maximum = 16384)]
     pub disk_gib: Option<u64>,
     /// Tags: at most 16 of at most 64 characters, without comma or control characters.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(value_type = Vec<Tag>, max_items = 16)]
     pub tags: Vec<String>,
     /// Ports of the guest to publish on the host; a parent's are not taken over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schema(max_items = 128)]
     pub publish: Vec<PublishPort>,
 }
 
@@ -276,6 +287,7 @@ pub struct CreateVm {
 #[serde(deny_unknown_fields)]
 pub struct CloneVm {
     /// The ids of the clones, at least one and at most 256.
+    #[schema(value_type = Vec<VmId>, min_items = 1, max_items = 256)]
     pub ids: Vec<String>,
 }
 
@@ -286,15 +298,19 @@ pub struct CloneVm {
 pub struct UpdateVm {
     /// Display name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<DisplayName>)]
     pub name: Option<String>,
     /// Virtual CPUs, 1 to 32.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 1, maximum = 32)]
     pub cpus: Option<u32>,
-    /// Memory in MiB.
+    /// Memory in MiB, 128 up to the host's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(minimum = 128)]
     pub memory_mib: Option<u64>,
     /// Replaces all tags.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<Tag>>, max_items = 16)]
     pub tags: Option<Vec<String>>,
 }
 

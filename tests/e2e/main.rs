@@ -27,6 +27,7 @@ mod owner;
 mod pair;
 mod ports;
 mod rounds;
+mod schemas;
 mod settings;
 mod snapshots;
 mod vagrant;
@@ -57,6 +58,7 @@ const GROUPS: &[Group] = &[
     ("legacy", legacy::legacy),
     ("driver_2015", legacy::driver_2015),
     ("disk_full", crash::disk_full),
+    ("schemas", schemas::schemas),
     ("settings", settings::settings),
     ("daemons", daemons::daemons),
     ("images", images::images),

@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use catalyst_tests::world::{engine, image_dir, programs, ran};
-use catalyst_tests::{World, instant};
+use catalyst_tests::{World, instant, load};
 
 struct Row {
     name: &'static str,
@@ -29,6 +29,7 @@ const ROWS: &[Measure] = &[
     ("disk of a new VM, 64 GiB", 1024.0, "KiB", || disk_of_new_vm("64")),
     ("disk of a new VM, 16384 GiB", 1024.0, "KiB", || disk_of_new_vm("16384")),
     ("list of 1,000 VMs", 20.0, "ms", list_of_thousand),
+    ("200 reads a second while VMs start: 99th percentile", 50.0, "ms", load::reads),
     ("daemon idle: memory", 30.0, "MiB", idle_memory),
     ("daemon idle: wake-ups", 5.0, "/s", idle_wakeups),
     ("probe of KVM", 200.0, "ms", probe),

@@ -7,6 +7,7 @@
 
 pub mod harness;
 pub mod instant;
+pub mod load;
 pub mod monitor;
 pub mod world;
 

@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use catalyst_api::legacy::{CodeMessage, CreateBody, CreatedVm, FolderObject, VmObject};
+use catalyst_api::words::{PowerWord, Switch};
 use catalyst_api::{CreateFolder, CreateVm, Folder, PowerOp, VmState};
 use serde::Deserialize;
 use utoipa_axum::router::OpenApiRouter;
@@ -99,7 +100,7 @@ async fn power(State(app): State<App>, Path(id): Path<String>) -> Answer<CodeMes
 
 /// Changes the power state; the body is the bare word.
 #[utoipa::path(patch, path = "/api/vms/power/{id}", tag = TAG, params(("id" = String, Path)),
-    request_body(content = String, description = "on, off, shutdown, suspend, pause or unpause"),
+    request_body(content = PowerWord, content_type = "text/plain", description = "on, off, shutdown, suspend, pause or unpause"),
     responses((status = 200, body = CodeMessage), (status = 500, body = CodeMessage)))]
 async fn set_power(State(app): State<App>, Path(id): Path<String>, Raw(body): Raw) -> Answer<CodeMessage> {
     app.machines.get(&id)?;
@@ -146,7 +147,7 @@ async fn folders(State(app): State<App>, Path(id): Path<String>) -> Answer<Vec<S
 /// Enables or disables sharing: the body is the bare word. Folders are shared as long as there are any, so both are answered, and
 /// neither does anything.
 #[utoipa::path(patch, path = "/api/vms/{id}/folders", tag = TAG, params(("id" = String, Path)),
-    request_body(content = String, description = "true or false"),
+    request_body(content = Switch, content_type = "text/plain", description = "true or false"),
     responses((status = 200, body = CodeMessage), (status = 400, body = CodeMessage), (status = 404, body = CodeMessage)))]
 async fn folders_enable(
     State(app): State<App>,

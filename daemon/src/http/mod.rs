@@ -1,6 +1,7 @@
 //! REST: handlers that parse and answer, without logic of their own.
 
 mod body;
+mod describe;
 pub mod error;
 mod legacy;
 mod shape;
@@ -54,6 +55,7 @@ pub fn router(app: App) -> Router {
     let mut description = Description::openapi();
     description.merge(legacy_description);
     description.merge(v1_description);
+    describe::complete(&mut description);
     let page = SwaggerUi::new("/swagger").url(Url::new("Catalyst", "/v1/openapi.json"), description);
     let documents = Router::new()
         .merge(swagger::add_to(page))

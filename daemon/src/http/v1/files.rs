@@ -4,6 +4,7 @@ use axum::body::Body;
 use axum::extract::{Path, Query, Request, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use catalyst_api::words::AbsolutePath;
 use catalyst_api::{ApiError, ErrorCode};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use serde::Deserialize;
@@ -29,9 +30,9 @@ struct FileQuery {
 
 /// Reads a file of the guest.
 #[utoipa::path(get, path = "/v1/vms/{id}/files", tag = TAG,
-    params(("id" = String, Path), ("path" = String, Query, description = "Absolute path in the guest")),
+    params(("id" = String, Path), ("path" = AbsolutePath, Query, description = "Absolute path in the guest")),
     responses((status = 200, body = Vec<u8>, content_type = "application/octet-stream"),
-        (status = 404, body = ApiError), (status = 409, body = ApiError)))]
+        (status = 404, body = ApiError), (status = 409, body = ApiError), (status = 502, body = ApiError)))]
 async fn get_file(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -49,11 +50,11 @@ async fn next_piece(mut file: FileStream) -> Result<Option<(bytes::Bytes, FileSt
 
 /// Writes a file in the guest; it takes its place when it is whole. Needs `Content-Length`.
 #[utoipa::path(put, path = "/v1/vms/{id}/files", tag = TAG,
-    params(("id" = String, Path), ("path" = String, Query, description = "Absolute path in the guest"),
-        ("mode" = Option<String>, Query, description = "Permission bits in octal, by default 0644")),
+    params(("id" = String, Path), ("path" = AbsolutePath, Query, description = "Absolute path in the guest"),
+        ("mode" = Option<String>, Query, pattern = "^[0-7]{1,4}$", description = "Permission bits in octal, by default 0644")),
     request_body(content = Vec<u8>, content_type = "application/octet-stream"),
     responses((status = 204), (status = 400, body = ApiError), (status = 404, body = ApiError),
-        (status = 409, body = ApiError)))]
+        (status = 409, body = ApiError), (status = 502, body = ApiError)))]
 async fn put_file(
     State(app): State<App>,
     Path(id): Path<String>,
@@ -61,6 +62,9 @@ async fn put_file(
     request: Request,
 ) -> Result<StatusCode, Refusal> {
     check_path(&query.path)?;
+    if query.path.ends_with('/') {
+        return Err(invalid("'path' is a folder's: give the file's own name"));
+    }
     let mode = query.mode.as_deref().unwrap_or("0644");
     let mode = u32::from_str_radix(mode, 8).ok().filter(|mode| *mode <= 0o7777);
     let mode = mode.ok_or_else(|| invalid("'mode' is up to four octal digits, such as 0644"))?;

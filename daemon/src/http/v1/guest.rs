@@ -52,7 +52,7 @@ async fn ssh(State(app): State<App>, Path(id): Path<String>) -> Result<Json<SshI
 #[utoipa::path(post, path = "/v1/vms/{id}/exec", tag = TAG, params(("id" = String, Path)),
     request_body = ExecRequest,
     responses((status = 200, body = ExecOutput), (status = 404, body = ApiError), (status = 409, body = ApiError),
-        (status = 504, body = ApiError)))]
+        (status = 502, body = ApiError), (status = 504, body = ApiError)))]
 async fn exec(
     State(app): State<App>,
     Path(id): Path<String>,

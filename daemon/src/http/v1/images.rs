@@ -4,6 +4,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use catalyst_api::words::ImageName;
 use catalyst_api::{ApiError, ErrorCode, ImageInfo, Task};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -31,7 +32,7 @@ async fn list(State(app): State<App>) -> Result<Json<Vec<ImageInfo>>, Refusal> {
 }
 
 /// All versions of one image.
-#[utoipa::path(get, path = "/v1/images/{name}", tag = TAG, params(("name" = String, Path)),
+#[utoipa::path(get, path = "/v1/images/{name}", tag = TAG, params(("name" = ImageName, Path)),
     responses((status = 200, body = [ImageInfo]), (status = 404, body = ApiError)))]
 async fn show(State(app): State<App>, Path(name): Path<String>) -> Result<Json<Vec<ImageInfo>>, Refusal> {
     let mut images = app.images.list(&app.machines).await?;
@@ -45,7 +46,7 @@ async fn show(State(app): State<App>, Path(name): Path<String>) -> Result<Json<V
 }
 
 /// Removes an image that no VM stands on.
-#[utoipa::path(delete, path = "/v1/images/{name}", tag = TAG, params(("name" = String, Path)),
+#[utoipa::path(delete, path = "/v1/images/{name}", tag = TAG, params(("name" = ImageName, Path)),
     responses((status = 204), (status = 404, body = ApiError), (status = 409, body = ApiError)))]
 async fn remove(State(app): State<App>, Path(name): Path<String>) -> Result<StatusCode, Refusal> {
     app.images.remove(&app.machines, &name).await?;
@@ -53,7 +54,7 @@ async fn remove(State(app): State<App>, Path(name): Path<String>) -> Result<Stat
 }
 
 /// The manifest of the current version: packages, kernel, digests.
-#[utoipa::path(get, path = "/v1/images/{name}/manifest", tag = TAG, params(("name" = String, Path)),
+#[utoipa::path(get, path = "/v1/images/{name}/manifest", tag = TAG, params(("name" = ImageName, Path)),
     responses((status = 200, body = Object), (status = 404, body = ApiError)))]
 async fn manifest(State(app): State<App>, Path(name): Path<String>) -> Result<Response, Refusal> {
     let text = app.images.manifest(&name).await?;
@@ -61,7 +62,7 @@ async fn manifest(State(app): State<App>, Path(name): Path<String>) -> Result<Re
 }
 
 /// Builds an image; a build that was interrupted goes on where it was.
-#[utoipa::path(post, path = "/v1/images/{name}/build", tag = TAG, params(("name" = String, Path)),
+#[utoipa::path(post, path = "/v1/images/{name}/build", tag = TAG, params(("name" = ImageName, Path)),
     responses((status = 202, body = Task), (status = 404, body = ApiError), (status = 409, body = ApiError)))]
 async fn build(
     State(app): State<App>,
@@ -71,7 +72,7 @@ async fn build(
 }
 
 /// Compares every file of an image with its digest.
-#[utoipa::path(post, path = "/v1/images/{name}/verify", tag = TAG, params(("name" = String, Path)),
+#[utoipa::path(post, path = "/v1/images/{name}/verify", tag = TAG, params(("name" = ImageName, Path)),
     responses((status = 202, body = Task), (status = 404, body = ApiError), (status = 409, body = ApiError)))]
 async fn verify(
     State(app): State<App>,

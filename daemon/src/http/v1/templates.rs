@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use catalyst_api::words::ImageName;
 use catalyst_api::{ApiError, Task, TemplateInfo, WarmRequest};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -24,14 +25,14 @@ async fn list(State(app): State<App>) -> Result<Json<Vec<TemplateInfo>>, Refusal
 }
 
 /// One template.
-#[utoipa::path(get, path = "/v1/templates/{name}", tag = TAG, params(("name" = String, Path)),
+#[utoipa::path(get, path = "/v1/templates/{name}", tag = TAG, params(("name" = ImageName, Path)),
     responses((status = 200, body = TemplateInfo), (status = 404, body = ApiError)))]
 async fn show(State(app): State<App>, Path(name): Path<String>) -> Result<Json<TemplateInfo>, Refusal> {
     Ok(Json(app.machines.template(&name).await?))
 }
 
 /// Begins to make a warm state, which new VMs of that size go on from instead of booting.
-#[utoipa::path(post, path = "/v1/templates/{name}/warm", tag = TAG, params(("name" = String, Path)),
+#[utoipa::path(post, path = "/v1/templates/{name}/warm", tag = TAG, params(("name" = ImageName, Path)),
     request_body = WarmRequest,
     responses((status = 202, body = Task), (status = 400, body = ApiError), (status = 404, body = ApiError),
         (status = 409, body = ApiError)))]

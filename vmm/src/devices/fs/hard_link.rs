@@ -7,8 +7,8 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 
 use fuse_backend_rs::api::filesystem::{Context, FileSystem};
 use fuse_backend_rs::passthrough::PassthroughFs;
@@ -21,7 +21,13 @@ pub(super) fn make(files: &PassthroughFs<()>, inode: u64, parent: u64, name: &CS
     let number = CString::new(file.as_raw_fd().to_string())?;
     // SAFETY: descriptors are open, and strings end in zero.
     let made = unsafe {
-        libc::linkat(proc_self_fd, number.as_ptr(), folder.as_raw_fd(), name.as_ptr(), libc::AT_SYMLINK_FOLLOW)
+        libc::linkat(
+            proc_self_fd,
+            number.as_ptr(),
+            folder.as_raw_fd(),
+            name.as_ptr(),
+            libc::AT_SYMLINK_FOLLOW,
+        )
     };
     if made == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
