@@ -140,6 +140,16 @@ impl Memory {
         kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other("smaps_rollup without Anonymous"))
     }
 
+    /// Processor time of the process since it began, in milliseconds (fields 14 and 15 of proc_pid_stat(5)).
+    pub fn processor_ms(&self) -> io::Result<u64> {
+        let stat = as_root(|| fs::read_to_string(format!("/proc/{}/stat", self.pid)))?;
+        // The second field, the name, may hold anything; the last ')' ends it.
+        let mut fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11)).into_iter().flatten();
+        let mut ticks = || fields.next()?.parse::<u64>().ok();
+        let (user, system) = ticks().zip(ticks()).ok_or_else(|| io::Error::other("stat without processor times"))?;
+        Ok((user + system) * 1000 / rustix::param::clock_ticks_per_second())
+    }
+
     /// Calls `act` for each mapping that RAM consists of, with its offset in RAM.
     fn each(&self, mut act: impl FnMut(&Mapping, u64) -> io::Result<()>) -> io::Result<()> {
         let text = as_root(|| fs::read_to_string(format!("/proc/{}/maps", self.pid)))?;
