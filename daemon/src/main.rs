@@ -26,8 +26,8 @@ use catalyst_daemon::settings::{
     self, Args, EngineChoice, LISTEN, Settings, default_state_dir, owners_config,
 };
 use catalyst_daemon::store::Store;
-use catalyst_daemon::usage::Usage;
 use catalyst_daemon::tasks::Tasks;
+use catalyst_daemon::usage::Usage;
 use catalyst_daemon::{privilege, probe};
 use catalyst_images::ImageStore;
 use clap::Parser;

@@ -29,6 +29,7 @@ mod ports;
 mod rounds;
 mod settings;
 mod snapshots;
+mod ui;
 mod vagrant;
 
 use catalyst_tests::harness::{self, Group};
@@ -44,6 +45,7 @@ const GROUPS: &[Group] = &[
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
     ("vagrant", vagrant::vagrant),
+    ("ui", ui::ui),
     ("folders", folders::folders),
     ("ports", ports::ports),
     ("life", life::life),

@@ -67,9 +67,9 @@ export function MemoryFigures({ sample, long }: { sample: Sample; long?: boolean
   const { memory } = sample;
   return (
     <span class={long ? 'figures long' : 'figures'}>
-      <span><i class="key private" />{bytes(memory.private)} private</span>
-      <span><i class="key shared" />{bytes(memory.shared)} shared</span>
-      <span><i class="key untouched" />{bytes(memory.untouched)} untouched</span>
+      <span title="What the VM has for itself"><i class="key private" />{bytes(memory.private)} private</span>
+      <span title="What it has in common with the template or VM that it went on from"><i class="key shared" />{bytes(memory.shared)} shared</span>
+      <span title="What costs nothing yet"><i class="key untouched" />{bytes(memory.untouched)} untouched</span>
       {long && <span><i class="key none" />{bytes(memory.overhead)} of its process besides</span>}
     </span>
   );

@@ -80,7 +80,6 @@ function attach(element: HTMLElement, id: string, line: Line, opened: () => void
   // What comes while the log is read.
   let early: Uint8Array[] | undefined = line === 'serial' ? [] : undefined;
   socket.onopen = async () => {
-    opened();
     if (line === 'shell') {
       const { cols, rows } = terminal;
       const argv = ['/bin/bash', '-l'];
@@ -95,8 +94,9 @@ function attach(element: HTMLElement, id: string, line: Line, opened: () => void
     terminal.write('', () => {
       terminal.onData((text) => send(utf8.encode(text)));
       terminal.onBinary((text) => send(Uint8Array.from(text, (char) => char.charCodeAt(0))));
+      terminal.focus();
+      opened();
     });
-    terminal.focus();
   };
   socket.onmessage = ({ data }: MessageEvent<string | ArrayBuffer>) => {
     if (data instanceof ArrayBuffer) {
@@ -189,7 +189,7 @@ export function Console({ vm }: { vm: Vm }) {
           {over} <button type="button" onClick={again}>{line === 'shell' ? 'Another shell' : 'Try again'}</button>
         </p>
       )}
-      {!lack && <div class="terminal" ref={place} data-open={open && !over} />}
+      {!lack && <div class="screen" ref={place} data-open={open && !over} />}
     </div>
   );
 }

@@ -9,7 +9,7 @@ import { store, useStore } from './store';
 import './style.css';
 import { VmPage } from './vm';
 
-const THEMES = { auto: 'As the system', light: 'Light', dark: 'Dark' } as const;
+const THEMES = { auto: 'Auto', light: 'Light', dark: 'Dark' } as const;
 type Theme = keyof typeof THEMES;
 const THEME = 'catalyst-theme';
 
@@ -36,7 +36,7 @@ function ThemeChoice() {
     }
   }, [theme]);
   return (
-    <select aria-label="Colours" value={theme} onChange={(event) => setTheme(event.currentTarget.value as Theme)}>
+    <select aria-label="Colours" title="Colours" value={theme} onChange={(event) => setTheme(event.currentTarget.value as Theme)}>
       {Object.entries(THEMES).map(([name, word]) => <option key={name} value={name}>{word}</option>)}
     </select>
   );
@@ -86,7 +86,7 @@ function App() {
   useEffect(() => {
     const pressed = (event: KeyboardEvent) => {
       const in_ = event.target instanceof Element ? event.target : document.body;
-      if (event.ctrlKey || event.altKey || event.metaKey || in_.closest('input, select, textarea, dialog, .terminal')) return;
+      if (event.ctrlKey || event.altKey || event.metaKey || in_.closest('input, select, textarea, dialog, .screen')) return;
       if (event.key === 'n') setAsked({ dialog: 'create' });
       else if (event.key === '?') setKeys(true);
       else if (event.key === '/') document.getElementById('filter')?.focus();

@@ -1,6 +1,6 @@
 // What the page is put together from.
 import type { ComponentChildren } from 'preact';
-import { useEffect, useId, useRef, useState } from 'preact/hooks';
+import { useId, useLayoutEffect, useRef, useState } from 'preact/hooks';
 import type { State } from './api';
 import { said } from './api';
 import { useStore } from './store';
@@ -35,7 +35,7 @@ export function Copy({ text, what }: { text: string; what: string }) {
 export function Dialog(props: { title: string; onClose: () => void; children: ComponentChildren }) {
   const dialog = useRef<HTMLDialogElement>(null);
   const title = useId();
-  useEffect(() => {
+  useLayoutEffect(() => {
     const element = dialog.current;
     const before = document.activeElement;
     element?.showModal();
@@ -163,7 +163,8 @@ export function Menu({ label, items }: { label: string; items: Item[] }) {
   const root = useRef<HTMLDivElement>(null);
   const button = useRef<HTMLButtonElement>(null);
   const entries = () => [...(root.current?.querySelectorAll<HTMLButtonElement>('[role=menuitem]:enabled') ?? [])];
-  useEffect(() => {
+  // At once: the next key may be pressed before the menu is painted.
+  useLayoutEffect(() => {
     if (!open) return;
     entries()[0]?.focus();
     const outside = (event: Event) => {

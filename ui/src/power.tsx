@@ -45,7 +45,7 @@ export type Asked = { dialog: 'create' } | { dialog: 'clone' | 'delete' | 'chang
 export function menu(vm: Vm, ask: (asked: Asked) => void): Item[] {
   const busy = store.busy.has(vm.id);
   const others = operations(vm).slice(1).map((operation) => ({
-    label: operation.op === 'off' && vm.state === 'suspended' ? 'Give up its saved memory' : operation.label,
+    label: operation.op !== 'off' ? operation.label : vm.state === 'suspended' ? 'Give up its memory…' : 'Power off…',
     danger: operation.op === 'off',
     // A guest that does not end by itself is ended all the same.
     disabled: busy && operation.op !== 'off',

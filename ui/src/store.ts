@@ -213,6 +213,9 @@ class Store {
   }
 
   #sample(event: Extract<Event, { type: 'vm_usage' }>) {
+    const vm = this.vms.get(event.id);
+    // It may have gone off since it was looked at.
+    if (!vm || !hasProcess(vm.state)) return;
     const before = this.usage.get(event.id);
     const elapsed = before ? event.at_ms - before.at : 0;
     // Less processor time than before is another process.

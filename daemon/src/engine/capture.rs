@@ -144,9 +144,11 @@ impl Memory {
     pub fn processor_ms(&self) -> io::Result<u64> {
         let stat = as_root(|| fs::read_to_string(format!("/proc/{}/stat", self.pid)))?;
         // The second field, the name, may hold anything; the last ')' ends it.
-        let mut fields = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11)).into_iter().flatten();
+        let mut fields =
+            stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11)).into_iter().flatten();
         let mut ticks = || fields.next()?.parse::<u64>().ok();
-        let (user, system) = ticks().zip(ticks()).ok_or_else(|| io::Error::other("stat without processor times"))?;
+        let (user, system) =
+            ticks().zip(ticks()).ok_or_else(|| io::Error::other("stat without processor times"))?;
         Ok((user + system) * 1000 / rustix::param::clock_ticks_per_second())
     }
 

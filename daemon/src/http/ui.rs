@@ -34,7 +34,10 @@ pub(super) fn routes() -> Router<App> {
     Router::new()
         .route("/ui", get(|headers: HeaderMap| async move { asset(INDEX, &headers) }))
         .route("/ui/", get(|| async { axum::response::Redirect::permanent("/ui") }))
-        .route("/ui/{name}", get(|Path(name): Path<String>, headers: HeaderMap| async move { asset(&name, &headers) }))
+        .route(
+            "/ui/{name}",
+            get(|Path(name): Path<String>, headers: HeaderMap| async move { asset(&name, &headers) }),
+        )
 }
 
 fn asset(name: &str, headers: &HeaderMap) -> Response {
@@ -42,7 +45,8 @@ fn asset(name: &str, headers: &HeaderMap) -> Response {
         return (StatusCode::NOT_FOUND, "The page has no such file; it is at /ui").into_response();
     };
     // Another daemon may serve the next request: what a browser keeps is asked for again, and seldom sent.
-    let tag = format!("\"{}\"", Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>());
+    let tag =
+        format!("\"{}\"", Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>());
     let known = headers.get(header::IF_NONE_MATCH).is_some_and(|value| value.as_bytes() == tag.as_bytes());
     let mut response =
         if known { StatusCode::NOT_MODIFIED.into_response() } else { (*bytes).into_response() };

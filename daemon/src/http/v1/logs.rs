@@ -77,7 +77,8 @@ struct Follower {
 }
 
 fn text(path: PathBuf, query: &LogQuery) -> Response {
-    let length = query.tail.and_then(|_| std::fs::symlink_metadata(&path).ok()).map_or(0, |found| found.len());
+    let length =
+        query.tail.and_then(|_| std::fs::symlink_metadata(&path).ok()).map_or(0, |found| found.len());
     let at = length.saturating_sub(query.tail.unwrap_or(length));
     let start = Follower { path, at, follow: query.follow };
     let body = Body::from_stream(stream::try_unfold(start, next_chunk));

@@ -67,7 +67,8 @@ impl Machine {
             let read = read.await.map_err(std::io::Error::other).and_then(|read: std::io::Result<_>| read);
             read.map_err(EngineError::io("look at what the VM takes"))
         };
-        let (ram, owned, anonymous, processor_ms) = read.await.map_err(|source| PowerError::Look { id, source })?;
+        let (ram, owned, anonymous, processor_ms) =
+            read.await.map_err(|source| PowerError::Look { id, source })?;
         let memory = MemoryInfo {
             ram,
             private: owned.private,
