@@ -4,7 +4,7 @@ import type { Vm } from './api';
 import { CpuChart, MemoryChart, MemoryFigures, percent } from './charts';
 import { mib, stage } from './format';
 import { Copy, Menu, StateBadge } from './parts';
-import { menu, operations, power, type Asked } from './power';
+import { likeliest, menu, power, type Asked } from './power';
 import { useStore } from './store';
 
 export const vmLink = (id: string, tab = '') => `#/vm/${encodeURIComponent(id)}${tab && `/${tab}`}`;
@@ -12,9 +12,9 @@ export const vmLink = (id: string, tab = '') => `#/vm/${encodeURIComponent(id)}$
 /** The likeliest thing to do with a VM, as a button. */
 export function PowerButton({ vm }: { vm: Vm }) {
   const store = useStore();
-  const operation = operations(vm)[0];
+  const operation = likeliest(vm);
   const busy = store.busy.get(vm.id);
-  if (!operation) return null;
+  if (!operation) return busy ? <button type="button" disabled>{busy}…</button> : null;
   return (
     <button
       type="button"
@@ -90,7 +90,7 @@ export function List({ ask }: { ask: (asked: Asked) => void }) {
     <section aria-labelledby="vms">
       <div class="bar">
         <h1 id="vms">VMs</h1>
-        {store.loaded && <span class="faint">{all.length} of which {on} {on === 1 ? 'is' : 'are'} on</span>}
+        {all.length > 0 && <span class="faint">{all.length} of which {on} {on === 1 ? 'is' : 'are'} on</span>}
         <span class="space" />
         {all.length > 5 && (
           <input

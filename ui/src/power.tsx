@@ -34,6 +34,12 @@ export function operations(vm: Vm): Operation[] {
   });
 }
 
+/** The one that a click does: none that loses something. */
+export function likeliest(vm: Vm): Operation | undefined {
+  const first = operations(vm)[0];
+  return first?.op === 'off' ? undefined : first;
+}
+
 /** Does one of them. */
 export const power = (vm: Vm, { op, doing }: Operation) =>
   store.act(vm.id, doing, () => call('POST', path('vms', vm.id, 'power'), { op }));
@@ -44,7 +50,8 @@ export type Asked = { dialog: 'create' } | { dialog: 'clone' | 'delete' | 'chang
 /** A VM's menu: what its button is not for. */
 export function menu(vm: Vm, ask: (asked: Asked) => void): Item[] {
   const busy = store.busy.has(vm.id);
-  const others = operations(vm).slice(1).map((operation) => ({
+  const main = likeliest(vm)?.op;
+  const others = operations(vm).filter(({ op }) => op !== main).map((operation) => ({
     label: operation.op !== 'off' ? operation.label : vm.state === 'suspended' ? 'Give up its memory…' : 'Power off…',
     danger: operation.op === 'off',
     // A guest that does not end by itself is ended all the same.

@@ -234,6 +234,20 @@ check('a VM that runs is cloned with its memory', async () => {
   assert.equal((await api('GET', '/v1/vms/web2')).start_mode, 'clone');
 });
 
+check('powering off pulls the plug, and so is asked for first', async () => {
+  await choose('web2', 'Power off…');
+  await dialog().getByText('pulls the plug').waitFor();
+  await page.keyboard.press('Escape');
+  await dialog().waitFor({ state: 'detached' });
+  assert.equal((await api('GET', '/v1/vms/web2')).state, 'powered on');
+  await choose('web2', 'Power off…');
+  await dialog().getByRole('button', { name: 'Power off' }).click();
+  await state('web2', 'powered off');
+  await row('web2').getByRole('button', { name: 'Power on web2' }).click();
+  await state('web2', 'powered on');
+  await row('web2').getByText('SSH and Docker answer').waitFor();
+});
+
 check('folders and ports are added and taken away', async () => {
   await tab('web2', 'Folders');
   await page.getByRole('button', { name: 'Add a folder' }).click();
@@ -467,6 +481,7 @@ if (process.env.CATALYST_UI_SCREENSHOT) {
       work('web1', `sleep 15; ${busy}; sleep 20; ${busy}; sleep 25; ${busy}; sleep 20`),
       work('web2', 'sleep 40; head -c 150M /dev/zero | tail -c 150M | wc -c; sleep 50'),
     ]);
+    await page.evaluate(() => document.activeElement?.blur());
     await page.screenshot({ path: process.env.CATALYST_UI_SCREENSHOT });
     await api('DELETE', '/v1/vms/db');
     await page.setViewportSize({ width: 1180, height: 720 });

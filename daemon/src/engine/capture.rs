@@ -273,6 +273,20 @@ mod tests {
         assert!(mappings(MAPS, Extent { start: 0x7f00_0030_0000, length: PAGE })[0].shared);
     }
 
+    #[test]
+    fn the_processor_time_of_a_process_is_told_to_a_tick() {
+        let now = || {
+            let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID).unwrap();
+            u64::try_from(time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000).unwrap()
+        };
+        while now() < 50 {}
+        let before = now();
+        let told = Memory::new(std::process::id(), Vec::new()).processor_ms().unwrap();
+        let after = now();
+        // User and system time are rounded down each, to a tick of 10 ms.
+        assert!((before.saturating_sub(20)..=after + 10).contains(&told), "{before} {told} {after}");
+    }
+
     /// Anonymous and private memory of this process, and a file behind the latter.
     fn mapped(file: Option<&File>, pages: usize) -> Extent {
         use std::os::fd::AsRawFd;
