@@ -234,20 +234,6 @@ check('a VM that runs is cloned with its memory', async () => {
   assert.equal((await api('GET', '/v1/vms/web2')).start_mode, 'clone');
 });
 
-check('powering off pulls the plug, and so is asked for first', async () => {
-  await choose('web2', 'Power off…');
-  await dialog().getByText('pulls the plug').waitFor();
-  await page.keyboard.press('Escape');
-  await dialog().waitFor({ state: 'detached' });
-  assert.equal((await api('GET', '/v1/vms/web2')).state, 'powered on');
-  await choose('web2', 'Power off…');
-  await dialog().getByRole('button', { name: 'Power off' }).click();
-  await state('web2', 'powered off');
-  await row('web2').getByRole('button', { name: 'Power on web2' }).click();
-  await state('web2', 'powered on');
-  await row('web2').getByText('SSH and Docker answer').waitFor();
-});
-
 check('folders and ports are added and taken away', async () => {
   await tab('web2', 'Folders');
   await page.getByRole('button', { name: 'Add a folder' }).click();
@@ -487,6 +473,18 @@ if (process.env.CATALYST_UI_SCREENSHOT) {
     await page.setViewportSize({ width: 1180, height: 720 });
   });
 }
+
+check('powering off pulls the plug, and so is asked for first', async () => {
+  await home();
+  await choose('web2', 'Power off…');
+  await dialog().getByText('pulls the plug').waitFor();
+  await page.keyboard.press('Escape');
+  await dialog().waitFor({ state: 'detached' });
+  assert.equal((await api('GET', '/v1/vms/web2')).state, 'powered on');
+  await choose('web2', 'Power off…');
+  await dialog().getByRole('button', { name: 'Power off' }).click();
+  await state('web2', 'powered off');
+});
 
 check('a VM is deleted once that is confirmed, and is gone from the list', async () => {
   await home();
