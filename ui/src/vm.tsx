@@ -42,9 +42,10 @@ export function VmPage({ id, tab, ask }: { id: string; tab: string; ask: (asked:
       <div class="bar">
         <h1 id="vm-name">{vm.name}</h1>
         <StateBadge state={vm.state} />
-        <span class="space" />
-        <PowerButton vm={vm} />
-        <Menu label={`More for ${vm.id}`} items={menu(vm, ask)} />
+        <div class="actions">
+          <PowerButton vm={vm} />
+          <Menu label={`More for ${vm.id}`} items={menu(vm, ask)} />
+        </div>
       </div>
       {vm.reason && <p class="faint">{vm.reason}</p>}
       <div class="tabs" role="tablist" onKeyDown={pressed}>
