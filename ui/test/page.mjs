@@ -460,6 +460,7 @@ if (process.env.CATALYST_UI_SCREENSHOT) {
     await api('POST', '/v1/vms', { id: 'db', cpus: 2, memory_mib: 2048, tags: ['postgres'] });
     await home();
     await page.setViewportSize({ width: 1180, height: 420 });
+    await row('web2').getByText('SSH and Docker answer').waitFor();
     // Something to see.
     const work = (id, script) => api('POST', `/v1/vms/${id}/exec`, { argv: ['sh', '-c', script], timeout_s: 300 });
     const busy = 'timeout 9 sh -c "while :; do :; done"';
