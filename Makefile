@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install uninstall clean go machine-driver machine-tools
+.PHONY: help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install uninstall clean go machine-driver machine-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -18,7 +18,7 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
 # What only tests need: the programs that Catalyst is driven by.
-TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec
+TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec chromium:chromium node:nodejs npm:npm
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,13 @@ gem: ## build the Vagrant provider's gem into target
 	@mkdir -p target
 	cd drivers/vagrant && gem build -o ../../target/vagrant-catalyst.gem vagrant-catalyst.gemspec
 
+# What the page is built into is committed, so that nothing but tests and its own development takes Node.
+ui-tools: setup-tests
+	ui/tools
+
+ui: ui-tools ## build the page at /ui into ui/dist, which is committed
+	node ui/build.mjs
+
 image: build ## build the bundled image lumen and make it warm, unless that is done
 	$(SUDO) $(RELEASE)/catalyst-image build --store $(IMAGE_DIR)
 	$(SUDO) guest-images/warm $(RELEASE) $(IMAGE_DIR)
@@ -99,7 +106,7 @@ unit: build rspec go ## unit tests
 rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 	cd drivers/vagrant && rspec
 
-e2e: image setup-tests machine-driver machine-tools schemathesis ## end-to-end tests on real VMs (root)
+e2e: image setup-tests ui-tools machine-driver machine-tools schemathesis ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
 	cargo test --release -p catalyst-tests -- --nocapture
 
@@ -122,11 +129,12 @@ test-long: image
 
 test-full: test test-long e2e-kvm bench-monitor ## those too
 
-lint: setup go ## formatting, clippy and vet
+lint: setup go ui-tools ## formatting, clippy and vet; that ui/dist is what ui/src says
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --quiet -- -D warnings
 	@unformatted=$$($(WITH_GO) gofmt -l .); [ -z "$$unformatted" ] || { echo "not as gofmt writes it: $$unformatted" >&2; exit 1; }
 	$(WITH_GO) go vet ./...
+	ui/check
 
 licences: setup go ## licences and advisories of all dependencies
 	tests/licences

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{GuestStatus, Task, VmState};
+use crate::{GuestStatus, MemoryInfo, Task, VmState};
 
 /// Something happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -38,6 +38,20 @@ pub enum EventKind {
         /// Why, where there is something to say.
         #[serde(skip_serializing_if = "Option::is_none")]
         reason: Option<String>,
+    },
+    /// Something else of a VM changed: name, tags, size, snapshots, folders, ports.
+    VmChanged {
+        /// Its id.
+        id: String,
+    },
+    /// What a VM with a process takes, every two seconds or so; told to those alone who ask for it.
+    VmUsage {
+        /// The VM's id.
+        id: String,
+        /// Processor time of its process since that began, in milliseconds.
+        cpu_ms: u64,
+        /// Where its memory is.
+        memory: MemoryInfo,
     },
     /// The agent said something new of its guest.
     VmGuest {

@@ -27,6 +27,7 @@ use catalyst_daemon::settings::{
 };
 use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;
+use catalyst_daemon::usage::Usage;
 use catalyst_daemon::{privilege, probe};
 use catalyst_images::ImageStore;
 use clap::Parser;
@@ -167,7 +168,8 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     context.parent.clone_from(&settings.parent);
     let machines = Machines::load(context).await?;
 
-    let app = App { machines, images: image_tasks, settings, stop: Arc::clone(&stop) };
+    let usage = Arc::new(Usage::new(machines.clone()));
+    let app = App { machines, images: image_tasks, usage, settings, stop: Arc::clone(&stop) };
     let router = protect(http::router(app), listener.policy());
     tracing::info!(listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
     background::tell_ready();

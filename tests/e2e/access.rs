@@ -59,7 +59,7 @@ fn callers(checks: &mut Checks, world: &World) {
     checks.check("root and the owner are served, another user is not", || {
         assert_eq!(as_user(world, 0, &[], "/api/vms").body, "[\"web1\"]");
         assert_eq!(as_user(world, OWNER, &[], "/api/vms").body, "[\"web1\"]");
-        for path in ["/api/vms", "/v1/vms", "/v1/version", "/", "/nothing"] {
+        for path in ["/api/vms", "/v1/vms", "/v1/version", "/", "/ui", "/ui/app.js", "/nothing"] {
             let text = refused(&as_user(world, STRANGER, &[], path));
             assert!(text.contains(&STRANGER.to_string()), "{text}");
         }
@@ -105,12 +105,28 @@ fn pages(checks: &mut Checks, world: &World) {
             "Sec-Fetch-Site: cross-site",
             "Sec-Fetch-Site: same-site",
         ] {
-            for path in ["/api/vms", "/v1/vms"] {
+            for path in ["/api/vms", "/v1/vms", "/ui", "/v1/events"] {
                 refused(&as_user(world, 0, &["-H", header], path));
                 refused(&as_user(world, OWNER, &["-H", header, "-d", "{\"id\":\"evil\"}"], path));
             }
         }
         assert_eq!(as_user(world, 0, &[], "/api/vms").body, "[\"web1\"]");
+    });
+    checks.check("WebSockets of foreign pages are refused before they are one, and a stranger's", || {
+        power(world, "web1", "on");
+        let upgrade = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"];
+        let mut options = vec!["-H", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="];
+        options.extend(upgrade.iter().flat_map(|header| ["-H", header]));
+        options.extend(["--max-time", "2"]);
+        for path in ["/v1/vms/web1/console/attach", "/v1/vms/web1/exec/stream"] {
+            for header in ["Origin: http://localhost:9999", "Origin: null", "Host: evil.example:8080"] {
+                refused(&as_user(world, OWNER, &[&options[..], &["-H", header]].concat(), path));
+            }
+            refused(&as_user(world, STRANGER, &options, path));
+        }
+        let own = [&options[..], &["-H", "Origin: http://localhost:8080"]].concat();
+        assert_eq!(as_user(world, OWNER, &own, "/v1/vms/web1/console/attach").status, 101);
+        power(world, "web1", "off");
     });
     checks.check("requests of the daemon's own pages are served", || {
         for header in [
@@ -123,7 +139,9 @@ fn pages(checks: &mut Checks, world: &World) {
         ] {
             assert_eq!(as_user(world, OWNER, &["-H", header], "/api/vms").status, 200, "{header}");
         }
-        assert_eq!(as_user(world, OWNER, &["-L"], "/").status, 200);
+        for path in ["/", "/ui", "/ui/"] {
+            assert_eq!(as_user(world, OWNER, &["-L"], path).status, 200, "{path}");
+        }
     });
 }
 

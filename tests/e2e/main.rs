@@ -30,6 +30,7 @@ mod rounds;
 mod schemas;
 mod settings;
 mod snapshots;
+mod ui;
 mod vagrant;
 
 use catalyst_tests::harness::{self, Group};
@@ -45,6 +46,7 @@ const GROUPS: &[Group] = &[
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
     ("vagrant", vagrant::vagrant),
+    ("ui", ui::ui),
     ("folders", folders::folders),
     ("ports", ports::ports),
     ("life", life::life),

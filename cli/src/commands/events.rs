@@ -30,6 +30,10 @@ fn line(event: &Event) -> String {
         EventKind::VmDeleted { id } => format!("{id}: deleted"),
         EventKind::VmState { id, state, reason: None } => format!("{id}: {state}"),
         EventKind::VmState { id, state, reason: Some(reason) } => format!("{id}: {state}, {reason}"),
+        EventKind::VmChanged { id } => format!("{id}: changed"),
+        EventKind::VmUsage { id, cpu_ms, memory } => {
+            format!("{id}: {cpu_ms} ms of CPU, {} private", crate::size::human(memory.private))
+        }
         EventKind::VmGuest { id, guest } => format!("{id}: {}", crate::wait::stage(guest)),
         EventKind::Task { task } => match task.state {
             TaskState::Running => format!("{}: {} %, {}", task.title, task.percent, task.message),

@@ -140,6 +140,18 @@ impl Memory {
         kib.map(|kib| kib * 1024).ok_or_else(|| io::Error::other("smaps_rollup without Anonymous"))
     }
 
+    /// Processor time of the process since it began, in milliseconds (fields 14 and 15 of proc_pid_stat(5)).
+    pub fn processor_ms(&self) -> io::Result<u64> {
+        let stat = as_root(|| fs::read_to_string(format!("/proc/{}/stat", self.pid)))?;
+        // The second field, the name, may hold anything; the last ')' ends it.
+        let mut fields =
+            stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11)).into_iter().flatten();
+        let mut ticks = || fields.next()?.parse::<u64>().ok();
+        let (user, system) =
+            ticks().zip(ticks()).ok_or_else(|| io::Error::other("stat without processor times"))?;
+        Ok((user + system) * 1000 / rustix::param::clock_ticks_per_second())
+    }
+
     /// Calls `act` for each mapping that RAM consists of, with its offset in RAM.
     fn each(&self, mut act: impl FnMut(&Mapping, u64) -> io::Result<()>) -> io::Result<()> {
         let text = as_root(|| fs::read_to_string(format!("/proc/{}/maps", self.pid)))?;
@@ -259,6 +271,20 @@ mod tests {
         let found = mappings(MAPS, Extent { start: 0x7f00_0018_0000, length: 0x8_0000 });
         assert_eq!(found[0].file_offset, Some(0x28_0000));
         assert!(mappings(MAPS, Extent { start: 0x7f00_0030_0000, length: PAGE })[0].shared);
+    }
+
+    #[test]
+    fn the_processor_time_of_a_process_is_told_to_a_tick() {
+        let now = || {
+            let time = nix::time::clock_gettime(nix::time::ClockId::CLOCK_PROCESS_CPUTIME_ID).unwrap();
+            u64::try_from(time.tv_sec() * 1000 + time.tv_nsec() / 1_000_000).unwrap()
+        };
+        while now() < 50 {}
+        let before = now();
+        let told = Memory::new(std::process::id(), Vec::new()).processor_ms().unwrap();
+        let after = now();
+        // User and system time are rounded down each, to a tick of 10 ms.
+        assert!((before.saturating_sub(20)..=after + 10).contains(&told), "{before} {told} {after}");
     }
 
     /// Anonymous and private memory of this process, and a file behind the latter.

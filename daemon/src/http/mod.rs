@@ -6,6 +6,7 @@ pub mod error;
 mod legacy;
 mod shape;
 mod swagger;
+mod ui;
 mod v1;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ use utoipa_swagger_ui::{SwaggerUi, Url};
 use crate::images::Images;
 use crate::machines::Machines;
 use crate::settings::Settings;
+use crate::usage::Usage;
 
 /// What handlers work with.
 #[derive(Clone, Debug)]
@@ -28,6 +30,8 @@ pub struct App {
     pub machines: Machines,
     /// Images and their tasks.
     pub images: Images,
+    /// What VMs take.
+    pub usage: Arc<Usage>,
     /// How the daemon was started.
     pub settings: Arc<Settings>,
     /// Told to stop the daemon.
@@ -36,7 +40,7 @@ pub struct App {
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "Catalyst", description = "A desktop hypervisor for developers"),
+    info(title = "Catalyst", description = "A desktop hypervisor for developers. [The VMs in a page](/ui)."),
     tags(
         (name = "AppCatalyst", description = "The contract of VMware AppCatalyst, as its clients use it"),
         (name = "VMs", description = "Virtual machines"),
@@ -59,6 +63,8 @@ pub fn router(app: App) -> Router {
     let page = SwaggerUi::new("/swagger").url(Url::new("Catalyst", "/v1/openapi.json"), description);
     let documents = Router::new()
         .merge(swagger::add_to(page))
+        .layer(axum::middleware::map_response(swagger::stays_here))
+        .merge(ui::routes())
         .route("/", get(|| async { axum::response::Redirect::temporary("/swagger/") }));
     let legacy = Router::new()
         .merge(legacy)

@@ -4,6 +4,8 @@
 //! bodies is what goes over the wire, which the original's own description did not always tell (AppCatalyst reference
 //! section 1.1).
 
+use axum::http::{HeaderValue, header};
+use axum::response::Response;
 use serde_json::Value;
 use utoipa_swagger_ui::{SwaggerUi, Url};
 
@@ -17,6 +19,16 @@ pub(super) fn add_to(page: SwaggerUi) -> SwaggerUi {
     // A test sees to it that it is JSON.
     let document: Value = serde_json::from_str(TEXT).unwrap_or_default();
     page.external_url_unchecked(Url::new("AppCatalyst (/api)", PATH), document)
+}
+
+/// Keeps what the page shows and loads on this daemon.
+pub(super) async fn stays_here(mut response: Response) -> Response {
+    const POLICY: HeaderValue = HeaderValue::from_static(
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; \
+         font-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    );
+    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, POLICY);
+    response
 }
 
 #[cfg(test)]

@@ -81,9 +81,9 @@ pub(super) enum Command {
     },
     /// Publishes a port of the guest, or takes one back.
     Ports(PortsCommand),
-    /// Where its memory is.
-    Memory {
-        reply: oneshot::Sender<Result<MemoryInfo, PowerError>>,
+    /// Where its memory is, and what processor time its process took, in milliseconds.
+    Usage {
+        reply: oneshot::Sender<Result<(MemoryInfo, u64), PowerError>>,
     },
     /// Copies the disk of a VM that lies still; the reply names the state if it does not.
     CopyDisk {
@@ -190,7 +190,8 @@ impl Machine {
                 let _ = reply.send(result);
             }
             Command::Update { update, reply } => {
-                let _ = reply.send(self.update(update));
+                let result = self.update(update);
+                let _ = reply.send(self.told(result));
             }
             Command::Freeze { reply } => {
                 let _ = reply.send(self.freeze().await.map(Arc::new));
@@ -200,14 +201,15 @@ impl Machine {
                 let _ = reply.send(self.begin(None, start::go_on(&context, &shared, &from)).await);
             }
             Command::Snapshot { request, reply } => {
-                let _ = reply.send(self.snapshot(request).await);
+                let result = self.snapshot(request).await;
+                let _ = reply.send(self.told(result));
             }
             Command::Folders { change, reply } => {
-                let _ = reply.send(folders::change(&self.shared, change));
+                let _ = reply.send(self.told(folders::change(&self.shared, change)));
             }
             Command::Ports(command) => self.ports(command).await,
-            Command::Memory { reply } => {
-                let _ = reply.send(self.memory().await);
+            Command::Usage { reply } => {
+                let _ = reply.send(self.usage().await);
             }
             Command::CopyDisk { to, reply } => {
                 let state = self.shared.state();
@@ -223,6 +225,14 @@ impl Machine {
             }
             Command::Delete { .. } => {}
         }
+    }
+
+    /// Tells the listeners of a change that was made.
+    fn told<T, E>(&self, result: Result<T, E>) -> Result<T, E> {
+        if result.is_ok() {
+            self.shared.tell_changed();
+        }
+        result
     }
 
     async fn power(&mut self, op: PowerOp, cold: bool) -> Result<(), PowerError> {

@@ -427,11 +427,11 @@ impl Machines {
         Ok(shared)
     }
 
-    /// Where the memory of a VM that has a process is.
-    pub async fn memory(&self, id: &str) -> Result<MemoryInfo, PowerError> {
+    /// Where the memory of a VM that has a process is, and what processor time the process took, in milliseconds.
+    pub async fn usage(&self, id: &str) -> Result<(MemoryInfo, u64), PowerError> {
         let (_, commands) = self.find(id)?;
         let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::Memory { reply })).await.map_err(|_| PowerError::Stopping)?;
+        commands.send(asked(Command::Usage { reply })).await.map_err(|_| PowerError::Stopping)?;
         answer.await.map_err(|_| PowerError::Stopping)?
     }
 

@@ -131,6 +131,11 @@ impl Shared {
         self.events.send(EventKind::VmState { id, state, reason });
     }
 
+    /// Tells the listeners that something changed that is no state.
+    pub(super) fn tell_changed(&self) {
+        self.events.send(EventKind::VmChanged { id: self.dir.id().to_string() });
+    }
+
     /// Notes what the agent says and tells the listeners if it is new.
     pub(super) fn set_guest(&self, guest: GuestStatus) {
         {

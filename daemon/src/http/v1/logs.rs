@@ -38,11 +38,14 @@ pub(super) fn routes() -> OpenApiRouter<App> {
 struct LogQuery {
     #[serde(default)]
     follow: bool,
+    /// Only so many bytes of its end, and what follows.
+    tail: Option<u64>,
 }
 
 /// What the guest wrote to its serial console.
 #[utoipa::path(get, path = "/v1/vms/{id}/console", tag = "Guest",
-    params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "Go on with what comes")),
+    params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "Go on with what comes"),
+        ("tail" = Option<u64>, Query, description = "Begin so many bytes before its end")),
     responses((status = 200, body = String, content_type = "text/plain"), (status = 404, body = ApiError)))]
 async fn console(
     State(app): State<App>,
@@ -50,12 +53,13 @@ async fn console(
     Query(query): Query<LogQuery>,
 ) -> Result<Response, Refusal> {
     let path = app.machines.get(&id)?.dir().console_log();
-    Ok(text(path, query.follow))
+    Ok(text(path, &query))
 }
 
 /// What the VM process wrote.
 #[utoipa::path(get, path = "/v1/vms/{id}/log", tag = "VMs",
-    params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "Go on with what comes")),
+    params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "Go on with what comes"),
+        ("tail" = Option<u64>, Query, description = "Begin so many bytes before its end")),
     responses((status = 200, body = String, content_type = "text/plain"), (status = 404, body = ApiError)))]
 async fn log(
     State(app): State<App>,
@@ -63,7 +67,7 @@ async fn log(
     Query(query): Query<LogQuery>,
 ) -> Result<Response, Refusal> {
     let path = app.machines.get(&id)?.dir().engine_log();
-    Ok(text(path, query.follow))
+    Ok(text(path, &query))
 }
 
 struct Follower {
@@ -72,8 +76,11 @@ struct Follower {
     follow: bool,
 }
 
-fn text(path: PathBuf, follow: bool) -> Response {
-    let start = Follower { path, at: 0, follow };
+fn text(path: PathBuf, query: &LogQuery) -> Response {
+    let length =
+        query.tail.and_then(|_| std::fs::symlink_metadata(&path).ok()).map_or(0, |found| found.len());
+    let at = length.saturating_sub(query.tail.unwrap_or(length));
+    let start = Follower { path, at, follow: query.follow };
     let body = Body::from_stream(stream::try_unfold(start, next_chunk));
     ([(header::CONTENT_TYPE, "text/plain; charset=utf-8")], body).into_response()
 }

@@ -124,5 +124,5 @@ async fn clone_all(
 #[utoipa::path(get, path = "/v1/vms/{id}/memory", tag = TAG, params(("id" = String, Path)),
     responses((status = 200, body = MemoryInfo), (status = 404, body = ApiError), (status = 409, body = ApiError)))]
 async fn memory(State(app): State<App>, Path(id): Path<String>) -> Result<Json<MemoryInfo>, Refusal> {
-    Ok(Json(app.machines.memory(&id).await?))
+    Ok(Json(app.machines.usage(&id).await?.0))
 }

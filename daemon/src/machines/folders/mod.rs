@@ -215,5 +215,6 @@ async fn mount(shared: &Shared, link: &AgentLink, folder: &Folder) -> Result<(),
     let mounted = tokio::time::timeout(limit, mounted).await;
     let mounted = mounted.unwrap_or_else(|_| Err(format!("it was not served within {} s", limit.as_secs())));
     shared.folders.facts().mounted.insert(folder.name.clone(), mounted.clone());
+    shared.tell_changed();
     mounted
 }

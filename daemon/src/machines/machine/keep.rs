@@ -54,7 +54,7 @@ impl Machine {
         error
     }
 
-    pub(super) async fn memory(&self) -> Result<MemoryInfo, PowerError> {
+    pub(super) async fn usage(&self) -> Result<(MemoryInfo, u64), PowerError> {
         let id = self.shared.dir().id().clone();
         let Some(running) = &self.process else {
             return Err(PowerError::Off(id));
@@ -62,19 +62,21 @@ impl Machine {
         let read = async {
             let memory = Memory::new(running.process.pid(), running.process.ram().await?);
             let read = tokio::task::spawn_blocking(move || {
-                Ok((memory.size(), memory.owned()?, memory.anonymous()?))
+                Ok((memory.size(), memory.owned()?, memory.anonymous()?, memory.processor_ms()?))
             });
             let read = read.await.map_err(std::io::Error::other).and_then(|read: std::io::Result<_>| read);
-            read.map_err(EngineError::io("look at the VM's memory"))
+            read.map_err(EngineError::io("look at what the VM takes"))
         };
-        let (ram, owned, anonymous) = read.await.map_err(|source| PowerError::Look { id, source })?;
-        Ok(MemoryInfo {
+        let (ram, owned, anonymous, processor_ms) =
+            read.await.map_err(|source| PowerError::Look { id, source })?;
+        let memory = MemoryInfo {
             ram,
             private: owned.private,
             shared: owned.shared,
             untouched: ram.saturating_sub(owned.private + owned.shared),
             overhead: anonymous.saturating_sub(owned.private),
-        })
+        };
+        Ok((memory, processor_ms))
     }
 
     /// A daemon that was killed may have left it open which file the process writes its disk to. A process that begins now

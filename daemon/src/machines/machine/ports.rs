@@ -19,8 +19,14 @@ impl Machine {
     pub(super) async fn ports(&mut self, command: PortsCommand) {
         // Whoever asked may have gone.
         match command {
-            PortsCommand::Publish { port, reply } => drop(reply.send(self.publish(port).await)),
-            PortsCommand::Unpublish { port, reply } => drop(reply.send(self.unpublish(port).await)),
+            PortsCommand::Publish { port, reply } => {
+                let result = self.publish(port).await;
+                drop(reply.send(self.told(result)));
+            }
+            PortsCommand::Unpublish { port, reply } => {
+                let result = self.unpublish(port).await;
+                drop(reply.send(self.told(result)));
+            }
         }
     }
 

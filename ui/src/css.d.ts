@@ -1,0 +1,2 @@
+// The builder takes style sheets as they are.
+declare module '*.css';
