@@ -17,6 +17,7 @@ pub mod network;
 pub mod ports;
 pub mod privilege;
 pub mod probe;
+pub mod release;
 pub mod saved;
 pub mod settings;
 pub mod store;

@@ -27,7 +27,7 @@ use catalyst_daemon::settings::{
 };
 use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;
-use catalyst_daemon::{privilege, probe};
+use catalyst_daemon::{privilege, probe, release};
 use catalyst_images::ImageStore;
 use clap::Parser;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -64,7 +64,11 @@ enum StartError {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let outcome = if args.background { go_into_background(args) } else { run(args) };
+    let outcome = match args.release {
+        Some(what) => release::run(what, &args.image_dir).map_err(Into::into),
+        None if args.background => go_into_background(args),
+        None => run(args),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -166,6 +170,7 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     context.warms_by_itself = !args.no_warming;
     context.parent.clone_from(&settings.parent);
     let machines = Machines::load(context).await?;
+    machines.warm_at_first().await;
 
     let app = App { machines, images: image_tasks, settings, stop: Arc::clone(&stop) };
     let router = protect(http::router(app), listener.policy());

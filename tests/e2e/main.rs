@@ -12,6 +12,7 @@ mod common;
 mod cpus;
 mod crash;
 mod daemons;
+mod deb;
 mod faults;
 mod folders;
 mod foreign;
@@ -39,6 +40,7 @@ const GROUPS: &[Group] = &[
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),
+    ("deb", deb::deb),
     ("full", full::full),
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
