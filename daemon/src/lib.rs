@@ -21,5 +21,6 @@ pub mod release;
 pub mod saved;
 pub mod settings;
 pub mod store;
+pub mod systemd;
 pub mod tasks;
 pub mod warm;

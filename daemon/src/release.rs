@@ -3,9 +3,10 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use catalyst_images::{ImageError, ImageStore};
@@ -16,6 +17,8 @@ use crate::images::state_folders;
 use crate::store::{Store, StoreError};
 use crate::warm::WarmStates;
 
+/// Where daemons keep what lasts until the host's next start.
+const RUN: &str = "/run/catalyst";
 /// Longest wait for a daemon's answer.
 const ANSWER: Duration = Duration::from_mins(3);
 /// How much of it is read, in bytes.
@@ -26,7 +29,7 @@ const MAX_ANSWER: u64 = 64 << 10;
 pub enum Release {
     /// Images and warm states that no VM stands on.
     Images,
-    /// The daemons that run, with their networks; then the same.
+    /// The daemons that run, with their guests and networks; then the same.
     All,
 }
 
@@ -78,7 +81,7 @@ pub fn run(what: Release, image_dir: &Path) -> Result<(), ReleaseError> {
     let store = ImageStore::open(image_dir);
     if what == Release::All {
         for (folder, _) in state_folders(&store) {
-            stop(&folder).map_err(|source| ReleaseError::Daemon { folder, source })?;
+            stop(&folder, image_dir).map_err(|source| ReleaseError::Daemon { folder, source })?;
         }
     }
     let used = standing(&store)?;
@@ -128,19 +131,29 @@ fn standing(store: &ImageStore) -> Result<Vec<Standing>, ReleaseError> {
     Ok(all)
 }
 
-/// Stops the daemon of a state folder, if one runs, and takes down its network, if no VM uses it.
-fn stop(folder: &Path) -> io::Result<()> {
+/// Stops the daemon of a state folder with its guests and its network. What a daemon that has ended left running is taken over
+/// by another one first.
+fn stop(folder: &Path, image_dir: &Path) -> io::Result<()> {
     let Ok(lock) =
         OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(folder.join("daemon.lock"))
     else {
         return Ok(());
     };
     if rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive).is_ok() {
-        return Ok(());
+        // Nothing of this start of the host.
+        if !fs::read_dir(RUN).is_ok_and(|mut entries| entries.next().is_some()) {
+            return Ok(());
+        }
+        rustix::fs::flock(&lock, FlockOperation::Unlock)?;
+        let mut daemon = Command::new(std::env::current_exe()?);
+        daemon.args(["--background", "--no-warming", "--listen", "127.0.0.1:0", "--owner"]);
+        daemon.arg(lock.metadata()?.uid().to_string()).arg("--state-dir").arg(folder);
+        daemon.arg("--image-dir").arg(image_dir).stdout(Stdio::null());
+        if !daemon.status()?.success() {
+            return Err(io::Error::other("what is left running cannot be taken over"));
+        }
     }
-    // VMs that run keep their network.
-    let _ = request(folder, "DELETE /v1/network");
-    request(folder, "POST /v1/daemon/stop")?;
+    request(folder, "POST /v1/daemon/stop?vms=true")?;
     ended(lock)
 }
 

@@ -111,7 +111,7 @@ fn lives(checks: &mut Checks, debian: &Debian, debs: &[PathBuf]) {
         debian.ok("catalyst vmpower shutdown web1");
     });
     checks.check("an unprivileged user has VMs of the same warm state by a daemon that root starts", || {
-        debian.ok("catalyst network down && catalyst daemon stop");
+        debian.ok("catalyst daemon stop");
         debian.ok("useradd --create-home me");
         let refused = debian.run("runuser -u me -- catalyst vm create web2");
         assert!(refused.error(1).contains("catalyst-daemon --background --owner me"), "{refused:?}");
@@ -145,8 +145,9 @@ fn removed(checks: &mut Checks, debian: &Debian, debs: &[PathBuf], before: &BTre
     checks.check(
         "removal ends the daemon, leaves VMs and what they stand on, and they live after another dpkg -i",
         || {
-            debian.ok("runuser -u me -- catalyst vm delete --force web2");
             debian.ok("dpkg --remove catalyst catalyst-lumen");
+            let reason = fs::read_to_string(debian.path("home/me/.local/share/catalyst/vms/web2/reason"));
+            println!("    the guest that ran: {}", reason.unwrap());
             assert!(debian.processes().is_empty(), "{:?}", debian.processes());
             assert_eq!(debian.ok("ip -brief link").lines().count(), 1, "the bridge is left");
             let left: BTreeSet<String> = debian.files().difference(before).cloned().collect();
@@ -156,7 +157,9 @@ fn removed(checks: &mut Checks, debian: &Debian, debs: &[PathBuf], before: &BTre
                 .ok(&format!("CATALYST_NO_WARMING=true CATALYST_ENGINE={} catalyst daemon start", engine()));
             debian.ok("catalyst vmpower on web1");
             assert_eq!(debian.ok("catalyst guest exec web1 -- cat /root/file"), "kept");
-            debian.ok("catalyst vm delete --force web1");
+            debian.ok("catalyst vm delete --force web1 && catalyst daemon stop");
+            debian.ok("CATALYST_NO_WARMING=true catalyst-daemon --background --owner me");
+            debian.ok("runuser -u me -- catalyst vm delete web2");
         },
     );
     checks.check("purging leaves nothing but the owners' folders", || {

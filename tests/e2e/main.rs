@@ -30,6 +30,7 @@ mod ports;
 mod rounds;
 mod settings;
 mod snapshots;
+mod systemd;
 mod vagrant;
 
 use catalyst_tests::harness::{self, Group};
@@ -41,6 +42,7 @@ const GROUPS: &[Group] = &[
     ("instant", instant::instant),
     ("foreign", foreign::foreign),
     ("deb", deb::deb),
+    ("systemd", systemd::systemd),
     ("full", full::full),
     ("faults", faults::faults),
     ("rounds", rounds::rounds),
