@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install install-files uninstall deb clean go machine-driver machine-tools
+.PHONY: versions help setup setup-tests build lean place gem image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab install install-files uninstall deb clean go machine-driver machine-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -92,7 +92,11 @@ rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 
 e2e: image setup-tests machine-driver machine-tools ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
+	@tests/versions $(RELEASE)
 	cargo test --release -p catalyst-tests -- --nocapture
+
+versions: ## the clients and tools of docs/CLIENTS.md, as they are here
+	@tests/versions $(RELEASE)
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
 KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life folders pair ports cpus many
