@@ -84,7 +84,7 @@ pub fn place(id: VmId, pid: u32) {
 const SCOPE: &str = "catalyst-";
 
 fn is_scope(unit: &str) -> bool {
-    unit.starts_with(SCOPE) && unit.ends_with(".scope")
+    unit.strip_prefix(SCOPE).is_some_and(|rest| matches!(rest.rsplit_once('.'), Some((_, "scope"))))
 }
 
 /// The unit that a process belongs to: the last folder of its control group (proc(5)).
@@ -97,7 +97,8 @@ fn unit_in(groups: &str) -> Option<String> {
     let path = groups
         .lines()
         .find_map(|line| line.strip_prefix("0::").or(line.split_once("name=systemd:").map(|it| it.1)))?;
-    let unit = path.rsplit('/').find(|name| name.ends_with(".service") || name.ends_with(".scope"))?;
+    let unit =
+        path.rsplit('/').find(|name| matches!(name.rsplit_once('.'), Some((_, "service" | "scope"))))?;
     Some(unit.to_owned())
 }
 
