@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install uninstall clean go machine-driver machine-tools
+.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -18,7 +18,7 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
 # What only tests need: the programs that Catalyst is driven by.
-TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec chromium:chromium node:nodejs npm:npm
+TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec lintian:lintian chromium:chromium node:nodejs npm:npm
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,7 +108,11 @@ rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 
 e2e: image setup-tests ui-tools machine-driver machine-tools schemathesis ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
+	@tests/versions $(RELEASE)
 	cargo test --release -p catalyst-tests -- --nocapture
+
+versions: ## the clients and tools of docs/CLIENTS.md, as they are here
+	@tests/versions $(RELEASE)
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
 KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life folders pair ports cpus many
@@ -162,22 +166,36 @@ bench-kvm: image ## instant clone on engine kvm, in the lab
 lab: setup ## run CMD on an emulated machine with a genuine /dev/kvm
 	tests/lab/run '$(CMD)'
 
-install: image ## install programs, units and completions under PREFIX
-	$(SUDO) install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(RELEASE)/catalyst $(RELEASE)/catalyst-daemon
-	$(SUDO) ln -sf catalyst $(DESTDIR)$(PREFIX)/bin/appcatalyst
-	$(SUDO) ln -sf catalyst-daemon $(DESTDIR)$(PREFIX)/bin/appcatalyst-daemon
-	$(SUDO) install -D -m 755 -t $(DESTDIR)$(PREFIX)/lib/catalyst $(RELEASE)/catalyst-vmm $(RELEASE)/catalyst-image $(RELEASE)/catalyst-agent-static
-	$(SUDO) install -D -m 644 -t $(DESTDIR)/etc/systemd/system daemon/catalyst@.service
-	$(SUDO) sed -i 's|@PREFIX@|$(PREFIX)|' $(DESTDIR)/etc/systemd/system/catalyst@.service
-	$(SUDO) install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions
-	$(RELEASE)/catalyst completion bash | $(SUDO) tee $(DESTDIR)$(PREFIX)/share/bash-completion/completions/catalyst >/dev/null
-	$(RELEASE)/catalyst completion zsh | $(SUDO) tee $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_catalyst >/dev/null
+# Units that are nobody's package's lie in /etc.
+UNIT_DIR ?= /etc/systemd/system
+COMPLETIONS := bash-completion/completions/catalyst zsh/site-functions/_catalyst fish/vendor_completions.d/catalyst.fish
+INTO := $(DESTDIR)$(PREFIX)
+
+install: image install-files ## install programs, units, completions and manual pages under PREFIX
+
+install-files:
+	$(SUDO) install -D -m 755 -t $(INTO)/bin $(RELEASE)/catalyst $(RELEASE)/catalyst-daemon
+	$(SUDO) ln -sf catalyst $(INTO)/bin/appcatalyst
+	$(SUDO) ln -sf catalyst-daemon $(INTO)/bin/appcatalyst-daemon
+	$(SUDO) install -D -m 755 -t $(INTO)/lib/catalyst $(RELEASE)/catalyst-vmm $(RELEASE)/catalyst-image $(RELEASE)/catalyst-agent-static
+	$(SUDO) install -D -m 644 -t $(DESTDIR)$(UNIT_DIR) daemon/catalyst@.service
+	$(SUDO) sed -i 's|@PREFIX@|$(PREFIX)|' $(DESTDIR)$(UNIT_DIR)/catalyst@.service
+	@pages=$$(mktemp -d) && trap "rm -r $$pages" EXIT && $(RELEASE)/catalyst-manual $$pages && cd $$pages && \
+	  for page in man*/*; do $(SUDO) install -D -m 644 $$page $(INTO)/share/man/$$page; done
+	@for place in $(COMPLETIONS); do shell=$${place%%-*}; shell=$${shell%%/*}; $(RELEASE)/catalyst completion $$shell | \
+	  $(SUDO) install -D -m 644 /dev/stdin $(INTO)/share/$$place; done
 
 uninstall: ## remove what install put there; VMs and images stay
-	$(SUDO) rm -rf $(DESTDIR)$(PREFIX)/bin/catalyst $(DESTDIR)$(PREFIX)/bin/catalyst-daemon $(DESTDIR)$(PREFIX)/bin/appcatalyst \
-	  $(DESTDIR)$(PREFIX)/bin/appcatalyst-daemon $(DESTDIR)$(PREFIX)/lib/catalyst \
-	  $(DESTDIR)/etc/systemd/system/catalyst@.service $(DESTDIR)$(PREFIX)/share/bash-completion/completions/catalyst \
-	  $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_catalyst
+	$(SUDO) rm -rf $(addprefix $(INTO)/bin/,catalyst catalyst-daemon appcatalyst appcatalyst-daemon) $(INTO)/lib/catalyst \
+	  $(DESTDIR)$(UNIT_DIR)/catalyst@.service $(addprefix $(INTO)/share/,$(COMPLETIONS))
+	$(SUDO) find $(INTO)/share/man -regextype egrep -regex '.*/(app)?catalyst[a-z-]*\.[18]' -delete
+	@# Folders that hold nothing any more; those of others are not empty.
+	@cd $(INTO) && $(SUDO) rmdir -p --ignore-fail-on-non-empty bin lib share/man/man1 share/man/man8 \
+	  $(addprefix share/,$(dir $(COMPLETIONS))) 2>/dev/null || true
+
+DEBS ?= target/debs
+deb: image ## build the Debian packages catalyst and catalyst-lumen into target/debs
+	packaging/deb $(RELEASE) $(IMAGE_DIR) $(DEBS) catalyst catalyst-lumen
 
 clean: ## remove what was built here; images stay
 	cargo clean

@@ -229,6 +229,9 @@ pub struct Vm {
     /// Ports of the guest that are published on the host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
+    /// Whether it is powered on when the host has started.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub autostart: bool,
     /// The VM's configuration file.
     pub vmx: String,
     /// The VMX that was registered in place, if it was.
@@ -312,6 +315,9 @@ pub struct UpdateVm {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Vec<Tag>>, max_items = 16)]
     pub tags: Option<Vec<String>>,
+    /// Whether it is powered on when the host has started.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autostart: Option<bool>,
 }
 
 /// Body of `POST /v1/vms/{id}/power`.

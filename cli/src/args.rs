@@ -264,7 +264,7 @@ pub struct Create {
 /// `vm set`
 #[derive(Debug, Args)]
 #[command(group(clap::ArgGroup::new("change").required(true).multiple(true)
-    .args(["name", "cpus", "memory", "tags", "no_tags"])))]
+    .args(["name", "cpus", "memory", "tags", "no_tags", "autostart"])))]
 pub struct Set {
     /// The VM
     #[arg(value_parser = names::vm_id)]
@@ -284,6 +284,9 @@ pub struct Set {
     /// Take all tags off
     #[arg(long, conflicts_with = "tags")]
     pub no_tags: bool,
+    /// Power it on when the host has started
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub autostart: Option<bool>,
 }
 
 /// `vmpower …`
@@ -474,7 +477,11 @@ pub enum Daemon {
     /// Start a daemon in the background
     Start(DaemonStart),
     /// Stop the daemon; VMs keep running
-    Stop,
+    Stop {
+        /// Shut the guests down first, and take down the network
+        #[arg(long)]
+        vms: bool,
+    },
     /// Say whether a daemon runs, and which
     Status,
 }

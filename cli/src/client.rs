@@ -366,8 +366,9 @@ impl Client {
     }
 
     /// `POST /v1/daemon/stop`.
-    pub fn stop(&self) -> Result<(), ClientError> {
-        self.discard(&Method::POST, &path(&["daemon", "stop"]))
+    pub fn stop(&self, vms: bool) -> Result<(), ClientError> {
+        let target = path(&["daemon", "stop"]);
+        self.discard(&Method::POST, &if vms { target + "?vms=true" } else { target })
     }
 
     fn get<R: DeserializeOwned>(&self, target: &str) -> Result<R, ClientError> {

@@ -30,7 +30,7 @@ use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use crate::error::CliError;
 
@@ -59,6 +59,11 @@ pub fn run(words: impl IntoIterator<Item = OsString>) -> ExitCode {
             failed(error.exit_code())
         }
     }
+}
+
+/// The grammar of the command line, from which its manual pages are made.
+pub fn grammar() -> clap::Command {
+    args::Cli::command()
 }
 
 /// What a command gives: its exit code, or what went wrong.

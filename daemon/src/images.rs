@@ -23,7 +23,7 @@ use crate::store::files;
 use crate::tasks::{Running, Tasks};
 
 /// Images this version knows how to build.
-const BUNDLED: &str = "lumen";
+pub(crate) const BUNDLED: &str = "lumen";
 const USERS: &str = ".users";
 
 /// See the module.
@@ -130,11 +130,7 @@ impl Images {
 
     /// Versions that VMs of other state folders stand on.
     fn used_elsewhere(&self, template: &str) -> Vec<String> {
-        let users = std::fs::read_dir(self.store.root().join(USERS)).into_iter().flatten().flatten();
-        let folders = users.filter_map(|user| {
-            let path = files::read_bounded(&user.path(), 4096).ok()?;
-            Some(PathBuf::from(String::from_utf8(path).ok()?))
-        });
+        let folders = state_folders(&self.store).into_iter().map(|(folder, _)| folder);
         folders
             .filter(|folder| *folder != self.state_dir && folder.join("vms").is_dir())
             .filter_map(|folder| Store::open_existing(&folder).scan().ok())
@@ -218,6 +214,16 @@ impl Images {
         let gone = || Refusal::new(api::ErrorCode::TaskNotFound, format!("There is no task {id}"));
         self.tasks.get(id).ok_or_else(gone)
     }
+}
+
+/// The state folders whose VMs stand on the images in `store`, each with the file that notes it.
+pub(crate) fn state_folders(store: &ImageStore) -> Vec<(PathBuf, PathBuf)> {
+    let notes = std::fs::read_dir(store.root().join(USERS)).into_iter().flatten().flatten();
+    let folder = |note: std::fs::DirEntry| {
+        let path = files::read_bounded(&note.path(), 4096).ok()?;
+        Some((PathBuf::from(String::from_utf8(path).ok()?), note.path()))
+    };
+    notes.filter_map(folder).collect()
 }
 
 /// Runs the builder and tells its progress; the result is its last line.

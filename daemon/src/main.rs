@@ -28,7 +28,7 @@ use catalyst_daemon::settings::{
 use catalyst_daemon::store::Store;
 use catalyst_daemon::tasks::Tasks;
 use catalyst_daemon::usage::Usage;
-use catalyst_daemon::{privilege, probe};
+use catalyst_daemon::{privilege, probe, release, systemd};
 use catalyst_images::ImageStore;
 use clap::Parser;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -65,7 +65,13 @@ enum StartError {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let outcome = if args.background { go_into_background(args) } else { run(args) };
+    // Before Linux 6.4 rustix reads /proc/self/auxv for this, once, and panics where it may not: the owner's threads may not.
+    let _ = rustix::param::page_size();
+    let outcome = match args.release {
+        Some(what) => release::run(what, &args.image_dir).map_err(Into::into),
+        None if args.background => go_into_background(args),
+        None => run(args),
+    };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -167,15 +173,19 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     context.warms_by_itself = !args.no_warming;
     context.parent.clone_from(&settings.parent);
     let machines = Machines::load(context).await?;
+    machines.warm_at_first().await;
 
     let usage = Arc::new(Usage::new(machines.clone()));
+    let app_machines = machines.clone();
     let app = App { machines, images: image_tasks, usage, settings, stop: Arc::clone(&stop) };
     let router = protect(http::router(app), listener.policy());
     tracing::info!(listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
     background::tell_ready();
+    let (starting, state) = (app_machines.clone(), state_dir.clone());
+    tokio::spawn(async move { starting.autostart(&state).await });
     let stopping = Arc::new(Notify::new());
     let served = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
-        .with_graceful_shutdown(stopped(stop, Arc::clone(&stopping)));
+        .with_graceful_shutdown(stopped(stop, app_machines, Arc::clone(&stopping)));
     tokio::select! {
         result = served => result.map_err(StartError::Runtime)?,
         () = overdue(stopping) => {}
@@ -184,8 +194,8 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     Ok(())
 }
 
-/// Waits for a signal or a request to stop, and passes it on as `stopping`.
-async fn stopped(stop: Arc<Notify>, stopping: Arc<Notify>) {
+/// Waits for a signal or a request to stop, and passes it on as `stopping`. Where the host stops, guests shut down first.
+async fn stopped(stop: Arc<Notify>, machines: Machines, stopping: Arc<Notify>) {
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     match signals {
         (Ok(mut terminate), Ok(mut interrupt)) => tokio::select! {
@@ -194,6 +204,10 @@ async fn stopped(stop: Arc<Notify>, stopping: Arc<Notify>) {
             _ = interrupt.recv() => {}
         },
         _ => stop.notified().await,
+    }
+    if systemd::host_stops().await {
+        tracing::info!("the host stops; guests shut down");
+        machines.shut_down().await;
     }
     stopping.notify_one();
 }

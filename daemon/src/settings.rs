@@ -9,6 +9,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::access::owner::Owner;
 use crate::privilege::as_root;
+use crate::release::Release;
 
 /// Where the daemon listens where nothing else is said.
 pub const LISTEN: &str = "localhost:8080";
@@ -53,6 +54,9 @@ pub struct Args {
     /// Go into the background; returns when the daemon listens
     #[arg(long)]
     pub background: bool,
+    /// For packages that are removed: take away what is not the owner's VMs, and end
+    #[arg(long, value_name = "WHAT", hide = true)]
+    pub release: Option<Release>,
     /// What is logged, as in RUST_LOG
     #[arg(long, value_name = "FILTER", env = "CATALYST_LOG", default_value = "info")]
     pub log: String,

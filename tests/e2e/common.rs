@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::{ran, run, vm_name};
-use catalyst_tests::{Answer, World};
+use catalyst_tests::world::{image_dir, ran, run, vm_name};
+use catalyst_tests::{Answer, World, skip};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -206,6 +206,47 @@ pub fn taps(world: &World) -> usize {
     let mut ip = world.command("ip");
     ip.args(["-brief", "link"]);
     ran(ip).ok().matches("cattap").count()
+}
+
+/// The archives that the image of this machine was built from.
+pub fn sources() -> Vec<String> {
+    let Ok(manifest) = fs::read(image_dir().join("lumen/current/manifest.json")) else {
+        skip("a Debian is built from the archives that the image was built from: make image")
+    };
+    let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+    manifest["sources"].as_array().unwrap().iter().map(|line| line.as_str().unwrap().to_owned()).collect()
+}
+
+/// A folder that `build` fills once and that is kept outside the tree, by what it is made from.
+pub fn kept(name: &str, made_from: &str, build: impl FnOnce(&Path)) -> PathBuf {
+    let key: String = Sha256::digest(made_from).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
+    let cache =
+        std::env::var_os("CATALYST_TEST_CACHE").map_or_else(|| "/var/cache/catalyst".into(), PathBuf::from);
+    let folder = cache.join(format!("{name}-{key}"));
+    if folder.exists() {
+        return folder;
+    }
+    // Another run may be building the same: each builds aside, and the first to be done is taken.
+    fs::create_dir_all(&cache).unwrap();
+    let aside = tempfile::Builder::new().prefix(&format!("{name}-new-")).tempdir_in(&cache).unwrap();
+    let begun = Instant::now();
+    build(aside.path());
+    println!("    {name} was built in {} s", begun.elapsed().as_secs());
+    let aside = aside.keep();
+    if fs::rename(&aside, &folder).is_err() {
+        let _ = fs::remove_dir_all(&aside);
+    }
+    folder
+}
+
+/// Runs what builds a Debian; where its packages cannot be downloaded, the check cannot run.
+#[track_caller]
+pub fn debian_built(build: Command) {
+    let built = ran(build);
+    if built.stderr.contains("Failed to fetch") || built.stderr.contains("Unable to fetch") {
+        skip("the packages of a Debian cannot be downloaded");
+    }
+    built.ok();
 }
 
 /// A small file system, until it is dropped.

@@ -12,6 +12,7 @@ mod common;
 mod cpus;
 mod crash;
 mod daemons;
+mod deb;
 mod faults;
 mod folders;
 mod foreign;
@@ -30,6 +31,7 @@ mod rounds;
 mod schemas;
 mod settings;
 mod snapshots;
+mod systemd;
 mod ui;
 mod vagrant;
 
@@ -41,6 +43,8 @@ const GROUPS: &[Group] = &[
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),
+    ("deb", deb::deb),
+    ("systemd", systemd::systemd),
     ("full", full::full),
     ("faults", faults::faults),
     ("rounds", rounds::rounds),

@@ -192,7 +192,8 @@ impl World {
         for name in ["CATALYST_HOST", "CATALYST_STATE_DIR", "XDG_DATA_HOME", "SUDO_UID"] {
             command.env_remove(name);
         }
-        command.env("HOME", self.folder.path());
+        // The images are everybody's, and so are their warm states.
+        command.env("HOME", self.folder.path()).env("CATALYST_NO_WARMING", "true");
         command
     }
 
@@ -230,8 +231,7 @@ impl World {
         let program = programs().join("catalyst-daemon").into_os_string();
         let mut words = self.wrapper.iter().cloned().chain([program]);
         let mut command = self.command(words.next().unwrap_or_default());
-        // The images are everybody's, and so are their warm states.
-        command.args(words).env("CATALYST_NO_WARMING", "true");
+        command.args(words);
         command
     }
 

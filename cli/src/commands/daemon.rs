@@ -17,12 +17,14 @@ use crate::{Outcome, launch, output};
 
 /// Longest wait for a stopped daemon to end.
 const END: Duration = Duration::from_secs(30);
+/// Longest wait for one whose guests shut down first, for which they have 50 s.
+const END_WITH_VMS: Duration = Duration::from_secs(90);
 
 /// Runs a `daemon` command.
 pub fn run(context: &Context, command: Daemon) -> Outcome {
     match command {
         Daemon::Start(options) => start(context, options),
-        Daemon::Stop => stop(context),
+        Daemon::Stop { vms } => stop(context, vms),
         Daemon::Status => status(context),
     }
 }
@@ -65,22 +67,24 @@ fn words(options: DaemonStart) -> Vec<OsString> {
     given.flatten().chain(options.more).collect()
 }
 
-fn stop(context: &Context) -> Outcome {
+fn stop(context: &Context, vms: bool) -> Outcome {
+    let limit = if vms { END_WITH_VMS } else { END };
     let client = Client::new(context.host.clone());
     let version = client.probe()?;
     // Watched from before the request, so that its pid cannot have become another's.
     let watched = context.host.is_loopback().then(|| Watched::named(version.pid, launch::DAEMON)).flatten();
     // Where its process cannot be seen, the end of its events is its end.
-    let events = if watched.is_none() { client.events(None, Some(END)).ok() } else { None };
-    client.stop()?;
+    let events = if watched.is_none() { client.events(None, Some(limit)).ok() } else { None };
+    client.stop(vms)?;
     if let Some(watched) = watched {
-        if !watched.ended_within(END) {
-            return Err(CliError::StillRunning { pid: version.pid, seconds: END.as_secs() });
+        if !watched.ended_within(limit) {
+            return Err(CliError::StillRunning { pid: version.pid, seconds: limit.as_secs() });
         }
     } else if let Some(events) = events {
         events.wait_for_end();
     }
-    output::info(&format!("Stopped the daemon (pid {}); its VMs keep running", version.pid));
+    let note = if vms { " and its VMs" } else { "; its VMs keep running" };
+    output::info(&format!("Stopped the daemon (pid {}){note}", version.pid));
     if context.json {
         output::json(&serde_json::json!({ "pid": version.pid, "stopped": true }))?;
     }

@@ -203,6 +203,9 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
     if !vm.ports.is_empty() {
         pairs.pair("Ports", vm.ports.iter().map(port::short).collect::<Vec<_>>().join(", "));
     }
+    if vm.autostart {
+        pairs.pair("Autostart", "with the host");
+    }
     let process = vm.pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
     pairs.pair("Engine", format!("{}{process}", vm.engine));
     pairs.pair("VMX", &vm.vmx);
@@ -232,7 +235,13 @@ fn delete(context: &Context, ids: &[String], force: bool) -> Outcome {
 fn set(context: &Context, change: args::Set) -> Outcome {
     let tags = (change.no_tags || !change.tags.is_empty()).then_some(change.tags);
     let later = change.cpus.is_some() || change.memory.is_some();
-    let body = UpdateVm { name: change.name, cpus: change.cpus, memory_mib: change.memory, tags };
+    let body = UpdateVm {
+        name: change.name,
+        cpus: change.cpus,
+        memory_mib: change.memory,
+        tags,
+        autostart: change.autostart,
+    };
     let vm = update(&context.client()?, &change.id, &body)?;
     let note = if later && vm.state != VmState::PoweredOff {
         "; CPUs and memory take effect at its next power-on"
@@ -272,6 +281,7 @@ mod tests {
             started: None,
             start_mode: None,
             ports: Vec::new(),
+            autostart: false,
             vmx: "/s/vms/web1/web1.vmx".to_owned(),
             source: None,
         }

@@ -138,6 +138,7 @@ impl Machines {
             tags: wanted.tags.clone(),
             // Its source has those that it had.
             ports: wanted.ports.clone(),
+            autostart: false,
             ..frozen.config.clone()
         };
         let config = with_lease(base, &wanted.lease);

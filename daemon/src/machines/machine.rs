@@ -51,6 +51,11 @@ pub(super) enum Command {
         cold: bool,
         reply: Reply<PowerError>,
     },
+    /// Ends its process, if it has one: nobody wanted to be rid of the VM, so why is kept.
+    End {
+        reason: &'static str,
+        reply: Reply<PowerError>,
+    },
     Update {
         update: UpdateVm,
         reply: Reply<ChangeError>,
@@ -188,6 +193,9 @@ impl Machine {
             Command::Power { op, cold, reply } => {
                 let result = self.power(op, cold).await;
                 let _ = reply.send(result);
+            }
+            Command::End { reason, reply } => {
+                let _ = reply.send(self.kill(reason).await);
             }
             Command::Update { update, reply } => {
                 let result = self.update(update);
@@ -359,6 +367,7 @@ impl Machine {
             self.context.ports.cut(dir.id());
         }
         self.resets.started();
+        crate::systemd::place(dir.id().clone(), process.pid());
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
         let attendant = if shared.dir().is_registered() {
             tokio::spawn(registered::attend(context, shared))
@@ -504,6 +513,9 @@ impl Machine {
         }
         if let Some(tags) = update.tags {
             config.tags = tags;
+        }
+        if let Some(autostart) = update.autostart {
+            config.autostart = autostart;
         }
         config.check()?;
         dir.write(vmx, &config)?;

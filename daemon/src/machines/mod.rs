@@ -4,6 +4,7 @@
 //! the task by id. REST handlers call [`Machines`] and never an engine.
 
 mod attendant;
+mod boot;
 mod clones;
 pub mod error;
 mod folders;
@@ -344,6 +345,7 @@ impl Machines {
             address: None,
             tags: Vec::new(),
             ports: Vec::new(),
+            autostart: false,
             hardware: None,
         };
         let mut config = with_lease(with_request(base, request), lease);
@@ -381,7 +383,7 @@ impl Machines {
         if inherited.hardware.is_some() {
             return Err(CreateError::Registered(parent.dir().id().clone()));
         }
-        let base = VmConfig { name: id.to_string(), ..inherited };
+        let base = VmConfig { name: id.to_string(), autostart: false, ..inherited };
         let config = with_lease(with_request(base, request), lease);
         config.check()?;
         let context = Arc::clone(&self.0);

@@ -57,6 +57,7 @@ impl Machines {
             mac: Some(lease.mac.0),
             address: Some(lease.address),
             ports,
+            autostart: false,
             disks: Vec::new(),
         };
         let (context, id) = (Arc::clone(&self.0), id.clone());

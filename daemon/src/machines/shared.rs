@@ -184,6 +184,7 @@ impl Shared {
             state: facts.state,
             reason: facts.reason.clone(),
             tags: config.map(|config| config.tags.clone()).unwrap_or_default(),
+            autostart: config.is_some_and(|config| config.autostart),
             cpus: config.map_or(0, |config| config.cpus),
             memory_mib: config.map_or(0, |config| config.memory_mib),
             disk_gib: config.map_or(0, |config| config.disk_gib),

@@ -11,6 +11,7 @@ use catalyst_images::Image;
 use super::{Context, Machines};
 use crate::engine::Fit;
 use crate::http::error::{Refusal, chain};
+use crate::images::BUNDLED;
 use crate::privilege::{as_root, as_root_blocking};
 use crate::store::VmConfig;
 use crate::store::config::{DEFAULT_CPUS, DEFAULT_MEMORY_MIB, check_size};
@@ -48,7 +49,11 @@ impl Context {
         if !self.warms_by_itself || !self.missed.again(&image.version, size) {
             return;
         }
-        match self.tasks.begin(&title(&config.template, size)) {
+        self.begin_warming(image, &config.template, size);
+    }
+
+    fn begin_warming(self: &Arc<Self>, image: &Image, template: &str, size: Size) {
+        match self.tasks.begin(&title(template, size)) {
             Ok(task) => make_warm(Arc::clone(self), image.clone(), size, task),
             Err(id) => tracing::debug!(id, "a warm state of that size is being made already"),
         }
@@ -138,6 +143,19 @@ impl Machines {
             make::make(&self.0, &image, usual(), tell).await.map_err(|error| failed(&error))?;
         }
         Ok(())
+    }
+
+    /// Begins to make the bundled image warm for VMs of the usual size where nobody has made it so yet.
+    pub async fn warm_at_first(&self) {
+        if !self.0.warms_by_itself {
+            return;
+        }
+        // Without an image there is nothing to make warm; whoever creates a VM is told.
+        let Ok(image) = self.image(BUNDLED).await else { return };
+        let (warm, damaged) = WarmStates::of(&image).list();
+        if warm.is_empty() && damaged.is_empty() && self.0.missed.again(&image.version, usual()) {
+            self.0.begin_warming(&image, BUNDLED, usual());
+        }
     }
 
     /// Begins to make a warm state.

@@ -27,6 +27,8 @@ pub const DEFAULT_TEMPLATE: &str = "lumen";
 
 /// The key of the published ports.
 const PORTS: &str = "catalyst.ports";
+/// The key that says that a VM is powered on when the host has started.
+const AUTOSTART: &str = "catalyst.autostart";
 /// Published ports a VM can have.
 pub const MAX_PORTS: usize = 128;
 const MAX_TAGS: usize = 16;
@@ -133,6 +135,8 @@ pub struct VmConfig {
     pub tags: Vec<String>,
     /// Ports of the guest that are published on the host.
     pub ports: Vec<PublishPort>,
+    /// Whether it is powered on when the host has started.
+    pub autostart: bool,
     /// The machine of a VM that was registered in place. It has no template, and its disk is as large as it is.
     pub hardware: Option<Hardware>,
 }
@@ -152,6 +156,7 @@ impl VmConfig {
             address: text("catalyst.address").map(|value| parse_address(&value)).transpose()?,
             tags: split_tags(vmx.get("catalyst.tags").unwrap_or_default()),
             ports: parse_ports(vmx.get(PORTS).unwrap_or_default())?,
+            autostart: vmx.get(AUTOSTART).is_some_and(|value| value.eq_ignore_ascii_case("true")),
             hardware: None,
         };
         config.check()?;
@@ -171,6 +176,7 @@ impl VmConfig {
             address: record.address,
             tags: record.tags.clone(),
             ports: record.ports.clone(),
+            autostart: record.autostart,
             hardware: Some(Hardware::from_vmx(vmx)?),
         };
         config.check()?;
@@ -182,8 +188,8 @@ impl VmConfig {
         let of_vmx = foreign_name(vmx).unwrap_or_else(|| id.to_string());
         let renamed = record.name.is_some() || of_vmx != self.name;
         let name = renamed.then(|| self.name.clone());
-        let (tags, ports) = (self.tags.clone(), self.ports.clone());
-        Registered { name, tags, mac: self.mac, address: self.address, ports, ..record }
+        let (tags, ports, autostart) = (self.tags.clone(), self.ports.clone(), self.autostart);
+        Registered { name, tags, mac: self.mac, address: self.address, ports, autostart, ..record }
     }
 
     /// Writes CPUs and memory into `vmx`; whether it says something else now.
@@ -213,6 +219,9 @@ impl VmConfig {
         if !self.ports.is_empty() || vmx.get(PORTS).is_some() {
             let ports: Vec<String> = self.ports.iter().map(ToString::to_string).collect();
             vmx.set(PORTS, ports.join(","));
+        }
+        if self.autostart || vmx.get(AUTOSTART).is_some() {
+            vmx.set(AUTOSTART, if self.autostart { "TRUE" } else { "FALSE" });
         }
         if let Some(mac) = self.mac {
             vmx.set("ethernet0.address", format_mac(mac));
@@ -345,10 +354,12 @@ mod tests {
         config.mac = Some([0x52, 0x54, 0, 1, 2, 3]);
         config.address = Some(Ipv4Addr::new(10, 1, 2, 3));
         config.ports = vec!["8080:80".parse().unwrap(), "[::1]:53:53/udp".parse().unwrap()];
+        config.autostart = true;
         let mut vmx = Vmx::default();
         config.write_to(&mut vmx);
         assert_eq!(VmConfig::from_vmx(&vmx, &VmId::parse("web1").unwrap()).unwrap(), config);
         config.ports.clear();
+        config.autostart = false;
         config.write_to(&mut vmx);
         assert_eq!(VmConfig::from_vmx(&vmx, &VmId::parse("web1").unwrap()).unwrap(), config);
     }

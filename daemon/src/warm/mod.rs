@@ -118,16 +118,33 @@ impl WarmStates {
                     == (new.manifest.engine, new.manifest.cpus, new.manifest.memory_mib)
             };
             for old in self.list().0.into_iter().filter(|old| old.name != new.name && alike(&old.manifest)) {
-                for file in ["manifest", "state", "memory"] {
-                    fs::remove_file(old.path.join(file))?;
-                }
+                old.forget_memory()?;
             }
             Ok(())
+        })
+    }
+
+    /// Removes all of them, but for the disks of those in `used`, on which VMs stand. Nothing is removed while one is made.
+    pub fn release(&self, used: &[&str]) -> io::Result<()> {
+        let Some(_lock) = self.lock()? else { return Ok(()) };
+        self.sweep(None)?;
+        as_root(|| {
+            for entry in fs::read_dir(&self.0)?.flatten().filter(|entry| entry.path().is_dir()) {
+                if !used.iter().any(|name| entry.file_name() == *name) {
+                    fs::remove_dir_all(entry.path())?;
+                }
+            }
+            self.list().0.iter().try_for_each(Warm::forget_memory)
         })
     }
 }
 
 impl Warm {
+    /// Leaves its disk alone, for VMs that stand on it.
+    fn forget_memory(&self) -> io::Result<()> {
+        ["manifest", "state", "memory"].into_iter().try_for_each(|file| fs::remove_file(self.path.join(file)))
+    }
+
     /// Opens it for a VM to go on from.
     pub fn open(&self) -> Result<crate::engine::Saved, SavedError> {
         as_root(|| SavedDir::new(&self.path).open(&self.manifest, true))

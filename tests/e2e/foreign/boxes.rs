@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
 
-use catalyst_tests::skip;
-use catalyst_tests::world::{image_dir, ran, run};
+use catalyst_tests::world::run;
 use sha2::{Digest, Sha256};
+
+use crate::common::{debian_built, kept, sources};
 
 /// Kinds of disks.
 #[derive(Clone, Copy)]
@@ -170,46 +171,17 @@ fn sample(path: &Path) -> String {
     format!("{:?} {} {:x?}", about.modified().unwrap(), about.len(), Sha256::digest(&bytes).as_slice())
 }
 
-/// The archives that the image of this machine was built from.
-fn sources() -> Vec<String> {
-    let Ok(manifest) = fs::read(image_dir().join("lumen/current/manifest.json")) else {
-        skip("the box is built from the archives that the image was built from: make image")
-    };
-    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
-    manifest["sources"].as_array().unwrap().iter().map(|line| line.as_str().unwrap().to_owned()).collect()
-}
-
-/// The folder of the small Debian, kept outside the tree under the key of what it is made from.
+/// The folder of the small Debian.
 fn built() -> PathBuf {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/box");
     let sources = sources();
-    let made_from = [fs::read_to_string(recipe).unwrap(), sources.join("\n")].concat();
-    let key: String = Sha256::digest(made_from).iter().take(6).map(|byte| format!("{byte:02x}")).collect();
-    let cache =
-        std::env::var_os("CATALYST_TEST_CACHE").map_or_else(|| "/var/cache/catalyst".into(), PathBuf::from);
-    let folder = cache.join(format!("box-{key}"));
-    if folder.join("disk.raw").exists() {
-        return folder;
-    }
-    // Another run may be building the same: each builds aside, and the first to be done is taken.
-    fs::create_dir_all(&cache).unwrap();
-    let aside = tempfile::Builder::new().prefix("box-new-").tempdir_in(&cache).unwrap();
-    let own = aside.path().join("key");
-    run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "box", "-f"]).arg(&own));
-    let mut build = Command::new(recipe);
-    build.arg(aside.path()).arg(own.with_extension("pub")).args(&sources);
-    let begun = std::time::Instant::now();
-    let built = ran(build);
-    if built.stderr.contains("Failed to fetch") || built.stderr.contains("Unable to fetch") {
-        skip("the packages of the box cannot be downloaded");
-    }
-    built.ok();
-    println!("    the box was built in {} s", begun.elapsed().as_secs());
-    let aside = aside.keep();
-    if fs::rename(&aside, &folder).is_err() {
-        let _ = fs::remove_dir_all(&aside);
-    }
-    folder
+    kept("box", &[fs::read_to_string(recipe).unwrap(), sources.join("\n")].concat(), |folder| {
+        let own = folder.join("key");
+        run(Command::new("ssh-keygen").args(["-q", "-t", "ed25519", "-N", "", "-C", "box", "-f"]).arg(&own));
+        let mut build = Command::new(recipe);
+        build.arg(folder).arg(own.with_extension("pub")).args(&sources);
+        debian_built(build);
+    })
 }

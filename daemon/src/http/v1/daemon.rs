@@ -1,9 +1,10 @@
 //! The daemon and its host.
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use catalyst_api::{ApiError, Doctor, ErrorCode, NetworkInfo, Version};
+use serde::Deserialize;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -73,9 +74,27 @@ async fn network_down(State(app): State<App>) -> Result<StatusCode, Refusal> {
     Ok(StatusCode::NO_CONTENT)
 }
 
-/// Stops the daemon; VMs go on running.
-#[utoipa::path(post, path = "/v1/daemon/stop", tag = TAG, responses((status = 202)))]
-async fn stop(State(app): State<App>) -> StatusCode {
-    app.stop.notify_one();
+#[derive(Deserialize)]
+struct StopQuery {
+    #[serde(default)]
+    vms: bool,
+}
+
+/// Stops the daemon; VMs go on running, unless they are to be shut down too. Then guests that do not within 50 s are ended, and
+/// the network is taken down.
+#[utoipa::path(post, path = "/v1/daemon/stop", tag = TAG,
+    params(("vms" = Option<bool>, Query, description = "Shut the guests down first")), responses((status = 202)))]
+async fn stop(State(app): State<App>, Query(query): Query<StopQuery>) -> StatusCode {
+    if query.vms {
+        tokio::spawn(async move {
+            app.machines.shut_down().await;
+            if let Err(error) = app.machines.context().network.down().await {
+                tracing::warn!(reason = chain(&error).join(": "), "the VM network stays");
+            }
+            app.stop.notify_one();
+        });
+    } else {
+        app.stop.notify_one();
+    }
     StatusCode::ACCEPTED
 }

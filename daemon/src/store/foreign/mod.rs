@@ -94,6 +94,9 @@ pub struct Registered {
     /// Ports of the guest that are published on the host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<PublishPort>,
+    /// Whether it is powered on when the host has started.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub autostart: bool,
     /// Its disks.
     pub disks: Vec<Overlay>,
 }
@@ -312,6 +315,7 @@ impl Store {
             mac: None,
             address: None,
             ports: vec![],
+            autostart: false,
             disks: vec![],
         };
         let text = record.read_vmx()?;
@@ -393,6 +397,7 @@ mod tests {
             mac: None,
             address: None,
             ports: vec![],
+            autostart: false,
             disks: vec![],
         }
     }
