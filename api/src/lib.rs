@@ -30,8 +30,8 @@ pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot};
 pub use system::{NetworkInfo, Version};
 pub use template::{TemplateInfo, WarmInfo, WarmRequest};
 pub use vm::{
-    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, SshInfo,
-    StartMode, UpdateVm, Vm, VmState,
+    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, SetUpInfo,
+    SetUpStage, SshInfo, StartMode, UpdateVm, Vm, VmState,
 };
 
 /// The port the daemon listens on where nothing else is said, as AppCatalyst did.

@@ -186,6 +186,42 @@ pub struct GuestStatus {
     pub agent_version: Option<String>,
 }
 
+/// How far the setting up of a guest by user-data is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SetUpStage {
+    /// It begins when the VM is on for the first time.
+    Pending,
+    /// Users and files are there; the commands run.
+    Running,
+    /// All is done.
+    Done,
+    /// It is over, and something failed.
+    Failed,
+}
+
+impl SetUpStage {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// How far the setting up of a guest is, and what failed. Untrusted: the guest says it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SetUpInfo {
+    /// How far it is.
+    pub state: SetUpStage,
+    /// What failed, with the end of the commands' output, in one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
 /// A virtual machine as `vm show` tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
@@ -225,6 +261,9 @@ pub struct Vm {
     /// How it began.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_mode: Option<StartMode>,
+    /// How far the guest is set up by user-data, where the VM was made with any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_up: Option<SetUpInfo>,
     /// Ports of the guest that are published on the host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
@@ -269,6 +308,10 @@ pub struct CreateVm {
     /// Ports of the guest to publish on the host; a parent's are not taken over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub publish: Vec<PublishPort>,
+    /// What the new guest is set up with, once, when it is on for the first time: a `#cloud-config` with `users`,
+    /// `ssh_authorized_keys`, `write_files`, `runcmd` and `hostname`, or a script that begins with `#!`. At most 256 KiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data: Option<String>,
 }
 
 /// Body of `POST /v1/vms/{id}/clones`.

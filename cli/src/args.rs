@@ -253,6 +253,9 @@ pub struct Create {
     /// Publish a port of the guest on this machine, for example 8080:80; may be given several times
     #[arg(long, value_name = PORT)]
     pub publish: Vec<PublishPort>,
+    /// Set the guest up with this `#cloud-config` or script when it is on for the first time; `-` is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "from")]
+    pub user_data: Option<PathBuf>,
     /// Power it on too
     #[arg(long)]
     pub on: bool,

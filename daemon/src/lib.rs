@@ -21,4 +21,5 @@ pub mod saved;
 pub mod settings;
 pub mod store;
 pub mod tasks;
+pub mod user_data;
 pub mod warm;

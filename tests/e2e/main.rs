@@ -29,6 +29,7 @@ mod ports;
 mod rounds;
 mod settings;
 mod snapshots;
+mod user_data;
 mod vagrant;
 
 use catalyst_tests::harness::{self, Group};
@@ -44,6 +45,7 @@ const GROUPS: &[Group] = &[
     ("rounds", rounds::rounds),
     ("snapshots", snapshots::snapshots),
     ("vagrant", vagrant::vagrant),
+    ("user_data", user_data::user_data),
     ("folders", folders::folders),
     ("ports", ports::ports),
     ("life", life::life),

@@ -30,6 +30,7 @@ fn line(event: &Event) -> String {
         EventKind::VmDeleted { id } => format!("{id}: deleted"),
         EventKind::VmState { id, state, reason: None } => format!("{id}: {state}"),
         EventKind::VmState { id, state, reason: Some(reason) } => format!("{id}: {state}, {reason}"),
+        EventKind::VmSetUp { id, set_up } => format!("{id}: {}", super::vm::set_up_line(set_up)),
         EventKind::VmGuest { id, guest } => format!("{id}: {}", crate::wait::stage(guest)),
         EventKind::Task { task } => match task.state {
             TaskState::Running => format!("{}: {} %, {}", task.title, task.percent, task.message),

@@ -1,17 +1,25 @@
 //! `vm …`: create, clone, list, show, change, delete.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 use std::process::ExitCode;
 
-use catalyst_api::{CloneVm, CreateVm, MemoryInfo, PowerOp, UpdateVm, Version, Vm, VmState};
+use catalyst_api::{
+    CloneVm, CreateVm, MemoryInfo, PowerOp, SetUpInfo, SetUpStage, UpdateVm, Version, Vm, VmState,
+};
 
 use super::{Context, for_each, guest, port, power, snapshot};
 use crate::Outcome;
 use crate::args;
 use crate::client::Client;
-use crate::error::CliError;
+use crate::error::{CliError, PlainIo};
 use crate::progress::Board;
 use crate::table::{Cell, Table, Tone};
 use crate::{output, size, text, wait};
+
+/// Longest user-data, in bytes; the daemon says what is wrong with it.
+const MAX_USER_DATA: u64 = 256 * 1024;
 
 /// Runs a `vm` command.
 pub fn run(context: &Context, command: args::Vm) -> Outcome {
@@ -45,6 +53,7 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         disk_gib: asked.disk,
         tags: asked.tags,
         publish: asked.publish,
+        user_data: asked.user_data.as_deref().map(user_data).transpose()?,
     };
     let mut vm = client.create(&body)?;
     match &vm.source {
@@ -61,6 +70,40 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         }
     }
     told(context, &vm)
+}
+
+/// The text of a file with user-data, or of standard input.
+fn user_data(path: &Path) -> Result<String, CliError> {
+    let read = |from: &mut dyn Read| {
+        let mut text = String::new();
+        from.take(MAX_USER_DATA + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > MAX_USER_DATA {
+            let why = format!("it has more than {MAX_USER_DATA} bytes");
+            return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+        }
+        Ok(text)
+    };
+    let text = if path == Path::new("-") {
+        read(&mut io::stdin())
+    } else {
+        File::open(path).and_then(|mut file| read(&mut file))
+    };
+    text.map_err(|source| CliError::File {
+        what: "read the user-data",
+        path: path.to_owned(),
+        source: PlainIo(source),
+    })
+}
+
+/// How far a guest is set up, for people.
+pub fn set_up_line(set_up: &SetUpInfo) -> String {
+    let words = match set_up.state {
+        SetUpStage::Pending => "set up when it is on for the first time",
+        SetUpStage::Running => "users and files are there, its commands run",
+        SetUpStage::Done => "set up",
+        SetUpStage::Failed => "setting it up failed",
+    };
+    set_up.message.as_ref().map_or_else(|| words.to_owned(), |message| format!("{words}: {message}"))
 }
 
 fn clone(context: &Context, parent: &str, id: &str, count: Option<u32>) -> Outcome {
@@ -188,6 +231,9 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
     if vm.state.has_process() {
         pairs.pair("Guest", guest_line(vm));
     }
+    if let Some(set_up) = &vm.set_up {
+        pairs.pair("User-data", set_up_line(set_up));
+    }
     if !vm.tags.is_empty() {
         pairs.pair("Tags", vm.tags.join(", "));
     }
@@ -271,6 +317,7 @@ mod tests {
             pid: None,
             started: None,
             start_mode: None,
+            set_up: None,
             ports: Vec::new(),
             vmx: "/s/vms/web1/web1.vmx".to_owned(),
             source: None,

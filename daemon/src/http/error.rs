@@ -219,9 +219,13 @@ impl Failure for ImageError {
 impl Failure for CreateError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Id(_) | Self::Config(_) | Self::ParentDisk | Self::ParentSize | Self::SourceAlone => {
-                ErrorCode::InvalidRequest
-            }
+            Self::Id(_)
+            | Self::Config(_)
+            | Self::ParentDisk
+            | Self::ParentSize
+            | Self::SourceAlone
+            | Self::UserData(_)
+            | Self::UserDataNoAgent => ErrorCode::InvalidRequest,
             Self::Unknown(_) => ErrorCode::VmNotFound,
             Self::Template { source, .. } => image_code(source),
             Self::ParentState { .. } => ErrorCode::WrongState,

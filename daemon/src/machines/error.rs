@@ -14,6 +14,7 @@ use crate::saved::SavedError;
 use crate::store::foreign::{RegisterError, RegisterFailed};
 use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
+use crate::user_data::UserDataError;
 
 /// No such VM.
 #[derive(Debug, Error)]
@@ -72,6 +73,12 @@ pub enum CreateError {
         "A VM that is registered in place is as its VMX says; leave parent, template, CPUs, memory and disk out"
     )]
     SourceAlone,
+    /// The user-data is none, or asks for what there is not.
+    #[error(transparent)]
+    UserData(#[from] UserDataError),
+    /// A registered VM has no agent.
+    #[error("A VM that is registered in place has no agent of Catalyst's that could apply user-data")]
+    UserDataNoAgent,
     /// Its disks are not ours.
     #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]
     Registered(VmId),

@@ -13,6 +13,7 @@ mod machine;
 mod ports;
 mod registered;
 mod resets;
+mod set_up;
 pub mod shared;
 mod snapshots;
 mod start;
@@ -270,7 +271,9 @@ impl Machines {
             if request.cpus.is_some() || request.memory_mib.is_some() {
                 return Err(CreateError::ParentSize);
             }
-            let clone = clones::Asked { id: request.id, tags: request.tags, publish: request.publish };
+            let set_up = set_up::asked(&request)?;
+            let clone =
+                clones::Asked { id: request.id, tags: request.tags, publish: request.publish, set_up };
             let made = self.clone_running(parent, vec![clone]).await?;
             return made.into_iter().next().ok_or(CreateError::Stopping);
         }
@@ -346,6 +349,7 @@ impl Machines {
             ports: Vec::new(),
             hardware: None,
         };
+        let set_up = set_up::asked(&request)?;
         let mut config = with_lease(with_request(base, request), lease);
         config.check()?;
         let context = Arc::clone(&self.0);
@@ -359,6 +363,7 @@ impl Machines {
             let owner = (context.owner.uid, context.owner.gid);
             let made = context.store.create(&id, &config, |dir| {
                 dir.write_chain(&Chain { fresh: true, ..Chain::default() })?;
+                set_up.iter().try_for_each(|kept| dir.write_set_up(kept))?;
                 Ok(disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), config.disk_gib, owner)?)
             });
             Ok(made?)
@@ -381,6 +386,7 @@ impl Machines {
         if inherited.hardware.is_some() {
             return Err(CreateError::Registered(parent.dir().id().clone()));
         }
+        let set_up = set_up::asked(&request)?;
         let base = VmConfig { name: id.to_string(), ..inherited };
         let config = with_lease(with_request(base, request), lease);
         config.check()?;
@@ -393,6 +399,11 @@ impl Machines {
                 for name in &chain.own {
                     let (from, to) = (parent.dir().path().join(name), dir.path().join(name));
                     std::fs::hard_link(from, &to).map_err(StoreError::write(to))?;
+                }
+                match &set_up {
+                    Some(kept) => dir.write_set_up(kept)?,
+                    None if chain.fresh => dir.copy_set_up(parent.dir())?,
+                    None => {}
                 }
                 dir.write_chain(&Chain { at: None, ..chain })?;
                 dir.copy_folders(parent.dir())?;

@@ -39,10 +39,14 @@ impl Machines {
         source: String,
         request: CreateVm,
     ) -> Result<VmDir, CreateError> {
-        let CreateVm { name, parent, template, cpus, memory_mib, disk_gib, tags, publish, .. } = request;
+        let CreateVm { name, parent, template, cpus, memory_mib, disk_gib, tags, publish, user_data, .. } =
+            request;
         let sized = cpus.is_some() || memory_mib.is_some() || disk_gib.is_some();
         if parent.is_some() || template.is_some() || sized {
             return Err(CreateError::SourceAlone);
+        }
+        if user_data.is_some() {
+            return Err(CreateError::UserDataNoAgent);
         }
         // No two ids for one VMX.
         let _one = self.0.registering.lock().await;

@@ -305,9 +305,11 @@ pub(super) fn guest_identity(
 ) -> Result<agent::Identity, IdentityError> {
     let identity = Identity::load_or_generate(&shared.dir().identity())?;
     let lease = shared.lease();
+    // A name that cannot be read is told when the guest is set up.
+    let own_name = shared.dir().set_up().ok().flatten().and_then(|kept| kept.hostname);
     Ok(agent::Identity {
         // DNS has names with '_', hosts (RFC 952) have not.
-        hostname: lease.name.replace('_', "-"),
+        hostname: own_name.unwrap_or_else(|| lease.name.replace('_', "-")),
         domain: lease.domain.clone(),
         mac: lease.mac.to_string(),
         address: lease.address,

@@ -14,6 +14,7 @@ pub mod id;
 pub mod identity;
 pub mod layers;
 pub mod logs;
+pub mod set_up;
 pub mod snapshots;
 pub mod sparse;
 pub mod vmx;

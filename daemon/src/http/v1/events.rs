@@ -63,7 +63,8 @@ fn concerns(kind: &EventKind, vm: &str) -> bool {
         EventKind::VmCreated { id }
         | EventKind::VmDeleted { id }
         | EventKind::VmState { id, .. }
-        | EventKind::VmGuest { id, .. } => id == vm,
+        | EventKind::VmGuest { id, .. }
+        | EventKind::VmSetUp { id, .. } => id == vm,
         EventKind::Task { .. } => false,
         EventKind::Lost { .. } => true,
     }
