@@ -95,7 +95,7 @@ e2e: image setup-tests machine-driver machine-tools ## end-to-end tests on real 
 	cargo test --release -p catalyst-tests -- --nocapture
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
-KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life user_data folders pair ports cpus many
+KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life user_data templates folders pair ports cpus many
 e2e-kvm: export LAB_TIMEOUT ?= 10800
 e2e-kvm: export LAB_CPUS ?= 1
 e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root)

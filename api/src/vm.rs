@@ -269,6 +269,9 @@ pub struct Vm {
     pub ports: Vec<Port>,
     /// The VM's configuration file.
     pub vmx: String,
+    /// Its guest starts by its own loader and has no agent: it was registered in place, or is of an imported image.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub foreign: bool,
     /// The VMX that was registered in place, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,

@@ -68,10 +68,10 @@ pub enum Command {
     /// Show folders of this machine in guests
     #[command(subcommand)]
     Folder(Folder),
-    /// Build, list and check the images that VMs are made from
+    /// Build, list and check the images that VMs are made from; import and export disks
     #[command(subcommand)]
     Image(Image),
-    /// Show templates, and make them warm: new VMs go on from there instead of booting
+    /// Make, show and delete templates, and make them warm: new VMs go on from there instead of booting
     #[command(subcommand)]
     Template(Template),
     /// Publish ports of guests on this machine
@@ -427,6 +427,27 @@ pub enum Image {
     },
     /// Check every file of an image against its manifest
     Verify(ImageName),
+    /// Make a template of a disk of others that starts by its own loader: qcow2, VMDK, raw
+    Import {
+        /// The disk
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// The template's name [default: the file's]
+        #[arg(long, value_parser = names::image)]
+        name: Option<String>,
+    },
+    /// Write the disk of a VM that is off into a qcow2 that stands on nothing
+    Export {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// The file
+        #[arg(value_name = "FILE.qcow2")]
+        file: PathBuf,
+        /// Overwrite a file that is there
+        #[arg(short, long)]
+        force: bool,
+    },
     /// Remove an image that no VM stands on
     #[command(visible_alias = "rm")]
     Remove(ImageName),
@@ -454,6 +475,22 @@ pub enum Template {
         /// Their memory in MiB, or with a unit: 512M, 1.5G [default: 1024]
         #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
         memory: Option<u64>,
+    },
+    /// Make a template of a VM: of one that runs with its memory, so that new VMs go on from there
+    Create {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// The template's name
+        #[arg(value_parser = names::image)]
+        name: String,
+    },
+    /// Delete templates that were made from VMs or imported
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// The templates
+        #[arg(required = true, value_name = "NAME", value_parser = names::image)]
+        names: Vec<String>,
     },
     /// List the templates and their warm states
     #[command(visible_alias = "ls")]

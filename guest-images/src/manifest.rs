@@ -43,6 +43,16 @@ pub struct FileEntry {
     pub sparse: bool,
 }
 
+/// The machine of an image that starts by its own loader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// A PC with a BIOS.
+    Bios,
+    /// A PC with UEFI.
+    Efi,
+}
+
 /// What an image consists of and how it was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -74,6 +84,12 @@ pub struct Manifest {
     /// Arguments to add where the CPU is emulated in software and so has none of the weaknesses that
     /// mitigations cost time for.
     pub command_line_software_cpu: String,
+    /// What it was made from by its owner, where no recipe made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_from: Option<String>,
+    /// The machine that its guest starts on by its own loader; a kernel of ours starts it if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Machine>,
     /// The files, by name.
     pub files: BTreeMap<String, FileEntry>,
     /// All packages, sorted by name.

@@ -29,6 +29,7 @@ mod ports;
 mod rounds;
 mod settings;
 mod snapshots;
+mod templates;
 mod user_data;
 mod vagrant;
 
@@ -46,6 +47,7 @@ const GROUPS: &[Group] = &[
     ("snapshots", snapshots::snapshots),
     ("vagrant", vagrant::vagrant),
     ("user_data", user_data::user_data),
+    ("templates", templates::templates),
     ("folders", folders::folders),
     ("ports", ports::ports),
     ("life", life::life),

@@ -256,7 +256,7 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
 }
 
 fn guest_line(vm: &Vm) -> String {
-    if vm.source.is_some() {
+    if vm.foreign {
         return (if vm.guest.identity { "it has its address" } else { "it has no address yet" }).to_owned();
     }
     let version = vm.guest.agent_version.as_ref().map(|version| format!(" (agent {version})"));
@@ -320,6 +320,7 @@ mod tests {
             set_up: None,
             ports: Vec::new(),
             vmx: "/s/vms/web1/web1.vmx".to_owned(),
+            foreign: false,
             source: None,
         }
     }

@@ -5,11 +5,13 @@
 
 mod attendant;
 mod clones;
+mod disks;
 pub mod error;
 mod folders;
 mod freeze;
 pub mod guest;
 mod machine;
+mod own_templates;
 mod ports;
 mod registered;
 mod resets;
@@ -25,7 +27,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use catalyst_api::{CreateVm, EventKind, MemoryInfo, PowerOp, UpdateVm, Vm, VmState};
-use catalyst_images::ImageStore;
+use catalyst_images::{ImageStore, Machine as ImageMachine};
 use catalyst_vmm::description::Format;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
@@ -34,9 +36,12 @@ use crate::access::owner::Owner;
 use crate::access_keys::AccessKeys;
 use crate::engine::{Engines, process};
 use crate::events::Events;
+use crate::images::disk_gib;
 use crate::network::{Lease, Mac, Network, NetworkError};
 use crate::ports::Ports;
-use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
+use crate::privilege::as_root;
+use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE, pc};
+use crate::store::foreign::hardware::Firmware;
 use crate::store::{Chain, Store, StoreError, VmConfig, VmDir, VmId, disk, files};
 use crate::tasks::Tasks;
 use error::{ChangeError, CreateError, PowerError, UnknownVm};
@@ -336,30 +341,36 @@ impl Machines {
         lease: &Lease,
     ) -> Result<VmDir, CreateError> {
         let template = request.template.clone().unwrap_or_else(|| DEFAULT_TEMPLATE.to_owned());
-        let base = VmConfig {
-            name: id.to_string(),
-            cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1),
-            memory_mib: DEFAULT_MEMORY_MIB,
-            disk_gib: request.disk_gib.unwrap_or(DEFAULT_DISK_GIB),
-            template,
-            version: String::new(),
-            mac: None,
-            address: None,
-            tags: Vec::new(),
-            ports: Vec::new(),
-            hardware: None,
-        };
         let set_up = set_up::asked(&request)?;
-        let mut config = with_lease(with_request(base, request), lease);
-        config.check()?;
-        let context = Arc::clone(&self.0);
-        let id = id.clone();
+        let (context, id, lease) = (Arc::clone(&self.0), id.clone(), lease.clone());
         blocking(move || {
-            let image = context
-                .images
-                .current(&config.template)
-                .map_err(|source| CreateError::Template { name: config.template.clone(), source })?;
-            config.version = image.version;
+            let image = as_root(|| context.images.current(&template))
+                .map_err(|source| CreateError::Template { name: template.clone(), source })?;
+            let hardware = image.manifest.machine.map(|machine| pc(firmware(machine))).transpose()?;
+            if hardware.is_some() && set_up.is_some() {
+                return Err(CreateError::UserDataNoAgent);
+            }
+            let least = disk_gib(&image);
+            let usual = if hardware.is_some() { least } else { DEFAULT_DISK_GIB.max(least) };
+            let base = VmConfig {
+                name: id.to_string(),
+                cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1),
+                memory_mib: DEFAULT_MEMORY_MIB,
+                disk_gib: request.disk_gib.unwrap_or(usual),
+                template,
+                version: image.version,
+                mac: None,
+                address: None,
+                tags: Vec::new(),
+                ports: Vec::new(),
+                hardware,
+            };
+            base.check()?;
+            if base.disk_gib < least {
+                return Err(CreateError::DiskTooSmall { asked: base.disk_gib, name: base.template, least });
+            }
+            let config = with_lease(with_request(base, request), &lease);
+            config.check()?;
             let owner = (context.owner.uid, context.owner.gid);
             let made = context.store.create(&id, &config, |dir| {
                 dir.write_chain(&Chain { fresh: true, ..Chain::default() })?;
@@ -509,15 +520,16 @@ fn copy_disk(
     to: &VmDir,
 ) -> Result<(), disk::DiskError> {
     let busy = || disk::DiskError::Unusable { path: to.disk().display().to_string(), why: PARENT_BUSY };
-    let (reply, answer) = oneshot::channel();
-    commands.blocking_send(asked(Command::CopyDisk { to: to.clone(), reply })).map_err(|_| busy())?;
-    match handle.block_on(answer) {
-        Ok(Ok(result)) => result,
-        Ok(Err(state)) => {
-            tracing::debug!(%state, "the parent does not lie still");
+    let copied = handle.block_on(disks::still(commands, {
+        let to = to.disk();
+        move |dir| disk::copy(&dir.disk(), &to)
+    }));
+    match copied {
+        Ok(result) => result,
+        Err(state) => {
+            tracing::debug!(?state, "the parent does not lie still");
             Err(busy())
         }
-        Err(_) => Err(busy()),
     }
 }
 
@@ -528,6 +540,13 @@ fn with_request(mut config: VmConfig, request: CreateVm) -> VmConfig {
     config.tags = request.tags;
     config.ports = request.publish;
     config
+}
+
+const fn firmware(machine: ImageMachine) -> Firmware {
+    match machine {
+        ImageMachine::Bios => Firmware::Bios,
+        ImageMachine::Efi => Firmware::Efi,
+    }
 }
 
 fn with_lease(mut config: VmConfig, lease: &Lease) -> VmConfig {

@@ -93,6 +93,12 @@ impl Shared {
         self.facts().guest.clone()
     }
 
+    /// Whether its guest starts by its own loader and has no agent: it was registered in place, or is of an imported image.
+    pub fn is_foreign(&self) -> bool {
+        self.dir.is_registered()
+            || self.facts().config.as_ref().is_some_and(|config| config.hardware.is_some())
+    }
+
     /// The VM's fixed address.
     pub fn address(&self) -> Ipv4Addr {
         self.facts().lease.address
@@ -106,7 +112,7 @@ impl Shared {
     /// The version of the template that the disk stands on, as template and version; none of a registered VM.
     pub fn image(&self) -> Option<(String, String)> {
         let facts = self.facts();
-        let config = facts.config.as_ref().filter(|config| config.hardware.is_none())?;
+        let config = facts.config.as_ref().filter(|config| !config.template.is_empty())?;
         Some((config.template.clone(), config.version.clone()))
     }
 
@@ -215,6 +221,7 @@ impl Shared {
             set_up: facts.set_up.as_ref().map(set_up::info),
             ports: self.ports.list(self.dir.id()),
             vmx: self.dir.vmx().display().to_string(),
+            foreign: config.is_some_and(|config| config.hardware.is_some()),
             source: self.source.as_ref().map(|path| path.display().to_string()),
             id,
         }

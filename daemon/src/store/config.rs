@@ -6,7 +6,7 @@ use catalyst_api::PublishPort;
 use thiserror::Error;
 
 use super::foreign::Registered;
-use super::foreign::hardware::Hardware;
+use super::foreign::hardware::{Firmware, Hardware};
 use super::id::VmId;
 use super::vmx::{Vmx, VmxError};
 
@@ -27,6 +27,9 @@ pub const DEFAULT_TEMPLATE: &str = "lumen";
 
 /// The key of the published ports.
 const PORTS: &str = "catalyst.ports";
+/// Says that a VM's guest starts by its own loader, on a PC.
+const MACHINE: &str = "catalyst.machine";
+const PC: &str = "pc";
 /// Published ports a VM can have.
 pub const MAX_PORTS: usize = 128;
 const MAX_TAGS: usize = 16;
@@ -133,7 +136,8 @@ pub struct VmConfig {
     pub tags: Vec<String>,
     /// Ports of the guest that are published on the host.
     pub ports: Vec<PublishPort>,
-    /// The machine of a VM that was registered in place. It has no template, and its disk is as large as it is.
+    /// The machine of a VM whose guest starts by its own loader: one that was registered in place, which has no template, and
+    /// whose disk is as large as it is; or one of an imported image.
     pub hardware: Option<Hardware>,
 }
 
@@ -152,7 +156,7 @@ impl VmConfig {
             address: text("catalyst.address").map(|value| parse_address(&value)).transpose()?,
             tags: split_tags(vmx.get("catalyst.tags").unwrap_or_default()),
             ports: parse_ports(vmx.get(PORTS).unwrap_or_default())?,
-            hardware: None,
+            hardware: is_pc(vmx).then(|| Hardware::from_vmx(vmx)).transpose()?,
         };
         config.check()?;
         Ok(config)
@@ -214,6 +218,9 @@ impl VmConfig {
             let ports: Vec<String> = self.ports.iter().map(ToString::to_string).collect();
             vmx.set(PORTS, ports.join(","));
         }
+        if self.hardware.is_some() && !is_pc(vmx) {
+            write_pc(vmx, self.firmware());
+        }
         if let Some(mac) = self.mac {
             vmx.set("ethernet0.address", format_mac(mac));
         }
@@ -222,11 +229,16 @@ impl VmConfig {
         }
     }
 
+    fn firmware(&self) -> Firmware {
+        self.hardware.as_ref().map_or(Firmware::Bios, |hardware| hardware.firmware)
+    }
+
     /// Whether all values are possible on any host.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_size(self.cpus, self.memory_mib)?;
-        if self.hardware.is_none() {
-            in_range("A disk size in GiB", self.disk_gib, DISK_GIB)?;
+        let least = if self.hardware.is_none() { *DISK_GIB.start() } else { 1 };
+        if !self.template.is_empty() {
+            in_range("A disk size in GiB", self.disk_gib, least..=*DISK_GIB.end())?;
         }
         check_text("The name", &self.name, |_| true)?;
         check_text("The template", &self.template, |c| c.is_ascii_alphanumeric() || "-_.".contains(c))?;
@@ -240,6 +252,29 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// Whether the VM is one of an image that starts by its own loader.
+fn is_pc(vmx: &Vmx) -> bool {
+    vmx.get(MACHINE) == Some(PC)
+}
+
+/// Describes the machine of such a VM, as its guest most likely has drivers for; whoever knows better changes it.
+fn write_pc(vmx: &mut Vmx, firmware: Firmware) {
+    vmx.set(MACHINE, PC);
+    vmx.set("firmware", if firmware == Firmware::Efi { "efi" } else { "bios" });
+    vmx.set("sata0.present", "TRUE");
+    vmx.set("sata0:0.present", "TRUE");
+    vmx.set("sata0:0.filename", "disk.qcow2");
+    vmx.set("ethernet0.virtualdev", "e1000e");
+}
+
+/// The machine that [`write_pc`] describes.
+pub fn pc(firmware: Firmware) -> Result<Hardware, ConfigError> {
+    let mut vmx = Vmx::default();
+    write_pc(&mut vmx, firmware);
+    vmx.set("ethernet0.present", "TRUE");
+    Hardware::from_vmx(&vmx)
 }
 
 /// Whether a VM can have so many CPUs and so much memory (MiB) here.
