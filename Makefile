@@ -18,7 +18,7 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
 # What only tests need: the programs that Catalyst is driven by.
-TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec
+TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec openssl:openssl
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

@@ -30,7 +30,7 @@ pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot};
 pub use system::{NetworkInfo, Version};
 pub use template::{CreateTemplate, ExportVm, ImportImage, TemplateInfo, WarmInfo, WarmRequest};
 pub use vm::{
-    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, SetUpInfo,
+    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, Proxy, SetUpInfo,
     SetUpStage, SshInfo, StartMode, UpdateVm, Vm, VmState,
 };
 

@@ -315,6 +315,28 @@ pub struct CreateVm {
     /// `ssh_authorized_keys`, `write_files`, `runcmd` and `hostname`, or a script that begins with `#!`. At most 256 KiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data: Option<String>,
+    /// Proxies that shells, services and dockerd in the new guest use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<Proxy>,
+    /// Certificates of authorities that the new guest trusts, each text one or several in PEM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ca_certificates: Vec<String>,
+}
+
+/// Proxies of the host. One that it has on its loopback alone is refused; one that listens on its other addresses too is
+/// reached there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Proxy {
+    /// `HTTP_PROXY`, as `http://NAME:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<String>,
+    /// `HTTPS_PROXY`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub https: Option<String>,
+    /// `NO_PROXY`: names and networks that are reached directly, with commas between.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_proxy: Option<String>,
 }
 
 /// Body of `POST /v1/vms/{id}/clones`.

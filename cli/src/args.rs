@@ -256,12 +256,27 @@ pub struct Create {
     /// Set the guest up with this `#cloud-config` or script when it is on for the first time; `-` is standard input
     #[arg(long, value_name = "FILE", conflicts_with = "from")]
     pub user_data: Option<PathBuf>,
+    /// Pass this shell's HTTP_PROXY, HTTPS_PROXY and NO_PROXY on to the guest, or not [default: `proxy` of config.toml, or none]
+    #[arg(long, value_name = "host|none", value_enum, num_args = 0..=1, default_missing_value = "host", require_equals = true)]
+    pub proxy: Option<ProxyFrom>,
+    /// Let the guest trust the authorities in this file of PEM; may be given several times
+    #[arg(long = "ca", value_name = "FILE", conflicts_with = "from")]
+    pub ca: Vec<PathBuf>,
     /// Power it on too
     #[arg(long)]
     pub on: bool,
     /// Wait until ssh and docker answer in it
     #[arg(long, requires = "on")]
     pub wait: bool,
+}
+
+/// Where a guest's proxies are from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ProxyFrom {
+    /// The environment.
+    Host,
+    /// It has none.
+    None,
 }
 
 /// `vm set`

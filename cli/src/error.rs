@@ -45,11 +45,11 @@ pub enum CliError {
     #[error(transparent)]
     Ssh(#[from] crate::commands::ssh::SshError),
     /// A file of the user's.
-    #[error("cannot {what} {}", path.display())]
+    #[error("cannot read the {what} in {}", path.display())]
     File {
-        /// What was tried.
+        /// What is in it.
         what: &'static str,
-        /// On what.
+        /// It.
         path: PathBuf,
         /// Why not.
         source: PlainIo,

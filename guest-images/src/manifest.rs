@@ -145,7 +145,10 @@ impl Manifest {
             return Err(ManifestError::Format(format));
         }
         let manifest: Self = serde_json::from_slice(text).map_err(ManifestError::Parse)?;
-        for name in [DISK_FILE, KERNEL_FILE, INITRD_FILE] {
+        // What starts by its own loader has its kernel on its disk.
+        let files: &[_] =
+            if manifest.machine.is_some() { &[DISK_FILE] } else { &[DISK_FILE, KERNEL_FILE, INITRD_FILE] };
+        for &name in files {
             if !manifest.files.contains_key(name) {
                 return Err(ManifestError::Unlisted(name));
             }

@@ -18,6 +18,7 @@ pub fn user_data(checks: &mut Checks) {
     applied(checks, &mut world);
     not_again(checks, &world);
     cold(checks, &world);
+    of_the_host(checks, &world);
 }
 
 fn write(world: &World, name: &str, text: &str) -> String {
@@ -148,4 +149,60 @@ fn cold(checks: &mut Checks, world: &World) {
             assert_eq!(stage(world, "first"), "pending");
         },
     );
+}
+
+fn of_the_host(checks: &mut Checks, world: &World) {
+    let gateway =
+        world.curl("GET", "/v1/network", None).json()["gateway"].as_str().unwrap_or_default().to_owned();
+    let create = |id: &str, proxy: &str, args: &[&str]| {
+        let mut command = world.catalyst_command(&["vm", "create", id]);
+        command
+            .args(args)
+            .env("HTTP_PROXY", proxy)
+            .env("no_proxy", "intern.example")
+            .env_remove("HTTPS_PROXY");
+        catalyst_tests::world::ran(command)
+    };
+    checks.check(
+        "a proxy that guests do not reach, and what is no certificate, are refused in words",
+        || {
+            let error = create("bad", "http://127.0.0.1:3128", &["--proxy"]).error(1).to_owned();
+            assert!(error.contains("loopback alone") && error.contains(":3128"), "{error}");
+            assert!(create("bad", "http://$(reboot)", &["--proxy"]).error(1).contains("http://NAME:PORT"));
+            assert!(create("bad", "", &["--proxy"]).error(1).contains("no proxy"));
+            let file = write(world, "bad.pem", "-----BEGIN PRIVATE KEY-----");
+            assert!(create("bad", "", &["--ca", &file]).error(1).contains("private key"));
+        },
+    );
+    checks.check("proxies and authorities of this machine are in a guest that goes on, for shells, services, apt and dockerd", || {
+        let (key, pem) = (world.path("ca.key"), world.path("ca.pem"));
+        let mut make = std::process::Command::new("openssl");
+        make.args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=Test authority"]);
+        catalyst_tests::world::run(make.arg("-keyout").arg(&key).arg("-out").arg(&pem));
+        // It listens on every address, so guests reach it by the bridge's.
+        let mut listener = world.command("busybox");
+        let mut listener = listener.args(["nc", "-ll", "-p", "3128"]).stdout(std::process::Stdio::null()).spawn().unwrap();
+        wait_until("it listens", LIMIT, || {
+            let mut cat = world.command("cat");
+            cat.arg("/proc/net/tcp").arg("/proc/net/tcp6");
+            catalyst_tests::world::ran(cat).stdout.contains(":0C38 ")
+        });
+        let ran = create("web3", "http://localhost:3128", &["--proxy", "--ca", pem.to_str().unwrap()]);
+        let _ = listener.kill();
+        let _ = listener.wait();
+        ran.ok();
+        world.catalyst(&["vmpower", "on", "web3"]).ok();
+        wait_until("it is set up", LIMIT, || ["done", "failed"].contains(&stage(world, "web3").as_str()));
+        assert_eq!(stage(world, "web3"), "done", "{}", vm(world, "web3"));
+        let wanted = format!("HTTP_PROXY=http://{gateway}:3128");
+        let shell = world.catalyst(&["ssh", "web3", "--", "env; sudo env"]).ok().to_owned();
+        assert_eq!(shell.matches(&wanted).count(), 2, "{shell}");
+        assert!(shell.contains("NO_PROXY=intern.example,localhost"), "{shell}");
+        let service = guest(world, "web3", "systemd-run --quiet --pipe --wait env");
+        assert!(service.contains(&wanted), "{service}");
+        assert!(guest(world, "web3", "docker info").contains(&format!("http://{gateway}:3128")));
+        assert!(guest(world, "web3", "apt-config dump").contains(&format!("http://{gateway}:3128")));
+        guest(world, "web3", "openssl verify /usr/local/share/ca-certificates/catalyst-1.crt");
+        guest(world, "web3", "docker run --rm busybox true");
+    });
 }

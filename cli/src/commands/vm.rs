@@ -6,20 +6,20 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use catalyst_api::{
-    CloneVm, CreateVm, MemoryInfo, PowerOp, SetUpInfo, SetUpStage, UpdateVm, Version, Vm, VmState,
+    CloneVm, CreateVm, MemoryInfo, PowerOp, Proxy, SetUpInfo, SetUpStage, UpdateVm, Version, Vm, VmState,
 };
 
 use super::{Context, for_each, guest, port, power, snapshot};
 use crate::Outcome;
-use crate::args;
+use crate::args::{self, ProxyFrom};
 use crate::client::Client;
 use crate::error::{CliError, PlainIo};
 use crate::progress::Board;
 use crate::table::{Cell, Table, Tone};
 use crate::{output, size, text, wait};
 
-/// Longest user-data, in bytes; the daemon says what is wrong with it.
-const MAX_USER_DATA: u64 = 256 * 1024;
+/// Longest user-data, or file of certificates, in bytes; the daemon says what is wrong with it.
+const MAX_TEXT: u64 = 256 * 1024;
 
 /// Runs a `vm` command.
 pub fn run(context: &Context, command: args::Vm) -> Outcome {
@@ -42,6 +42,13 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
     let (client, daemon) = context.connect()?;
     // The daemon has another working directory.
     let source = asked.from.map(|path| std::path::absolute(&path).unwrap_or(path));
+    let proxy = match asked.proxy {
+        Some(ProxyFrom::Host) => Some(proxies(env)),
+        Some(ProxyFrom::None) => None,
+        // A setting for all VMs has nothing to say where there is no proxy, or no agent.
+        None if context.passes_proxy && source.is_none() => Some(proxies(env)).filter(has_proxy),
+        None => None,
+    };
     let body = CreateVm {
         id: asked.id,
         name: asked.name,
@@ -53,7 +60,9 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         disk_gib: asked.disk,
         tags: asked.tags,
         publish: asked.publish,
-        user_data: asked.user_data.as_deref().map(user_data).transpose()?,
+        user_data: asked.user_data.as_deref().map(|path| text("user-data", path)).transpose()?,
+        proxy,
+        ca_certificates: asked.ca.iter().map(|path| text("certificates", path)).collect::<Result<_, _>>()?,
     };
     let mut vm = client.create(&body)?;
     match &vm.source {
@@ -72,14 +81,31 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
     told(context, &vm)
 }
 
-/// The text of a file with user-data, or of standard input.
-fn user_data(path: &Path) -> Result<String, CliError> {
+/// What the environment says of proxies, which programs look for by names in either case.
+fn proxies(env: impl Fn(&str) -> Option<String>) -> Proxy {
+    let set =
+        |name: &str| env(name).or_else(|| env(&name.to_ascii_lowercase())).filter(|value| !value.is_empty());
+    Proxy { http: set("HTTP_PROXY"), https: set("HTTPS_PROXY"), no_proxy: set("NO_PROXY") }
+}
+
+fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn has_proxy(proxy: &Proxy) -> bool {
+    proxy.http.is_some() || proxy.https.is_some()
+}
+
+/// The text of a file for the daemon, or of standard input.
+fn text(what: &'static str, path: &Path) -> Result<String, CliError> {
     let read = |from: &mut dyn Read| {
         let mut text = String::new();
-        from.take(MAX_USER_DATA + 1).read_to_string(&mut text)?;
-        if text.len() as u64 > MAX_USER_DATA {
-            let why = format!("it has more than {MAX_USER_DATA} bytes");
-            return Err(io::Error::new(io::ErrorKind::FileTooLarge, why));
+        from.take(MAX_TEXT + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > MAX_TEXT {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("it has more than {MAX_TEXT} bytes"),
+            ));
         }
         Ok(text)
     };
@@ -88,11 +114,7 @@ fn user_data(path: &Path) -> Result<String, CliError> {
     } else {
         File::open(path).and_then(|mut file| read(&mut file))
     };
-    text.map_err(|source| CliError::File {
-        what: "read the user-data",
-        path: path.to_owned(),
-        source: PlainIo(source),
-    })
+    text.map_err(|source| CliError::File { what, path: path.to_owned(), source: PlainIo(source) })
 }
 
 /// How far a guest is set up, for people.
@@ -341,6 +363,19 @@ mod tests {
         assert!(text.contains("Reason    the VM process was killed (signal 9)\n"), "{text}");
         assert!(text.contains("Name      Web  [2Jserver\n"), "{text}");
         assert!(!text.contains("Guest"), "{text}");
+    }
+
+    #[test]
+    fn proxies_are_found_by_names_in_either_case() {
+        let found = proxies(|name| match name {
+            "HTTP_PROXY" => Some("http://a:1".to_owned()),
+            "http_proxy" => Some("http://b:1".to_owned()),
+            "https_proxy" => Some("http://c:1".to_owned()),
+            "NO_PROXY" => Some(String::new()),
+            _ => None,
+        });
+        assert_eq!((found.http.as_deref(), found.https.as_deref()), (Some("http://a:1"), Some("http://c:1")));
+        assert!(found.no_proxy.is_none() && has_proxy(&found) && !has_proxy(&proxies(|_| None)));
     }
 
     #[test]

@@ -235,6 +235,7 @@ impl Failure for CreateError {
             | Self::SourceAlone
             | Self::DiskTooSmall { .. }
             | Self::UserData(_)
+            | Self::Host(_)
             | Self::UserDataNoAgent => ErrorCode::InvalidRequest,
             Self::Unknown(_) => ErrorCode::VmNotFound,
             Self::Template { source, .. } => image_code(source),

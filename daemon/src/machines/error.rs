@@ -15,6 +15,7 @@ use crate::store::foreign::{RegisterError, RegisterFailed};
 use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
 use crate::user_data::UserDataError;
+use crate::user_data::host::HostError;
 
 /// No such VM.
 #[derive(Debug, Error)]
@@ -86,9 +87,12 @@ pub enum CreateError {
     /// The user-data is none, or asks for what there is not.
     #[error(transparent)]
     UserData(#[from] UserDataError),
+    /// A setting of the host's cannot be passed on.
+    #[error(transparent)]
+    Host(#[from] HostError),
     /// A registered VM has no agent.
     #[error(
-        "A VM that is registered in place, or of an imported image, has no agent of Catalyst's that could apply user-data"
+        "A VM that is registered in place, or of an imported image, has no agent of Catalyst's that could set it up: leave user-data, proxy and certificates out"
     )]
     UserDataNoAgent,
     /// Its disks are not ours.

@@ -276,7 +276,7 @@ impl Machines {
             if request.cpus.is_some() || request.memory_mib.is_some() {
                 return Err(CreateError::ParentSize);
             }
-            let set_up = set_up::asked(&request)?;
+            let set_up = set_up::asked(&self.0, &request)?;
             let clone =
                 clones::Asked { id: request.id, tags: request.tags, publish: request.publish, set_up };
             let made = self.clone_running(parent, vec![clone]).await?;
@@ -341,7 +341,7 @@ impl Machines {
         lease: &Lease,
     ) -> Result<VmDir, CreateError> {
         let template = request.template.clone().unwrap_or_else(|| DEFAULT_TEMPLATE.to_owned());
-        let set_up = set_up::asked(&request)?;
+        let set_up = set_up::asked(&self.0, &request)?;
         let (context, id, lease) = (Arc::clone(&self.0), id.clone(), lease.clone());
         blocking(move || {
             let image = as_root(|| context.images.current(&template))
@@ -397,7 +397,7 @@ impl Machines {
         if inherited.hardware.is_some() {
             return Err(CreateError::Registered(parent.dir().id().clone()));
         }
-        let set_up = set_up::asked(&request)?;
+        let set_up = set_up::asked(&self.0, &request)?;
         let base = VmConfig { name: id.to_string(), ..inherited };
         let config = with_lease(with_request(base, request), lease);
         config.check()?;

@@ -41,13 +41,25 @@ impl Machines {
         source: String,
         request: CreateVm,
     ) -> Result<VmDir, CreateError> {
-        let CreateVm { name, parent, template, cpus, memory_mib, disk_gib, tags, publish, user_data, .. } =
-            request;
+        let CreateVm {
+            name,
+            parent,
+            template,
+            cpus,
+            memory_mib,
+            disk_gib,
+            tags,
+            publish,
+            user_data,
+            proxy,
+            ca_certificates,
+            ..
+        } = request;
         let sized = cpus.is_some() || memory_mib.is_some() || disk_gib.is_some();
         if parent.is_some() || template.is_some() || sized {
             return Err(CreateError::SourceAlone);
         }
-        if user_data.is_some() {
+        if user_data.is_some() || proxy.is_some() || !ca_certificates.is_empty() {
             return Err(CreateError::UserDataNoAgent);
         }
         // No two ids for one VMX.

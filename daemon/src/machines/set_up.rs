@@ -3,16 +3,25 @@
 use catalyst_agent_protocol::{SetUpReport, SetUpState};
 use catalyst_api::{CreateVm, SetUpInfo, SetUpStage};
 
+use super::Context;
 use super::error::CreateError;
 use super::shared::Shared;
 use crate::agent::{AgentError, AgentLink, ProblemKind};
 use crate::store::set_up::Kept;
-use crate::user_data::UserData;
+use crate::user_data::{UserData, host};
 
 /// What a request asks to set up in the new guest.
-pub(super) fn asked(request: &CreateVm) -> Result<Option<Kept>, CreateError> {
-    let Some(text) = &request.user_data else { return Ok(None) };
-    let UserData { hostname, mut set_up } = UserData::parse(text)?;
+pub(super) fn asked(context: &Context, request: &CreateVm) -> Result<Option<Kept>, CreateError> {
+    let CreateVm { user_data, proxy, ca_certificates, .. } = request;
+    if user_data.is_none() && proxy.is_none() && ca_certificates.is_empty() {
+        return Ok(None);
+    }
+    let UserData { hostname, mut set_up } =
+        user_data.as_deref().map(UserData::parse).transpose()?.unwrap_or_default();
+    if let Some(proxy) = proxy {
+        host::add_proxy(&mut set_up, proxy, context.network.gateway())?;
+    }
+    host::add_certificates(&mut set_up, ca_certificates)?;
     // Each VM is an instance of its own, whatever disk it begins with.
     set_up.instance = uuid::Uuid::new_v4().simple().to_string();
     Ok(Some(Kept { hostname, document: set_up }))

@@ -403,6 +403,7 @@ pub fn parse(text: &str) -> Result<UserData, UserDataError> {
         users: users.collect(),
         authorized_keys: document.ssh_authorized_keys.unwrap_or_default().0,
         files: files.collect::<Result<_, _>>()?,
+        preparation: Vec::new(),
         commands: document.runcmd.unwrap_or_default().into_iter().map(|command| command.0).collect(),
     };
     Ok(UserData { hostname: document.hostname.map(|name| name.0), set_up })

@@ -2,6 +2,7 @@
 //! shell script. It is read here, typed and whole, so that what is wrong is told when the VM is made.
 
 mod cloud_config;
+pub mod host;
 
 use catalyst_agent_protocol::SetUp;
 use catalyst_agent_protocol::set_up::{Content, NewFile};

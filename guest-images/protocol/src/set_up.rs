@@ -22,6 +22,8 @@ pub struct SetUp {
     pub authorized_keys: Vec<String>,
     /// Files, which are written when the users are there.
     pub files: Vec<NewFile>,
+    /// Shell commands that come before, each by itself; they are not counted.
+    pub preparation: Vec<String>,
     /// Pieces of one shell script, which is run when the guest has its network.
     pub commands: Vec<String>,
 }

@@ -22,17 +22,17 @@ const TAIL: u64 = 400;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Runs them; what failed comes back, with the end of the output.
-pub fn run(config: &Config, commands: &[String]) -> Vec<String> {
-    match try_run(config, commands) {
+pub fn run(config: &Config, preparation: &[String], commands: &[String]) -> Vec<String> {
+    match try_run(config, preparation, commands) {
         Ok(problems) => problems,
         Err(error) => vec![format!("the commands cannot be run: {error}")],
     }
 }
 
-fn try_run(config: &Config, commands: &[String]) -> io::Result<Vec<String>> {
+fn try_run(config: &Config, preparation: &[String], commands: &[String]) -> io::Result<Vec<String>> {
     let at = |name: &str| config.root.join(name);
     let (script, failed) = (at(SCRIPT), at(FAILED));
-    replace(&script, text(commands).as_bytes(), 0o700, None)?;
+    replace(&script, text(preparation, commands).as_bytes(), 0o700, None)?;
     let _ = fs::remove_file(&failed);
     let log = at(LOG);
     if let Some(folder) = log.parent() {
@@ -64,8 +64,12 @@ fn try_run(config: &Config, commands: &[String]) -> io::Result<Vec<String>> {
 }
 
 /// The script: each command, and after it a word if it failed.
-fn text(commands: &[String]) -> String {
+fn text(preparation: &[String], commands: &[String]) -> String {
     let mut text = String::from("#!/bin/sh\necho 0 >/proc/self/oom_score_adj\n");
+    for command in preparation {
+        // Writing to a String does not fail.
+        let _ = write!(text, "{command}\n[ $? = 0 ] || echo 0 >>\"$CATALYST_FAILED\"\n");
+    }
     for (number, command) in (1..).zip(commands) {
         // Writing to a String does not fail.
         let _ = write!(text, "{command}\n[ $? = 0 ] || echo {number} >>\"$CATALYST_FAILED\"\n");
@@ -75,6 +79,9 @@ fn text(commands: &[String]) -> String {
 
 fn problems(commands: &[String], named: &str) -> Vec<String> {
     let of = |number: usize| {
+        if number == 0 {
+            return Some("passing the host's settings on failed".to_owned());
+        }
         let command = commands.get(number.checked_sub(1)?)?;
         let shown: String = command.lines().next().unwrap_or_default().chars().take(60).collect();
         Some(format!("command {number} of {} failed: {shown}", commands.len()))
@@ -107,15 +114,15 @@ mod tests {
         fs::create_dir(root.path().join("run")).unwrap();
         let config = Config { root: root.path().to_owned(), network: false };
         let commands: Vec<String> = commands.iter().map(|&command| command.to_owned()).collect();
-        let problems = run(&config, &commands);
+        let problems = run(&config, &["Y=6".to_owned(), "test $Y = 6".to_owned()], &commands);
         (problems, fs::read_to_string(root.path().join(LOG)).unwrap())
     }
 
     #[test]
     fn all_are_run_in_one_shell_and_what_failed_is_named_with_the_end_of_the_output() {
         let (problems, log) =
-            ran(&["cd /usr; X=5", "pwd; echo $X", "ls /nowhere", "echo last # a comment", "(exit 3)"]);
-        assert!(log.starts_with("/usr\n5\n") && log.ends_with("last\n"), "{log}");
+            ran(&["cd /usr; X=5", "pwd; echo $X$Y", "ls /nowhere", "echo last # a comment", "(exit 3)"]);
+        assert!(log.starts_with("/usr\n56\n") && log.ends_with("last\n"), "{log}");
         assert_eq!(problems.len(), 2, "{problems:?}");
         assert!(problems[0].contains("command 3 of 5 failed: ls /nowhere"), "{problems:?}");
         assert!(problems[1].contains("command 5 of 5") && problems[1].contains("last"), "{problems:?}");

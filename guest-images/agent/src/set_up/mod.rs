@@ -44,6 +44,7 @@ struct Progress {
 #[derive(Debug)]
 struct Waiting {
     instance: String,
+    preparation: Vec<String>,
     commands: Vec<String>,
     problems: Vec<String>,
 }
@@ -102,8 +103,8 @@ impl Setting {
                 problems.push(format!("{} was not written: {error}", file.path));
             }
         }
-        let SetUp { instance, commands, .. } = document;
-        if commands.is_empty() {
+        let SetUp { instance, preparation, commands, .. } = document;
+        if commands.is_empty() && preparation.is_empty() {
             self.lock().under_way = None;
             return end(config, &instance, problems);
         }
@@ -112,7 +113,7 @@ impl Setting {
         if !config.files_only() {
             nix::unistd::sync();
         }
-        self.lock().waiting = Some(Waiting { instance, commands, problems });
+        self.lock().waiting = Some(Waiting { instance, preparation, commands, problems });
         if session.is_identified() {
             self.go_on(session);
         }
@@ -124,8 +125,8 @@ impl Setting {
         let Some(waiting) = self.lock().waiting.take() else { return };
         let (setting, session) = (Arc::clone(self), Arc::clone(session));
         thread::spawn(move || {
-            let Waiting { instance, commands, mut problems } = waiting;
-            problems.extend(commands::run(&session.config, &commands));
+            let Waiting { instance, preparation, commands, mut problems } = waiting;
+            problems.extend(commands::run(&session.config, &preparation, &commands));
             let report = end(&session.config, &instance, problems);
             setting.lock().under_way = None;
             session.tell_set_up(report);
