@@ -15,6 +15,9 @@ pub struct TemplateInfo {
     /// What its owner made it from: a VM, or a file that was imported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub made_from: Option<String>,
+    /// Its VMs start by their own loader and have no agent: it was imported.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub foreign: bool,
     /// Size of its disk in GiB: no VM's is smaller.
     pub disk_gib: u64,
     /// VMs of this daemon that stand on it.

@@ -7,6 +7,7 @@ use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::digest::sha256_file;
@@ -19,6 +20,8 @@ use crate::store::{CURRENT_LINK, Image, ImageError, ImageStore, check_name, io_e
 
 /// Images that are being made start with this, and the number of the process that does.
 const NEW: &str = ".new-";
+/// How many this process has begun.
+static COUNT: AtomicU32 = AtomicU32::new(0);
 /// The only version's folder while it is made.
 const VERSION: &str = "version";
 
@@ -67,7 +70,8 @@ impl ImageStore {
             }
             _ => {}
         }
-        let aside = own.join(format!("{NEW}{}-{name}", std::process::id()));
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let aside = own.join(format!("{NEW}{}-{number}", std::process::id()));
         let new = NewTemplate { store: self.clone(), name: name.to_owned(), target, aside };
         let _ = fs::remove_dir_all(&new.aside);
         let folder = new.folder();

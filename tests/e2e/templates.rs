@@ -52,6 +52,7 @@ pub fn templates(checks: &mut Checks) {
     exported(checks, &world);
     imported(checks, &world);
     deleted(checks, &world);
+    of_a_user(checks);
 }
 
 fn guest(world: &World, vm: &str, script: &str) -> String {
@@ -262,4 +263,55 @@ fn deleted(checks: &mut Checks, world: &World) {
         let list = world.catalyst(&["template", "list"]).ok().to_owned();
         assert!(!list.contains(&tried) && !list.contains(&still), "{list}");
     });
+}
+
+fn of_a_user(checks: &mut Checks) {
+    checks.check(
+        "a user who is not root has templates of his own, which nobody else sees, and leaves nothing half",
+        || {
+            const UID: u32 = 12_347;
+            let world = World::owned_by(UID);
+            let (folder, own) = (world.path("home"), world.images.join(format!(".of-{UID}")));
+            let [good, bad] = ["good.qcow2", "bad.raw"].map(|file| folder.join(file));
+            boxes::disk(&folder, "good.qcow2", Kind::Qcow2);
+            fs::write(&bad, vec![0; 1 << 20]).unwrap();
+            for file in [&good, &bad] {
+                std::os::unix::fs::chown(file, Some(UID), Some(UID)).unwrap();
+            }
+            let import = |file: &Path| {
+                world.catalyst(&["image", "import", file.to_str().unwrap(), "--name", &name("deb")])
+            };
+            assert!(import(&bad).error(1).contains("no boot sector"));
+            assert_eq!(fs::read_dir(&own).unwrap().count(), 0);
+            let secret = world.path("roots.qcow2");
+            fs::copy(&good, &secret).unwrap();
+            fs::set_permissions(&secret, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+            assert!(import(&secret).error(1).to_lowercase().contains("permission denied"));
+            import(&good).ok();
+            world
+                .catalyst(&["vm", "create", "deb1", "--template", &name("deb"), "--memory", "128M", "--on"])
+                .ok();
+            let log = world.vm_dir("deb1").join("console.log");
+            wait_until("its loader speaks", LIMIT, || {
+                fs::read_to_string(&log).unwrap_or_default().contains(boxes::WORD)
+            });
+            let other = World::new();
+            assert!(!other.catalyst(&["template", "list"]).ok().contains(&name("deb")));
+            assert!(
+                other
+                    .catalyst(&["vm", "create", "x", "--template", &name("deb")])
+                    .error(1)
+                    .contains("no image")
+            );
+            world.catalyst(&["vmpower", "off", "deb1"]).ok();
+            let out = folder.join("out.qcow2");
+            world.catalyst(&["image", "export", "deb1", out.to_str().unwrap()]).ok();
+            assert_eq!(out.metadata().unwrap().uid(), UID);
+            let error = world.catalyst(&["image", "export", "deb1", "/etc/out.qcow2"]).error(1).to_owned();
+            assert!(error.contains("out.qcow2") && !Path::new("/etc/out.qcow2").exists(), "{error}");
+            world.catalyst(&["vm", "delete", "deb1"]).ok();
+            world.catalyst(&["template", "delete", &name("deb")]).ok();
+            fs::remove_dir_all(&own).unwrap();
+        },
+    );
 }

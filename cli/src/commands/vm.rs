@@ -44,10 +44,13 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
     let source = asked.from.map(|path| std::path::absolute(&path).unwrap_or(path));
     let proxy = match asked.proxy {
         Some(ProxyFrom::Host) => Some(proxies(env)),
-        Some(ProxyFrom::None) => None,
         // A setting for all VMs has nothing to say where there is no proxy, or no agent.
-        None if context.passes_proxy && source.is_none() => Some(proxies(env)).filter(has_proxy),
-        None => None,
+        None if context.passes_proxy && source.is_none() => {
+            let foreign = |name| client.template(name).is_ok_and(|template| template.foreign);
+            let agent = !asked.template.as_deref().is_some_and(foreign);
+            Some(proxies(env)).filter(|proxy| has_proxy(proxy) && agent)
+        }
+        Some(ProxyFrom::None) | None => None,
     };
     let body = CreateVm {
         id: asked.id,

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use catalyst_api::{ErrorCode, ExportVm, ImportImage, Task, VmState};
-use catalyst_images::{Machine, NewTemplate, Origin};
+use catalyst_images::{ImageError, Machine, NewTemplate, Origin};
 use catalyst_vmm::description::Format;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use tokio::sync::{mpsc, oneshot};
@@ -41,14 +41,43 @@ pub(super) async fn still<T: Send + 'static>(
     result.await.map_err(|_| VmState::Blocked)
 }
 
-/// Copies a disk of the owner's to where root alone writes.
-pub(super) fn hand_over(raw: &Path, template: &NewTemplate) -> io::Result<()> {
-    let source = File::open(raw)?;
-    as_root(|| {
-        let to = File::options().write(true).create_new(true).mode(0o644).open(template.disk())?;
-        sparse::copy(&source, &to)?;
-        to.sync_all()
-    })
+/// A template that is being made, in a folder of root's.
+pub(super) struct Making(Option<NewTemplate>);
+
+impl Making {
+    /// Begins it.
+    pub fn begin(context: &Context, name: &str) -> Result<Self, ImageError> {
+        as_root(|| context.images.begin_template(name)).map(|template| Self(Some(template)))
+    }
+
+    /// Its folder.
+    pub fn folder(&self) -> PathBuf {
+        self.0.as_ref().map(NewTemplate::folder).unwrap_or_default()
+    }
+
+    /// Copies a disk of the owner's to where root alone writes.
+    pub fn take_disk(&self, raw: &Path) -> io::Result<()> {
+        let Some(template) = &self.0 else { return Ok(()) };
+        let source = File::open(raw)?;
+        as_root(|| {
+            let to = File::options().write(true).create_new(true).mode(0o644).open(template.disk())?;
+            sparse::copy(&source, &to)?;
+            to.sync_all()
+        })
+    }
+
+    /// Puts it into its place; what is said of it then.
+    pub fn finish(mut self, origin: &Origin<'_>) -> Result<String, Refusal> {
+        let made = self.0.take().map(|template| as_root(|| template.finish(origin))).transpose()?;
+        Ok(format!("made template {}", made.map(|made| made.name).unwrap_or_default()))
+    }
+}
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        // What is left of it is root's.
+        as_root(|| drop(self.0.take()));
+    }
 }
 
 /// Writes what a VM's disk holds, and all below it, to `to`.
@@ -192,7 +221,7 @@ impl Machines {
         };
         let image = image::open_or_raw(&folder, &file)
             .map_err(|error| invalid(chain(&StoreError::from(error)).join(": ")))?;
-        let template = as_root(|| self.0.images.begin_template(&name))?;
+        let template = Making::begin(&self.0, &name)?;
         let (task, told) = self.task(&format!("image import {name}"))?;
         let context = Arc::clone(&self.0);
         tokio::spawn(async move {
@@ -208,9 +237,8 @@ impl Machines {
                         "{file} has no boot sector: a template of others must start by its own loader"
                     ))
                 })?;
-                hand_over(&raw, &template).map_err(failed("keep the disk in", &template.folder()))?;
-                let made = as_root(|| template.finish(&Origin::Disk(machine, file)))?;
-                Ok(format!("made template {}", made.name))
+                template.take_disk(&raw).map_err(failed("keep the disk in", &template.folder()))?;
+                template.finish(&Origin::Disk(machine, file))
             })
             .await;
             end(task, done);

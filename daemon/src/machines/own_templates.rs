@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use catalyst_api::{CreateTemplate, ErrorCode, Task};
-use catalyst_images::{Image, NewTemplate, Origin};
+use catalyst_images::{Image, Origin};
 use catalyst_vmm::description::Format;
 use tokio::sync::oneshot;
 
 use super::clones::with_memory;
-use super::disks::{blocking, end, hand_over, still};
+use super::disks::{Making, blocking, end, still};
 use super::freeze::Frozen;
 use super::machine::Command;
 use super::shared::Shared;
@@ -47,7 +47,7 @@ struct Made {
 
 impl Machines {
     /// Begins to make a template of a VM.
-    pub async fn create_template(&self, request: CreateTemplate) -> Result<Task, Refusal> {
+    pub fn create_template(&self, request: &CreateTemplate) -> Result<Task, Refusal> {
         let (shared, _) = self.find(&request.vm)?;
         let id = shared.dir().id().clone();
         if shared.is_foreign() {
@@ -68,7 +68,7 @@ impl Machines {
             let message = format!("The VM '{id}' is {state}; a template is made from a VM that is on or off");
             return Err(Refusal::new(ErrorCode::WrongState, message));
         }
-        let template = as_root(|| self.0.images.begin_template(&request.name))?;
+        let template = Making::begin(&self.0, &request.name)?;
         let (task, told) = self.task(&format!("template create {} from {id}", request.name))?;
         let machines = self.clone();
         tokio::spawn(async move {
@@ -81,7 +81,7 @@ impl Machines {
     async fn make_template(
         &self,
         shared: &Arc<Shared>,
-        template: NewTemplate,
+        template: Making,
         task: Running,
     ) -> (Running, Result<String, Refusal>) {
         let dir = shared.dir().clone();
@@ -126,11 +126,7 @@ impl Machines {
         }
         task.step(90, "putting the template into place");
         let origin = format!("VM '{}'", shared.dir().id());
-        blocking(task, move || {
-            let made = as_root(|| template.finish(&Origin::Vm(&made.image, origin)))?;
-            Ok(format!("made template {}", made.name))
-        })
-        .await
+        blocking(task, move || template.finish(&Origin::Vm(&made.image, origin))).await
     }
 
     /// Starts what was copied, has it forget who it is, and puts its disk, and memory if it runs, into the template.
@@ -138,7 +134,7 @@ impl Machines {
         &self,
         made: &Made,
         copy: &Path,
-        template: &NewTemplate,
+        template: &Making,
         task: &Running,
     ) -> Result<(), WarmError> {
         let context = &self.0;
@@ -194,7 +190,7 @@ async fn save(
     context: &Arc<Context>,
     made: &Made,
     vm: &Template,
-    template: &NewTemplate,
+    template: &Making,
     task: &Running,
 ) -> Result<(), WarmError> {
     let link = vm.greet().await?;
@@ -222,7 +218,7 @@ async fn save(
         .map_err(std::io::Error::other)
         .map_err(failed("flatten the disk"))?
         .map_err(StoreError::from)?;
-    hand_over(&flat, template).map_err(failed("keep the template's disk"))?;
+    template.take_disk(&flat).map_err(failed("keep the template's disk"))?;
     let Some((saved, files, machine)) = saved else { return Ok(()) };
     // The machine goes on above the disk as it was when it was saved. The tool is root's here, as the folder is.
     let empty = warm.join(DISK);

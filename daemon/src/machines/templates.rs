@@ -97,6 +97,7 @@ impl Machines {
         Ok(TemplateInfo {
             name: name.to_owned(),
             made_from: image.manifest.made_from.clone(),
+            foreign: image.manifest.machine.is_some(),
             disk_gib: disk_gib(&image),
             used_by: used.iter().filter(|version| **version == image.version).count(),
             version: image.version,

@@ -32,7 +32,7 @@ async fn create(
     State(app): State<App>,
     JsonBody(request): JsonBody<CreateTemplate>,
 ) -> Result<(StatusCode, Json<Task>), Refusal> {
-    Ok((StatusCode::ACCEPTED, Json(app.machines.create_template(request).await?)))
+    Ok((StatusCode::ACCEPTED, Json(app.machines.create_template(&request)?)))
 }
 
 /// Deletes a template that was made from a VM or imported, and that no VM stands on.
