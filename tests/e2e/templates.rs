@@ -269,7 +269,7 @@ fn of_a_user(checks: &mut Checks) {
     checks.check(
         "a user who is not root has templates of his own, which nobody else sees, and leaves nothing half",
         || {
-            const UID: u32 = 12_347;
+            const UID: u32 = 65_534;
             let world = World::owned_by(UID);
             let (folder, own) = (world.path("home"), world.images.join(format!(".of-{UID}")));
             let [good, bad] = ["good.qcow2", "bad.raw"].map(|file| folder.join(file));
