@@ -557,7 +557,7 @@ runcmd:
             ("runcmd:\n  - ''\n", 3, &["empty"]),
             ("runcmd: echo\n", 2, &["runcmd"]),
             ("hostname: a\n\tusers: []\n", 2, &["tab"]),
-            ("hostname: *nothing\n", 2, &["nothing"]),
+            ("hostname: *nothing\n", 2, &["hostname", "anchor"]),
         ] {
             let error = parse(&format!("#cloud-config\n{text}")).unwrap_err();
             let told = error.to_string();
