@@ -18,7 +18,7 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
 # What only tests need: the programs that Catalyst is driven by.
-TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec lintian:lintian chromium:chromium node:nodejs npm:npm
+TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec openssl:openssl lintian:lintian chromium:chromium node:nodejs npm:npm
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -115,7 +115,7 @@ versions: ## the clients and tools of docs/CLIENTS.md, as they are here
 	@tests/versions $(RELEASE)
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
-KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life folders pair ports cpus many
+KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life user_data templates folders pair ports cpus many
 e2e-kvm: export LAB_TIMEOUT ?= 10800
 e2e-kvm: export LAB_CPUS ?= 1
 e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root)

@@ -35,6 +35,10 @@ pub enum ErrorCode {
     FolderNotFound,
     /// The VM has another folder of this name.
     FolderExists,
+    /// There is a template of this name.
+    TemplateExists,
+    /// There is a file of this name.
+    FileExists,
     /// Programs in the guest use it.
     Busy,
     /// The port of the host is taken; the message says by whom.

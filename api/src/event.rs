@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{GuestStatus, MemoryInfo, Task, VmState};
+use crate::{GuestStatus, MemoryInfo, SetUpInfo, Task, VmState};
 
 /// Something happened.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -59,6 +59,13 @@ pub enum EventKind {
         id: String,
         /// What it says.
         guest: GuestStatus,
+    },
+    /// The setting up of a guest moved on.
+    VmSetUp {
+        /// The VM's id.
+        id: String,
+        /// How far it is.
+        set_up: SetUpInfo,
     },
     /// A long task moved on.
     Task {

@@ -29,10 +29,10 @@ pub use image::{ImageInfo, ImageState, Task, TaskState};
 pub use port::{HostAddress, Port, PortName, PortState, Protocol, PublishPort};
 pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot};
 pub use system::{NetworkInfo, Version};
-pub use template::{TemplateInfo, WarmInfo, WarmRequest};
+pub use template::{CreateTemplate, ExportVm, ImportImage, TemplateInfo, WarmInfo, WarmRequest};
 pub use vm::{
-    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, SshInfo,
-    StartMode, UpdateVm, Vm, VmState,
+    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, Proxy, SetUpInfo,
+    SetUpStage, SshInfo, StartMode, UpdateVm, Vm, VmState,
 };
 
 /// The port the daemon listens on where nothing else is said, as AppCatalyst did.

@@ -12,6 +12,16 @@ pub struct TemplateInfo {
     pub name: String,
     /// The image's version that new VMs are made from.
     pub version: String,
+    /// What its owner made it from: a VM, or a file that was imported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_from: Option<String>,
+    /// Its VMs start by their own loader and have no agent: it was imported.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub foreign: bool,
+    /// Size of its disk in GiB: no VM's is smaller.
+    pub disk_gib: u64,
+    /// VMs of this daemon that stand on it.
+    pub used_by: usize,
     /// Its warm states, the newest first.
     pub warm: Vec<WarmInfo>,
 }
@@ -40,6 +50,39 @@ pub struct WarmInfo {
     pub reason: Option<String>,
     /// VMs of this daemon whose disk stands on its disk.
     pub used_by: usize,
+}
+
+/// Body of `POST /v1/templates`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateTemplate {
+    /// The VM that it is made from: off, its disk; on, its memory too, so that new VMs go on from there.
+    pub vm: String,
+    /// Its name: a-z, 0-9, `-` and `.`, at most 64.
+    pub name: String,
+}
+
+/// Body of `POST /v1/images/import`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ImportImage {
+    /// Absolute path of a disk on the daemon's machine that starts by its own loader: qcow2, VMDK, or raw by the ending
+    /// `.raw` or `.img`.
+    pub path: String,
+    /// The name of the template that it becomes; by default the file's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+/// Body of `POST /v1/vms/{id}/export`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ExportVm {
+    /// Absolute path of the qcow2 on the daemon's machine.
+    pub path: String,
+    /// Whether a file that is there may be overwritten.
+    #[serde(default)]
+    pub force: bool,
 }
 
 /// Body of `POST /v1/templates/{name}/warm`.

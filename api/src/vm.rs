@@ -187,6 +187,42 @@ pub struct GuestStatus {
     pub agent_version: Option<String>,
 }
 
+/// How far the setting up of a guest by user-data is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SetUpStage {
+    /// It begins when the VM is on for the first time.
+    Pending,
+    /// Users and files are there; the commands run.
+    Running,
+    /// All is done.
+    Done,
+    /// It is over, and something failed.
+    Failed,
+}
+
+impl SetUpStage {
+    /// The word on the wire.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Running => "running",
+            Self::Done => "done",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+/// How far the setting up of a guest is, and what failed. Untrusted: the guest says it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SetUpInfo {
+    /// How far it is.
+    pub state: SetUpStage,
+    /// What failed, with the end of the commands' output, in one line.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
 /// A virtual machine as `vm show` tells it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Vm {
@@ -226,6 +262,9 @@ pub struct Vm {
     /// How it began.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_mode: Option<StartMode>,
+    /// How far the guest is set up by user-data, where the VM was made with any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set_up: Option<SetUpInfo>,
     /// Ports of the guest that are published on the host.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ports: Vec<Port>,
@@ -234,6 +273,9 @@ pub struct Vm {
     pub autostart: bool,
     /// The VM's configuration file.
     pub vmx: String,
+    /// Its guest starts by its own loader and has no agent: it was registered in place, or is of an imported image.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub foreign: bool,
     /// The VMX that was registered in place, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
@@ -283,6 +325,32 @@ pub struct CreateVm {
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schema(max_items = 128)]
     pub publish: Vec<PublishPort>,
+    /// What the new guest is set up with, once, when it is on for the first time: a `#cloud-config` with `users`,
+    /// `ssh_authorized_keys`, `write_files`, `runcmd` and `hostname`, or a script that begins with `#!`. At most 256 KiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data: Option<String>,
+    /// Proxies that shells, services and dockerd in the new guest use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proxy: Option<Proxy>,
+    /// Certificates of authorities that the new guest trusts, each text one or several in PEM.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub ca_certificates: Vec<String>,
+}
+
+/// Proxies of the host. One that it has on its loopback alone is refused; one that listens on its other addresses too is
+/// reached there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Proxy {
+    /// `HTTP_PROXY`, as `http://NAME:PORT`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub http: Option<String>,
+    /// `HTTPS_PROXY`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub https: Option<String>,
+    /// `NO_PROXY`: names and networks that are reached directly, with commas between.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_proxy: Option<String>,
 }
 
 /// Body of `POST /v1/vms/{id}/clones`.

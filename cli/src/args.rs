@@ -68,10 +68,10 @@ pub enum Command {
     /// Show folders of this machine in guests
     #[command(subcommand)]
     Folder(Folder),
-    /// Build, list and check the images that VMs are made from
+    /// Build, list and check the images that VMs are made from; import and export disks
     #[command(subcommand)]
     Image(Image),
-    /// Show templates, and make them warm: new VMs go on from there instead of booting
+    /// Make, show and delete templates, and make them warm: new VMs go on from there instead of booting
     #[command(subcommand)]
     Template(Template),
     /// Publish ports of guests on this machine
@@ -253,12 +253,30 @@ pub struct Create {
     /// Publish a port of the guest on this machine, for example 8080:80; may be given several times
     #[arg(long, value_name = PORT)]
     pub publish: Vec<PublishPort>,
+    /// Set the guest up with this `#cloud-config` or script when it is on for the first time; `-` is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "from")]
+    pub user_data: Option<PathBuf>,
+    /// Pass this shell's HTTP_PROXY, HTTPS_PROXY and NO_PROXY on to the guest, or not [default: `proxy` of config.toml, or none]
+    #[arg(long, value_name = "host|none", value_enum, num_args = 0..=1, default_missing_value = "host", require_equals = true)]
+    pub proxy: Option<ProxyFrom>,
+    /// Let the guest trust the authorities in this file of PEM; may be given several times
+    #[arg(long = "ca", value_name = "FILE", conflicts_with = "from")]
+    pub ca: Vec<PathBuf>,
     /// Power it on too
     #[arg(long)]
     pub on: bool,
     /// Wait until ssh and docker answer in it
     #[arg(long, requires = "on")]
     pub wait: bool,
+}
+
+/// Where a guest's proxies are from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum ProxyFrom {
+    /// The environment.
+    Host,
+    /// It has none.
+    None,
 }
 
 /// `vm set`
@@ -427,6 +445,27 @@ pub enum Image {
     },
     /// Check every file of an image against its manifest
     Verify(ImageName),
+    /// Make a template of a disk of others that starts by its own loader: qcow2, VMDK, raw
+    Import {
+        /// The disk
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// The template's name [default: the file's]
+        #[arg(long, value_parser = names::image)]
+        name: Option<String>,
+    },
+    /// Write the disk of a VM that is off into a qcow2 that stands on nothing
+    Export {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// The file
+        #[arg(value_name = "FILE.qcow2")]
+        file: PathBuf,
+        /// Overwrite a file that is there
+        #[arg(short, long)]
+        force: bool,
+    },
     /// Remove an image that no VM stands on
     #[command(visible_alias = "rm")]
     Remove(ImageName),
@@ -454,6 +493,22 @@ pub enum Template {
         /// Their memory in MiB, or with a unit: 512M, 1.5G [default: 1024]
         #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
         memory: Option<u64>,
+    },
+    /// Make a template of a VM: of one that runs with its memory, so that new VMs go on from there
+    Create {
+        /// The VM
+        #[arg(value_parser = names::vm_id)]
+        vm: String,
+        /// The template's name
+        #[arg(value_parser = names::image)]
+        name: String,
+    },
+    /// Delete templates that were made from VMs or imported
+    #[command(visible_alias = "rm")]
+    Delete {
+        /// The templates
+        #[arg(required = true, value_name = "NAME", value_parser = names::image)]
+        names: Vec<String>,
     },
     /// List the templates and their warm states
     #[command(visible_alias = "ls")]

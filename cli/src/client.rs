@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{
-    Address, ApiError, CloneVm, CreateFolder, CreateSnapshot, CreateVm, Doctor, ErrorCode, Folder, ImageInfo,
-    MemoryInfo, NetworkInfo, Port, PortName, PowerRequest, PublishPort, RestoreSnapshot, Snapshot, SshInfo,
-    Task, TemplateInfo, UpdateVm, Version, Vm, WarmRequest,
+    Address, ApiError, CloneVm, CreateFolder, CreateSnapshot, CreateTemplate, CreateVm, Doctor, ErrorCode,
+    ExportVm, Folder, ImageInfo, ImportImage, MemoryInfo, NetworkInfo, Port, PortName, PowerRequest,
+    PublishPort, RestoreSnapshot, Snapshot, SshInfo, Task, TemplateInfo, UpdateVm, Version, Vm, WarmRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -195,6 +195,26 @@ impl Client {
     /// `GET /v1/vms/{id}`.
     pub fn vm(&self, id: &str) -> Result<Vm, ClientError> {
         self.get(&path(&["vms", id]))
+    }
+
+    /// `POST /v1/templates`.
+    pub fn create_template(&self, body: &CreateTemplate) -> Result<Task, ClientError> {
+        self.call(&Method::POST, &path(&["templates"]), Some(body), ANSWER)
+    }
+
+    /// `DELETE /v1/templates/{name}`.
+    pub fn delete_template(&self, name: &str) -> Result<(), ClientError> {
+        self.discard(&Method::DELETE, &path(&["templates", name]))
+    }
+
+    /// `POST /v1/images/import`.
+    pub fn import(&self, body: &ImportImage) -> Result<Task, ClientError> {
+        self.call(&Method::POST, &path(&["images", "import"]), Some(body), ANSWER)
+    }
+
+    /// `POST /v1/vms/{id}/export`.
+    pub fn export(&self, id: &str, body: &ExportVm) -> Result<Task, ClientError> {
+        self.call(&Method::POST, &path(&["vms", id, "export"]), Some(body), ANSWER)
     }
 
     /// `POST /v1/vms`.

@@ -2,6 +2,7 @@
 
 use std::error::Error;
 use std::io;
+use std::path::PathBuf;
 
 use nix::errno::Errno;
 
@@ -43,6 +44,16 @@ pub enum CliError {
     /// `ssh` could not be run.
     #[error(transparent)]
     Ssh(#[from] crate::commands::ssh::SshError),
+    /// A file of the user's.
+    #[error("cannot read the {what} in {}", path.display())]
+    File {
+        /// What is in it.
+        what: &'static str,
+        /// It.
+        path: PathBuf,
+        /// Why not.
+        source: PlainIo,
+    },
     /// The daemon took the request to stop and did not.
     #[error(
         "the daemon (pid {pid}) has not ended within {seconds} s; see its log, or end it with: kill {pid}"

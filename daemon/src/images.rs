@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 use catalyst_api as api;
-use catalyst_images::{ImageState, ImageStore};
+use catalyst_images::manifest::DISK_FILE;
+use catalyst_images::{Image, ImageState, ImageStore};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, BufReader};
@@ -44,6 +45,11 @@ struct Progress {
     percent: Option<u8>,
     #[serde(default)]
     message: Option<String>,
+}
+
+/// Size of an image's disk in GiB, rounded up: no VM's disk is smaller.
+pub fn disk_gib(image: &Image) -> u64 {
+    image.manifest.files.get(DISK_FILE).map_or(0, |disk| disk.size.div_ceil(1 << 30))
 }
 
 impl Images {

@@ -24,4 +24,5 @@ pub mod store;
 pub mod systemd;
 pub mod tasks;
 pub mod usage;
+pub mod user_data;
 pub mod warm;

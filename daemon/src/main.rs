@@ -151,7 +151,7 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     let engine = args.engine.unwrap_or(EngineChoice::Auto);
     let engines = tokio::spawn(Engines::choose(engine, probe::run()));
     let events = Events::default();
-    let images = ImageStore::open(&args.image_dir);
+    let images = ImageStore::open(&args.image_dir).with_own(owner.uid);
     let tasks = Tasks::new(events);
     let image_tasks = Images::new(images.clone(), tasks.clone(), state_dir.clone());
     if let Err(error) = image_tasks.register() {

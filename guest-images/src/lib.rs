@@ -13,7 +13,9 @@ pub mod modules;
 pub mod recipe;
 pub mod sources;
 pub mod store;
+pub mod template;
 
 pub use build::{BuildError, BuildOptions, BuildOutcome, Progress, build};
-pub use manifest::{FileEntry, Manifest, Package};
+pub use manifest::{FileEntry, Machine, Manifest, Package};
 pub use store::{Image, ImageError, ImageInfo, ImageState, ImageStore, Removal, VerifyProgress};
+pub use template::{NewTemplate, Origin};

@@ -43,6 +43,16 @@ pub struct FileEntry {
     pub sparse: bool,
 }
 
+/// The machine of an image that starts by its own loader.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Machine {
+    /// A PC with a BIOS.
+    Bios,
+    /// A PC with UEFI.
+    Efi,
+}
+
 /// What an image consists of and how it was made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Manifest {
@@ -74,6 +84,12 @@ pub struct Manifest {
     /// Arguments to add where the CPU is emulated in software and so has none of the weaknesses that
     /// mitigations cost time for.
     pub command_line_software_cpu: String,
+    /// What it was made from by its owner, where no recipe made it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub made_from: Option<String>,
+    /// The machine that its guest starts on by its own loader; a kernel of ours starts it if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub machine: Option<Machine>,
     /// The files, by name.
     pub files: BTreeMap<String, FileEntry>,
     /// All packages, sorted by name.
@@ -129,7 +145,10 @@ impl Manifest {
             return Err(ManifestError::Format(format));
         }
         let manifest: Self = serde_json::from_slice(text).map_err(ManifestError::Parse)?;
-        for name in [DISK_FILE, KERNEL_FILE, INITRD_FILE] {
+        // What starts by its own loader has its kernel on its disk.
+        let files: &[_] =
+            if manifest.machine.is_some() { &[DISK_FILE] } else { &[DISK_FILE, KERNEL_FILE, INITRD_FILE] };
+        for &name in files {
             if !manifest.files.contains_key(name) {
                 return Err(ManifestError::Unlisted(name));
             }

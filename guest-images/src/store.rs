@@ -21,6 +21,8 @@ const REMOVE_PREFIX: &str = ".remove-";
 pub const CURRENT_LINK: &str = "current";
 /// File that `verify` leaves in a damaged version; it holds the reason.
 const DAMAGE_FILE: &str = "damaged";
+/// What the folder of a user's own images is called before the user's number.
+const OWN_PREFIX: &str = ".of-";
 /// Longest name or version that is accepted.
 const MAX_NAME: usize = 64;
 
@@ -68,6 +70,11 @@ pub enum ImageError {
         "'{0}' is no name of an image: use 1 to {MAX_NAME} of a-z, 0-9, '-' and '.', beginning with a letter or digit"
     )]
     BadName(String),
+    /// There is one of that name.
+    #[error(
+        "there is a template '{0}' already: choose another name, or delete it with 'catalyst template delete {0}'"
+    )]
+    Exists(String),
     /// A file of the store cannot be read or changed.
     #[error("cannot {action} {path}", path = .path.display())]
     Io {
@@ -175,12 +182,30 @@ pub struct Removal {
 #[derive(Debug, Clone)]
 pub struct ImageStore {
     root: PathBuf,
+    /// The folder of one user's own images.
+    own: Option<PathBuf>,
 }
 
 impl ImageStore {
     /// The store in the folder `root`, which need not exist yet.
     pub fn open(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self { root: root.into(), own: None }
+    }
+
+    /// The same with the own images of the user `uid`, which nobody else sees.
+    #[must_use]
+    pub fn with_own(self, uid: u32) -> Self {
+        let own = self.root.join(format!("{OWN_PREFIX}{uid}"));
+        Self { own: Some(own), ..self }
+    }
+
+    pub(crate) fn own(&self) -> Option<&Path> {
+        self.own.as_deref()
+    }
+
+    /// Whether the image `name` is a user's own.
+    pub fn is_own(&self, name: &str) -> bool {
+        check_name(name).is_ok() && self.own.as_ref().is_some_and(|own| own.join(name).is_dir())
     }
 
     /// The store's folder.
@@ -195,13 +220,20 @@ impl ImageStore {
 
     /// The folder of the image `name`.
     pub fn image_dir(&self, name: &str) -> PathBuf {
-        self.root.join(name)
+        let own = self.own.as_ref().map(|own| own.join(name)).filter(|own| own.is_dir());
+        own.unwrap_or_else(|| self.root.join(name))
     }
 
     /// All versions of all images, half-built and damaged ones too, by name, the newest first.
     pub fn list(&self) -> Result<Vec<ImageInfo>, ImageError> {
         let mut infos = Vec::new();
-        for name in folder_names(&self.root)? {
+        let mut names = folder_names(&self.root)?;
+        if let Some(own) = &self.own {
+            names.extend(folder_names(own)?);
+        }
+        names.sort();
+        names.dedup();
+        for name in names {
             if check_name(&name).is_err() {
                 continue;
             }
@@ -365,7 +397,7 @@ impl ImageStore {
 }
 
 /// Whether `name` may name an image or a version: it becomes a part of a path.
-fn check_name(name: &str) -> Result<(), ImageError> {
+pub(crate) fn check_name(name: &str) -> Result<(), ImageError> {
     let plain = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit();
     let good = name.len() <= MAX_NAME
         && name.bytes().next().is_some_and(plain)
@@ -490,7 +522,7 @@ pub(crate) fn remove_folder(dir: &Path, entry: &str) -> Result<(), ImageError> {
     fs::remove_dir_all(&aside).map_err(|source| io_error("remove", &aside, source))
 }
 
-fn io_error(action: &'static str, path: &Path, source: io::Error) -> ImageError {
+pub(crate) fn io_error(action: &'static str, path: &Path, source: io::Error) -> ImageError {
     ImageError::Io { action, path: path.to_owned(), source }
 }
 

@@ -23,6 +23,8 @@ fn store(versions: &[&str]) -> (tempfile::TempDir, ImageStore) {
             files.insert(file.to_owned(), entry);
         }
         let manifest = Manifest {
+            made_from: None,
+            machine: None,
             format: MANIFEST_FORMAT,
             name: "lumen".into(),
             version: (*version).into(),

@@ -1,7 +1,7 @@
 //! VMs that are registered in place: boxes of others, with disks, controllers and loaders of others
 //! (AppCatalyst reference sections 1.3 and 3.3).
 
-mod boxes;
+pub mod boxes;
 mod hostile;
 mod vagrant;
 

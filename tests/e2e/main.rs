@@ -32,7 +32,9 @@ mod schemas;
 mod settings;
 mod snapshots;
 mod systemd;
+mod templates;
 mod ui;
+mod user_data;
 mod vagrant;
 
 use catalyst_tests::harness::{self, Group};
@@ -51,6 +53,8 @@ const GROUPS: &[Group] = &[
     ("snapshots", snapshots::snapshots),
     ("vagrant", vagrant::vagrant),
     ("ui", ui::ui),
+    ("user_data", user_data::user_data),
+    ("templates", templates::templates),
     ("folders", folders::folders),
     ("ports", ports::ports),
     ("life", life::life),

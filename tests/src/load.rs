@@ -11,7 +11,7 @@ use nix::sched::{CloneFlags, setns};
 
 use crate::World;
 
-const LENGTH: Duration = Duration::from_secs(60);
+const LENGTH: Duration = Duration::from_mins(1);
 const PER_SECOND: u32 = 200;
 const CLIENTS: u32 = 4;
 /// What is read, one after another.

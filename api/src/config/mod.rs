@@ -59,6 +59,8 @@ pub struct Config {
     pub parent: Option<String>,
     /// The daemon that the command line speaks to.
     pub url: Option<String>,
+    /// Whether the command line passes its proxies on to new guests: `host` or `none`.
+    pub proxy: Option<String>,
 }
 
 impl Config {
@@ -80,6 +82,7 @@ impl Config {
             engine: self.engine.or(other.engine),
             parent: self.parent.or(other.parent),
             url: self.url.or(other.url),
+            proxy: self.proxy.or(other.proxy),
         }
     }
 
@@ -93,6 +96,11 @@ impl Config {
                 Err(_) => Err(format!("the path of {what} must begin with '/' or '~/'")),
             },
         };
+        if let Some(proxy) = &self.proxy
+            && !["host", "none"].contains(&proxy.as_str())
+        {
+            return Err(format!("proxy is \"{}\"; it may be \"host\" or \"none\"", proxy.escape_debug()));
+        }
         Ok(Self { vm_dir: whole("VMs", self.vm_dir)?, log_dir: whole("logs", self.log_dir)?, ..self })
     }
 }
@@ -182,6 +190,7 @@ mod tests {
             ("\nport = \"1\"", "", ["config.toml", "'port' on line 2"]),
             ("listen", "", ["config.toml", "mend"]),
             ("vm_dir = \"VMs\"", "", ["config.toml", "VMs must begin"]),
+            ("proxy = \"http://x\"", "", ["config.toml", "it may be"]),
             ("", "PORT=many", [".appcatalyst.conf", "PORT"]),
             ("", "PORT=0", [".appcatalyst.conf", "PORT"]),
             ("", "DEFAULT_LOG_PATH=logs", [".appcatalyst.conf", "logs must begin"]),

@@ -1,4 +1,4 @@
-//! `config.toml`: of TOML (v1.0) what six settings need, which are texts: comments, and lines `key = "text"` or
+//! `config.toml`: of TOML (v1.0) what seven settings need, which are texts: comments, and lines `key = "text"` or
 //! `key = 'text'`.
 
 use super::Config;
@@ -21,6 +21,7 @@ pub(super) fn parse(text: &str) -> Result<Config, String> {
             "engine" => &mut config.engine,
             "parent" => &mut config.parent,
             "url" => &mut config.url,
+            "proxy" => &mut config.proxy,
             "vm_dir" | "log_dir" => {
                 let path = if key == "vm_dir" { &mut config.vm_dir } else { &mut config.log_dir };
                 if path.replace(value.into()).is_some() {
@@ -29,7 +30,7 @@ pub(super) fn parse(text: &str) -> Result<Config, String> {
                 continue;
             }
             _ => {
-                let known = "listen, vm_dir, log_dir, engine, parent and url";
+                let known = "listen, vm_dir, log_dir, engine, parent, url and proxy";
                 let key: String = key.chars().take(80).collect();
                 return Err(format!("there is no setting '{key}' on line {number}; there are {known}"));
             }
@@ -72,12 +73,13 @@ mod tests {
     #[test]
     fn every_setting_is_read_with_comments_and_both_quotes() {
         let text = "# mine\nlisten = \"localhost:9000\" # there\nvm_dir='/v # m'\nlog_dir = \"/l\"\n\
-                    engine = \"kvm\"\nparent = \"a\\\"b\\\\\"\nurl = \"http://x:1\"\n";
+                    engine = \"kvm\"\nparent = \"a\\\"b\\\\\"\nurl = \"http://x:1\"\nproxy = \"host\"\n";
         let config = parse(text).unwrap();
         assert_eq!(config.listen.as_deref(), Some("localhost:9000"));
         assert_eq!((config.vm_dir, config.log_dir), (Some("/v # m".into()), Some("/l".into())));
         assert_eq!(config.parent.as_deref(), Some("a\"b\\"));
         assert_eq!(config.url.as_deref(), Some("http://x:1"));
+        assert_eq!(config.proxy.as_deref(), Some("host"));
     }
 
     #[test]

@@ -34,6 +34,7 @@ fn line(event: &Event) -> String {
         EventKind::VmUsage { id, cpu_ms, memory } => {
             format!("{id}: {cpu_ms} ms of CPU, {} private", crate::size::human(memory.private))
         }
+        EventKind::VmSetUp { id, set_up } => format!("{id}: {}", super::vm::set_up_line(set_up)),
         EventKind::VmGuest { id, guest } => format!("{id}: {}", crate::wait::stage(guest)),
         EventKind::Task { task } => match task.state {
             TaskState::Running => format!("{}: {} %, {}", task.title, task.percent, task.message),

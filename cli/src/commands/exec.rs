@@ -24,7 +24,7 @@ pub fn run(context: &Context, asked: args::Exec) -> Outcome {
     let client = context.client()?;
     let wait = Wait { client: &client, id: &asked.id, what: "its agent", limit: context.timeout };
     // One of others has none, and the daemon says so.
-    wait.until(&Board::new(), |vm| Ok((vm.guest.agent || vm.source.is_some()).then_some(())))?;
+    wait.until(&Board::new(), |vm| Ok((vm.guest.agent || vm.foreign).then_some(())))?;
     let target = path(&["vms", &asked.id, "exec", "stream"]);
     Ok(ExitCode::from(converse(client.host(), &target, asked)?))
 }

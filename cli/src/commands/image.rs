@@ -1,8 +1,9 @@
 //! `image …`
 
+use std::path::Path;
 use std::process::ExitCode;
 
-use catalyst_api::{ImageInfo, ImageState};
+use catalyst_api::{ExportVm, ImageInfo, ImageState, ImportImage, Task};
 
 use super::Context;
 use crate::args::Image;
@@ -16,6 +17,16 @@ pub fn run(context: &Context, command: Image) -> Outcome {
     match command {
         Image::Build(image) => task(context, &client, &image.name, "build", "Built"),
         Image::Verify(image) => task(context, &client, &image.name, "verify", "Verified"),
+        Image::Import { file, name } => {
+            let body = ImportImage { path: absolute(&file), name };
+            let task = tasks::follow(&client, || client.import(&body))?;
+            ended(context, &task)
+        }
+        Image::Export { vm, file, force } => {
+            let body = ExportVm { path: absolute(&file), force };
+            let task = tasks::follow(&client, || client.export(&vm, &body))?;
+            ended(context, &task)
+        }
         Image::List => list(context, &client),
         Image::Show { image, manifest: true } => {
             output::json(&client.manifest(&image.name)?)?;
@@ -38,6 +49,19 @@ fn task(context: &Context, client: &Client, name: &str, verb: &str, done: &str) 
     output::info(&format!("{done} image '{name}'"));
     if context.json {
         output::json(&task)?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A file as the daemon finds it, whose working directory is another.
+fn absolute(file: &Path) -> String {
+    std::path::absolute(file).unwrap_or_else(|_| file.to_owned()).to_string_lossy().into_owned()
+}
+
+fn ended(context: &Context, task: &Task) -> Outcome {
+    output::info(&format!("{}: {}", task.title, task.message));
+    if context.json {
+        output::json(task)?;
     }
     Ok(ExitCode::SUCCESS)
 }

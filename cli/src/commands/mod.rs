@@ -42,6 +42,8 @@ pub struct Context {
     host: Host,
     json: bool,
     timeout: Duration,
+    /// The proxy setting of the user's file.
+    passes_proxy: bool,
 }
 
 impl Context {
@@ -67,8 +69,10 @@ fn settings() -> Result<Config, CliError> {
 
 /// Runs the command.
 pub fn run(cli: Cli) -> Outcome {
+    let settings = settings()?;
     let context = Context {
-        host: Host::choose(cli.global.host.as_deref(), &settings()?)?,
+        host: Host::choose(cli.global.host.as_deref(), &settings)?,
+        passes_proxy: settings.proxy.as_deref() == Some("host"),
         json: cli.global.json,
         timeout: Duration::from_secs(cli.global.timeout),
     };

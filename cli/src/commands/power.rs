@@ -71,7 +71,7 @@ pub fn apply(client: &Client, id: &str, request: PowerRequest, board: &Board) ->
 
 /// Waits until ssh and docker answer in the VM.
 pub fn wait_until_up(context: &Context, client: &Client, id: &str, board: &Board) -> Result<Vm, CliError> {
-    if client.vm(id)?.source.is_some() {
+    if client.vm(id)?.foreign {
         // Nothing in its guest tells more.
         let wait = Wait { client, id, what: "its address", limit: context.timeout };
         return wait.until(board, |vm| client.address(id).map(|_| Some(vm.clone())));

@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
-use catalyst_api::{TemplateInfo, WarmInfo, WarmRequest};
+use catalyst_api::{CreateTemplate, TemplateInfo, WarmInfo, WarmRequest};
 
-use super::Context;
+use super::{Context, for_each};
 use crate::args::Template;
 use crate::client::Client;
+use crate::progress::Board;
 use crate::table::{Cell, Table, Tone};
 use crate::{Outcome, output, size, tasks, text};
 
@@ -17,6 +18,23 @@ pub fn run(context: &Context, command: Template) -> Outcome {
         Template::Warm { template, cpus, memory } => {
             warm(context, &client, &template.name, WarmRequest { cpus, memory_mib: memory })
         }
+        Template::Create { vm, name } => {
+            let body = CreateTemplate { vm, name };
+            let task = tasks::follow(&client, || client.create_template(&body))?;
+            output::info(&format!("Made template '{}' from VM '{}'", body.name, body.vm));
+            if context.json {
+                output::json(&task)?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        Template::Delete { names } => for_each(&names, &Board::new(), |name| {
+            client.delete_template(name)?;
+            output::info(&format!("Deleted template '{name}'"));
+            if context.json {
+                output::json_line(&serde_json::json!({ "name": name, "deleted": true }))?;
+            }
+            Ok(())
+        }),
         Template::List => {
             let templates = client.templates()?;
             if context.json {
@@ -82,6 +100,11 @@ fn description(template: &TemplateInfo) -> String {
     let mut pairs = Table::pairs();
     pairs.pair("Name", &template.name);
     pairs.pair("Version", &template.version);
+    if let Some(from) = &template.made_from {
+        pairs.pair("Made from", from);
+    }
+    pairs.pair("Disk", size::human(template.disk_gib.saturating_mul(size::GIB)));
+    pairs.pair("Used by", format!("{} VMs", template.used_by));
     let mut texts = vec![pairs.render(output::colours())];
     if template.warm.is_empty() {
         texts.push(format!("No warm state; make one: catalyst template warm {}\n", template.name));

@@ -1,17 +1,25 @@
 //! `vm …`: create, clone, list, show, change, delete.
 
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
 use std::process::ExitCode;
 
-use catalyst_api::{CloneVm, CreateVm, MemoryInfo, PowerOp, UpdateVm, Version, Vm, VmState};
+use catalyst_api::{
+    CloneVm, CreateVm, MemoryInfo, PowerOp, Proxy, SetUpInfo, SetUpStage, UpdateVm, Version, Vm, VmState,
+};
 
 use super::{Context, for_each, guest, port, power, snapshot};
 use crate::Outcome;
-use crate::args;
+use crate::args::{self, ProxyFrom};
 use crate::client::Client;
-use crate::error::CliError;
+use crate::error::{CliError, PlainIo};
 use crate::progress::Board;
 use crate::table::{Cell, Table, Tone};
 use crate::{output, size, text, wait};
+
+/// Longest user-data, or file of certificates, in bytes; the daemon says what is wrong with it.
+const MAX_TEXT: u64 = 256 * 1024;
 
 /// Runs a `vm` command.
 pub fn run(context: &Context, command: args::Vm) -> Outcome {
@@ -34,6 +42,16 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
     let (client, daemon) = context.connect()?;
     // The daemon has another working directory.
     let source = asked.from.map(|path| std::path::absolute(&path).unwrap_or(path));
+    let proxy = match asked.proxy {
+        Some(ProxyFrom::Host) => Some(proxies(env)),
+        // A setting for all VMs has nothing to say where there is no proxy, or no agent.
+        None if context.passes_proxy && source.is_none() => {
+            let foreign = |name| client.template(name).is_ok_and(|template| template.foreign);
+            let agent = !asked.template.as_deref().is_some_and(foreign);
+            Some(proxies(env)).filter(|proxy| has_proxy(proxy) && agent)
+        }
+        Some(ProxyFrom::None) | None => None,
+    };
     let body = CreateVm {
         id: asked.id,
         name: asked.name,
@@ -45,6 +63,9 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         disk_gib: asked.disk,
         tags: asked.tags,
         publish: asked.publish,
+        user_data: asked.user_data.as_deref().map(|path| text("user-data", path)).transpose()?,
+        proxy,
+        ca_certificates: asked.ca.iter().map(|path| text("certificates", path)).collect::<Result<_, _>>()?,
     };
     let mut vm = client.create(&body)?;
     match &vm.source {
@@ -61,6 +82,53 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         }
     }
     told(context, &vm)
+}
+
+/// What the environment says of proxies, which programs look for by names in either case.
+fn proxies(env: impl Fn(&str) -> Option<String>) -> Proxy {
+    let set =
+        |name: &str| env(name).or_else(|| env(&name.to_ascii_lowercase())).filter(|value| !value.is_empty());
+    Proxy { http: set("HTTP_PROXY"), https: set("HTTPS_PROXY"), no_proxy: set("NO_PROXY") }
+}
+
+fn env(name: &str) -> Option<String> {
+    std::env::var(name).ok()
+}
+
+fn has_proxy(proxy: &Proxy) -> bool {
+    proxy.http.is_some() || proxy.https.is_some()
+}
+
+/// The text of a file for the daemon, or of standard input.
+fn text(what: &'static str, path: &Path) -> Result<String, CliError> {
+    let read = |from: &mut dyn Read| {
+        let mut text = String::new();
+        from.take(MAX_TEXT + 1).read_to_string(&mut text)?;
+        if text.len() as u64 > MAX_TEXT {
+            return Err(io::Error::new(
+                io::ErrorKind::FileTooLarge,
+                format!("it has more than {MAX_TEXT} bytes"),
+            ));
+        }
+        Ok(text)
+    };
+    let text = if path == Path::new("-") {
+        read(&mut io::stdin())
+    } else {
+        File::open(path).and_then(|mut file| read(&mut file))
+    };
+    text.map_err(|source| CliError::File { what, path: path.to_owned(), source: PlainIo(source) })
+}
+
+/// How far a guest is set up, for people.
+pub fn set_up_line(set_up: &SetUpInfo) -> String {
+    let words = match set_up.state {
+        SetUpStage::Pending => "set up when it is on for the first time",
+        SetUpStage::Running => "users and files are there, its commands run",
+        SetUpStage::Done => "set up",
+        SetUpStage::Failed => "setting it up failed",
+    };
+    set_up.message.as_ref().map_or_else(|| words.to_owned(), |message| format!("{words}: {message}"))
 }
 
 fn clone(context: &Context, parent: &str, id: &str, count: Option<u32>) -> Outcome {
@@ -188,6 +256,9 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
     if vm.state.has_process() {
         pairs.pair("Guest", guest_line(vm));
     }
+    if let Some(set_up) = &vm.set_up {
+        pairs.pair("User-data", set_up_line(set_up));
+    }
     if !vm.tags.is_empty() {
         pairs.pair("Tags", vm.tags.join(", "));
     }
@@ -213,7 +284,7 @@ fn description(vm: &Vm, used: Option<MemoryInfo>) -> Table {
 }
 
 fn guest_line(vm: &Vm) -> String {
-    if vm.source.is_some() {
+    if vm.foreign {
         return (if vm.guest.identity { "it has its address" } else { "it has no address yet" }).to_owned();
     }
     let version = vm.guest.agent_version.as_ref().map(|version| format!(" (agent {version})"));
@@ -280,9 +351,11 @@ mod tests {
             pid: None,
             started: None,
             start_mode: None,
+            set_up: None,
             ports: Vec::new(),
             autostart: false,
             vmx: "/s/vms/web1/web1.vmx".to_owned(),
+            foreign: false,
             source: None,
         }
     }
@@ -303,6 +376,19 @@ mod tests {
         assert!(text.contains("Reason    the VM process was killed (signal 9)\n"), "{text}");
         assert!(text.contains("Name      Web  [2Jserver\n"), "{text}");
         assert!(!text.contains("Guest"), "{text}");
+    }
+
+    #[test]
+    fn proxies_are_found_by_names_in_either_case() {
+        let found = proxies(|name| match name {
+            "HTTP_PROXY" => Some("http://a:1".to_owned()),
+            "http_proxy" => Some("http://b:1".to_owned()),
+            "https_proxy" => Some("http://c:1".to_owned()),
+            "NO_PROXY" => Some(String::new()),
+            _ => None,
+        });
+        assert_eq!((found.http.as_deref(), found.https.as_deref()), (Some("http://a:1"), Some("http://c:1")));
+        assert!(found.no_proxy.is_none() && has_proxy(&found) && !has_proxy(&proxies(|_| None)));
     }
 
     #[test]

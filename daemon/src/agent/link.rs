@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use catalyst_agent_protocol::{
-    Channel, Control, Decoder, Frame, HEADER, MAX_PAYLOAD, MAX_STREAMS, Problem, Reply, Request,
+    Channel, Control, Decoder, Frame, HEADER, MAX_PAYLOAD, MAX_STREAMS, Problem, Reply, Request, SetUpReport,
     StreamChannel, VERSION, encode,
 };
 use rand::RngCore;
@@ -123,6 +123,11 @@ impl AgentLink {
         Ok((receiver, end))
     }
 
+    /// Asks something that has an answer of its own.
+    pub(super) async fn ask(&self, request: Request, limit: Duration) -> Result<Reply, AgentError> {
+        self.request_within(self.0.new_id(), request, limit).await
+    }
+
     async fn request(&self, id: u32, request: Request) -> Result<Reply, AgentError> {
         self.request_within(id, request, ANSWER_LIMIT).await
     }
@@ -225,6 +230,11 @@ pub(super) fn accept(reply: Reply) -> Result<Reply, AgentError> {
     }
 }
 
+/// What a guest says of its setting up, as one line.
+pub(super) fn tamed(report: &SetUpReport) -> SetUpReport {
+    SetUpReport { state: report.state, message: tame(&report.message, 1000) }
+}
+
 impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds the lock; if it did, the maps would still be whole.
@@ -312,6 +322,9 @@ impl Inner {
                     (status.identity, status.ssh, status.docker) = (now.identity, now.ssh, now.docker);
                     *status != before
                 });
+            }
+            Control::SetUp(report) => {
+                self.status.send_modify(|status| status.set_up = Some(tamed(&report)));
             }
             Control::Exited { stream, exit } => {
                 if let Some(stream) = self.state().streams.remove(&stream) {

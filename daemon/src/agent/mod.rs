@@ -11,6 +11,7 @@ mod streams;
 
 use std::io;
 
+use catalyst_agent_protocol::SetUpReport;
 use thiserror::Error;
 
 pub use catalyst_agent_protocol::{
@@ -73,6 +74,8 @@ pub struct AgentStatus {
     pub ssh: bool,
     /// dockerd answers.
     pub docker: bool,
+    /// How far the guest's setting up is, where it said so since it was asked.
+    pub set_up: Option<SetUpReport>,
 }
 
 /// One line of at most `limit` characters of what a guest says.

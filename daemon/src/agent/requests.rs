@@ -2,10 +2,14 @@
 
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use catalyst_agent_protocol::{Folder, Identity, Request, ShutdownKind};
+use catalyst_agent_protocol::set_up::DOCUMENT;
+use catalyst_agent_protocol::{
+    FileSpec, Folder, Identity, Reply, Request, SetUp, SetUpReport, SetUpState, ShutdownKind,
+};
 use catalyst_images::digest::hex;
 use rand::RngCore;
 
+use super::link::tamed;
 use super::{AgentError, AgentLink};
 
 /// A clock that is set within this is near enough.
@@ -20,6 +24,9 @@ const REST_LIMIT: Duration = Duration::from_mins(3);
 /// A guest's user may have put programs in the way, each of which may take a minute.
 const IDENTIFY_LIMIT: Duration = Duration::from_mins(10);
 
+/// How long users and files may take.
+const SET_UP_LIMIT: Duration = Duration::from_mins(5);
+
 impl AgentLink {
     /// Gives the guest its identity; returns when it is applied. Time and random bytes are filled in here.
     pub async fn identify(&self, identity: &Identity) -> Result<(), AgentError> {
@@ -28,6 +35,32 @@ impl AgentLink {
         self.done_within(request, IDENTIFY_LIMIT).await?;
         self.note_identity();
         Ok(())
+    }
+
+    /// Has the guest set itself up, unless it has; returns when users and files are there.
+    pub async fn set_up(&self, document: &SetUp) -> Result<SetUpReport, AgentError> {
+        let known = self.ask_set_up(document, false).await?;
+        if known.state != SetUpState::Absent {
+            return Ok(known);
+        }
+        let text = serde_json::to_vec(document).map_err(|error| AgentError::Io(error.into()))?;
+        let size = text.len() as u64;
+        let spec = FileSpec { path: DOCUMENT.to_owned(), mode: 0o600, owner: None, size };
+        self.put_file(spec, text.as_slice()).await?;
+        self.ask_set_up(document, true).await
+    }
+
+    async fn ask_set_up(&self, document: &SetUp, lies_ready: bool) -> Result<SetUpReport, AgentError> {
+        let request = Request::SetUp { instance: document.instance.clone(), document: lies_ready };
+        match self.ask(request, SET_UP_LIMIT).await? {
+            Reply::SetUp(report) => Ok(tamed(&report)),
+            _ => Err(AgentError::Unexpected),
+        }
+    }
+
+    /// Has the guest forget what is of it alone.
+    pub async fn forget(&self) -> Result<(), AgentError> {
+        self.done(Request::Forget).await
     }
 
     /// Asks the guest to shut down; returns when it has begun.

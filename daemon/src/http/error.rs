@@ -90,6 +90,8 @@ pub fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::VmExists
         | ErrorCode::SnapshotExists
         | ErrorCode::FolderExists
+        | ErrorCode::TemplateExists
+        | ErrorCode::FileExists
         | ErrorCode::Busy
         | ErrorCode::PortTaken
         | ErrorCode::WrongState
@@ -193,6 +195,7 @@ pub fn image_code(error: &ImageError) -> ErrorCode {
     match error {
         ImageError::Missing { .. } | ImageError::MissingVersion { .. } => ErrorCode::ImageNotFound,
         ImageError::BadName(_) => ErrorCode::InvalidRequest,
+        ImageError::Exists(_) => ErrorCode::TemplateExists,
         ImageError::Io { .. } => ErrorCode::Internal,
         _ => ErrorCode::ImageUnusable,
     }
@@ -201,6 +204,12 @@ pub fn image_code(error: &ImageError) -> ErrorCode {
 impl Failure for UnknownVm {
     fn code(&self) -> ErrorCode {
         ErrorCode::VmNotFound
+    }
+}
+
+impl Failure for StoreError {
+    fn code(&self) -> ErrorCode {
+        store_code(self)
     }
 }
 
@@ -219,9 +228,15 @@ impl Failure for ImageError {
 impl Failure for CreateError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Id(_) | Self::Config(_) | Self::ParentDisk | Self::ParentSize | Self::SourceAlone => {
-                ErrorCode::InvalidRequest
-            }
+            Self::Id(_)
+            | Self::Config(_)
+            | Self::ParentDisk
+            | Self::ParentSize
+            | Self::SourceAlone
+            | Self::DiskTooSmall { .. }
+            | Self::UserData(_)
+            | Self::Host(_)
+            | Self::UserDataNoAgent => ErrorCode::InvalidRequest,
             Self::Unknown(_) => ErrorCode::VmNotFound,
             Self::Template { source, .. } => image_code(source),
             Self::ParentState { .. } => ErrorCode::WrongState,

@@ -6,7 +6,7 @@ use std::time::Duration;
 use catalyst_api::{GuestStatus, VmState};
 
 use super::shared::Shared;
-use super::{Context, folders};
+use super::{Context, folders, set_up};
 use crate::agent::{AgentLink, AgentStatus};
 use crate::engine::{VmProcess, sockets};
 
@@ -62,6 +62,8 @@ async fn follow(context: &Context, shared: &Arc<Shared>, process: &dyn VmProcess
             && told.as_ref() != Some(&hello.epoch)
         {
             told = Some(hello.epoch);
+            // Before anybody reaches the guest, and before its services start.
+            set_up::begin(shared, link).await;
             if identify(context, shared, process, link, unnamed).await {
                 if std::mem::take(&mut unnamed) {
                     // The time that it was told with its identity may have been long on the way.
@@ -76,7 +78,11 @@ async fn follow(context: &Context, shared: &Arc<Shared>, process: &dyn VmProcess
             // It knows who it is, but may have stood still since, with its clock.
             told = Some(hello.epoch);
             set_clock(shared, link.clone());
+            set_up::begin(shared, link).await;
             folders::mount_all(shared, link);
+        }
+        if let Some(report) = &now.set_up {
+            shared.set_set_up(report);
         }
         shared.set_guest(guest_status(&now));
         tokio::select! {

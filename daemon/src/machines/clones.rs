@@ -13,6 +13,7 @@ use super::machine::{self, Command};
 use super::shared::Shared;
 use super::{Machines, Reservation, asked, with_lease};
 use crate::network::Lease;
+use crate::store::set_up::Kept;
 use crate::store::{VmConfig, VmId};
 
 /// A clone as it is asked for.
@@ -20,6 +21,7 @@ pub(super) struct Asked {
     pub id: String,
     pub tags: Vec<String>,
     pub publish: Vec<PublishPort>,
+    pub set_up: Option<Kept>,
 }
 
 /// A clone to be made: its id, which is taken for it.
@@ -28,6 +30,7 @@ struct Wanted {
     lease: Lease,
     tags: Vec<String>,
     ports: Vec<PublishPort>,
+    set_up: Option<Kept>,
     _reservation: Reservation,
 }
 
@@ -39,7 +42,7 @@ impl Machines {
         let made = async move {
             let (shared, _) = machines.find(&parent)?;
             if with_memory(shared.state()) {
-                let plain = |id| Asked { id, tags: Vec::new(), publish: Vec::new() };
+                let plain = |id| Asked { id, tags: Vec::new(), publish: Vec::new(), set_up: None };
                 let wanted = ids.into_iter().map(plain).collect();
                 return machines.clone_running(&parent, wanted).await;
             }
@@ -114,7 +117,10 @@ impl Machines {
         let reservation = self.reserve(&id)?;
         let lease = self.0.network.lease_for(id.as_str(), None)?;
         match self.0.ports.publish(&id, lease.address, &asked.publish).await {
-            Ok(ports) => Ok(Wanted { id, lease, tags: asked.tags, ports, _reservation: reservation }),
+            Ok(ports) => {
+                let Asked { tags, set_up, .. } = asked;
+                Ok(Wanted { id, lease, tags, ports, set_up, _reservation: reservation })
+            }
             Err(error) => Err(self.unmade(&id, error.into()).await),
         }
     }
@@ -144,9 +150,13 @@ impl Machines {
         let config = with_lease(base, &wanted.lease);
         config.check()?;
         let (context, frozen, id) = (Arc::clone(&self.0), Arc::clone(frozen), wanted.id.clone());
+        let set_up = wanted.set_up.clone();
         let dir = super::blocking(move || {
             let owner = (context.owner.uid, context.owner.gid);
-            Ok(context.store.create(&id, &config, |dir| frozen.fill(dir, owner))?)
+            Ok(context.store.create(&id, &config, |dir| {
+                set_up.iter().try_for_each(|kept| dir.write_set_up(kept))?;
+                frozen.fill(dir, owner)
+            })?)
         })
         .await?;
         let shared = self.add(dir, None).await?;

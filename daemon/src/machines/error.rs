@@ -14,6 +14,8 @@ use crate::saved::SavedError;
 use crate::store::foreign::{RegisterError, RegisterFailed};
 use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
+use crate::user_data::UserDataError;
+use crate::user_data::host::HostError;
 
 /// No such VM.
 #[derive(Debug, Error)]
@@ -58,6 +60,16 @@ pub enum CreateError {
     /// A running VM's clone is as large as it.
     #[error("A clone of a running VM has its CPUs and memory; leave them out")]
     ParentSize,
+    /// The template's disk is larger.
+    #[error("A disk of {asked} GiB is not possible: that of the template '{name}' has {least} GiB")]
+    DiskTooSmall {
+        /// What was asked for.
+        asked: u64,
+        /// The template.
+        name: String,
+        /// The least that is possible.
+        least: u64,
+    },
     /// A clone keeps its parent's disk.
     #[error("A clone has the template and disk size of its parent; leave them out")]
     ParentDisk,
@@ -72,8 +84,21 @@ pub enum CreateError {
         "A VM that is registered in place is as its VMX says; leave parent, template, CPUs, memory and disk out"
     )]
     SourceAlone,
+    /// The user-data is none, or asks for what there is not.
+    #[error(transparent)]
+    UserData(#[from] UserDataError),
+    /// A setting of the host's cannot be passed on.
+    #[error(transparent)]
+    Host(#[from] HostError),
+    /// A registered VM has no agent.
+    #[error(
+        "A VM that is registered in place, or of an imported image, has no agent of Catalyst's that could set it up: leave user-data, proxy and certificates out"
+    )]
+    UserDataNoAgent,
     /// Its disks are not ours.
-    #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]
+    #[error(
+        "The VM '{0}' was registered in place, or is of an imported image, and cannot be cloned: it has no agent of Catalyst's"
+    )]
     Registered(VmId),
     /// No address is left.
     #[error(transparent)]
@@ -117,7 +142,9 @@ pub enum FolderError {
         most: usize,
     },
     /// Its guest has no agent.
-    #[error("The VM '{0}' was registered in place: its guest has no agent that could mount folders")]
+    #[error(
+        "The VM '{0}' was registered in place, or is of an imported image: its guest has no agent that could mount folders"
+    )]
     Registered(VmId),
     /// Not a name.
     #[error("A folder's name is 1 to 80 bytes without '/' and control characters")]
@@ -184,7 +211,9 @@ pub enum FreezeError {
         state: VmState,
     },
     /// Its machine is none of ours.
-    #[error("The VM '{0}' was registered in place and cannot be cloned: its disks lie in a folder of others")]
+    #[error(
+        "The VM '{0}' was registered in place, or is of an imported image, and cannot be cloned: it has no agent of Catalyst's"
+    )]
     Registered(VmId),
     /// It was being frozen when its daemon was killed.
     #[error(
@@ -239,7 +268,7 @@ pub enum SnapshotError {
         name: String,
     },
     /// Its disks are not ours.
-    #[error("The VM '{0}' was registered in place and has no snapshots: its disks lie in a folder of others")]
+    #[error("The VM '{0}' was registered in place, or is of an imported image, and has no snapshots")]
     Registered(VmId),
     /// No name.
     #[error(
@@ -343,7 +372,7 @@ pub enum PowerError {
     },
     /// It has no machine that could be saved.
     #[error(
-        "The VM '{0}' was registered in place and cannot be suspended; pause it, or shut it down: catalyst vmpower shutdown {0}"
+        "The VM '{0}' was registered in place, or is of an imported image, and cannot be suspended; pause it, or shut it down: catalyst vmpower shutdown {0}"
     )]
     Registered(VmId),
     /// There is no UEFI.
@@ -474,7 +503,7 @@ pub enum GuestError {
     },
     /// It is not our guest.
     #[error(
-        "The VM '{0}' was registered in place: its guest has no agent of Catalyst's, and logins of its own; get its address by: catalyst guest getip {0}"
+        "The VM '{0}' was registered in place, or is of an imported image: its guest has no agent of Catalyst's, and logins of its own; get its address by: catalyst guest getip {0}"
     )]
     NoAgent(VmId),
     /// Too much at once.

@@ -43,7 +43,7 @@ impl Machines {
     /// What `ssh` needs, once sshd answers.
     pub async fn ssh(&self, id: &str) -> Result<SshInfo, GuestError> {
         let shared = self.guest(id)?;
-        if shared.dir().is_registered() {
+        if shared.is_foreign() {
             return Err(GuestError::NoAgent(shared.dir().id().clone()));
         }
         let address = self.address(id).await?.to_string();
@@ -67,7 +67,7 @@ impl Machines {
     /// The link to the agent, once it has said hello.
     pub fn agent(&self, id: &str) -> Result<AgentLink, GuestError> {
         let shared = self.guest(id)?;
-        if shared.dir().is_registered() {
+        if shared.is_foreign() {
             return Err(GuestError::NoAgent(shared.dir().id().clone()));
         }
         match shared.agent() {

@@ -32,7 +32,7 @@ use super::resets::Resets;
 use super::shared::Shared;
 use super::{Context, attendant, folders, registered, snapshots, start, suspend};
 use crate::engine::{Exit, VmProcess};
-use crate::store::{Began, VmDir, disk, files, logs};
+use crate::store::{Began, VmDir, files, logs};
 
 /// How long a guest may take to shut down. Vagrant's HTTP client gives up after 60 s and does
 /// not catch that, so the answer comes before (AppCatalyst reference section 1.4).
@@ -90,11 +90,20 @@ pub(super) enum Command {
     Usage {
         reply: oneshot::Sender<Result<(MemoryInfo, u64), PowerError>>,
     },
-    /// Copies the disk of a VM that lies still; the reply names the state if it does not.
-    CopyDisk {
-        to: VmDir,
-        reply: oneshot::Sender<Result<Result<(), disk::DiskError>, VmState>>,
+    /// Does something with the files of a VM that lies still; the reply names the state if it does not.
+    Still {
+        work: Work,
+        reply: oneshot::Sender<Result<(), VmState>>,
     },
+}
+
+/// What is done with the files of a VM, where it may take its time.
+pub(super) struct Work(pub Box<dyn FnOnce(VmDir) + Send>);
+
+impl std::fmt::Debug for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Work")
+    }
 }
 
 /// A command, and the request that it belongs to in the log.
@@ -219,13 +228,13 @@ impl Machine {
             Command::Usage { reply } => {
                 let _ = reply.send(self.usage().await);
             }
-            Command::CopyDisk { to, reply } => {
+            Command::Still { work, reply } => {
                 let state = self.shared.state();
                 let result = if state == VmState::PoweredOff {
-                    let from = self.shared.dir().disk();
-                    let copied = tokio::task::spawn_blocking(move || disk::copy(&from, &to.disk())).await;
-                    // The copy cannot panic; if the runtime is stopping, nobody reads the reply.
-                    copied.map_err(|_| state)
+                    let dir = self.shared.dir().clone();
+                    let done = tokio::task::spawn_blocking(move || (work.0)(dir)).await;
+                    // If the runtime is stopping, nobody reads the reply.
+                    done.map_err(|_| state)
                 } else {
                     Err(state)
                 };
@@ -369,7 +378,7 @@ impl Machine {
         self.resets.started();
         crate::systemd::place(dir.id().clone(), process.pid());
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
-        let attendant = if shared.dir().is_registered() {
+        let attendant = if shared.is_foreign() {
             tokio::spawn(registered::attend(context, shared))
         } else {
             tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)))

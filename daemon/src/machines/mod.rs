@@ -6,14 +6,17 @@
 mod attendant;
 mod boot;
 mod clones;
+mod disks;
 pub mod error;
 mod folders;
 mod freeze;
 pub mod guest;
 mod machine;
+mod own_templates;
 mod ports;
 mod registered;
 mod resets;
+mod set_up;
 pub mod shared;
 mod snapshots;
 mod start;
@@ -25,7 +28,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use catalyst_api::{CreateVm, EventKind, MemoryInfo, PowerOp, UpdateVm, Vm, VmState};
-use catalyst_images::ImageStore;
+use catalyst_images::{ImageStore, Machine as ImageMachine};
 use catalyst_vmm::description::Format;
 use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
@@ -34,9 +37,12 @@ use crate::access::owner::Owner;
 use crate::access_keys::AccessKeys;
 use crate::engine::{Engines, process};
 use crate::events::Events;
+use crate::images::disk_gib;
 use crate::network::{Lease, Mac, Network, NetworkError};
 use crate::ports::Ports;
-use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE};
+use crate::privilege::as_root;
+use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE, pc};
+use crate::store::foreign::hardware::Firmware;
 use crate::store::{Chain, Store, StoreError, VmConfig, VmDir, VmId, disk, files};
 use crate::tasks::Tasks;
 use error::{ChangeError, CreateError, PowerError, UnknownVm};
@@ -271,7 +277,9 @@ impl Machines {
             if request.cpus.is_some() || request.memory_mib.is_some() {
                 return Err(CreateError::ParentSize);
             }
-            let clone = clones::Asked { id: request.id, tags: request.tags, publish: request.publish };
+            let set_up = set_up::asked(&self.0, &request)?;
+            let clone =
+                clones::Asked { id: request.id, tags: request.tags, publish: request.publish, set_up };
             let made = self.clone_running(parent, vec![clone]).await?;
             return made.into_iter().next().ok_or(CreateError::Stopping);
         }
@@ -334,33 +342,41 @@ impl Machines {
         lease: &Lease,
     ) -> Result<VmDir, CreateError> {
         let template = request.template.clone().unwrap_or_else(|| DEFAULT_TEMPLATE.to_owned());
-        let base = VmConfig {
-            name: id.to_string(),
-            cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1),
-            memory_mib: DEFAULT_MEMORY_MIB,
-            disk_gib: request.disk_gib.unwrap_or(DEFAULT_DISK_GIB),
-            template,
-            version: String::new(),
-            mac: None,
-            address: None,
-            tags: Vec::new(),
-            ports: Vec::new(),
-            autostart: false,
-            hardware: None,
-        };
-        let mut config = with_lease(with_request(base, request), lease);
-        config.check()?;
-        let context = Arc::clone(&self.0);
-        let id = id.clone();
+        let set_up = set_up::asked(&self.0, &request)?;
+        let (context, id, lease) = (Arc::clone(&self.0), id.clone(), lease.clone());
         blocking(move || {
-            let image = context
-                .images
-                .current(&config.template)
-                .map_err(|source| CreateError::Template { name: config.template.clone(), source })?;
-            config.version = image.version;
+            let image = as_root(|| context.images.current(&template))
+                .map_err(|source| CreateError::Template { name: template.clone(), source })?;
+            let hardware = image.manifest.machine.map(|machine| pc(firmware(machine))).transpose()?;
+            if hardware.is_some() && set_up.is_some() {
+                return Err(CreateError::UserDataNoAgent);
+            }
+            let least = disk_gib(&image);
+            let usual = if hardware.is_some() { least } else { DEFAULT_DISK_GIB.max(least) };
+            let base = VmConfig {
+                name: id.to_string(),
+                cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1),
+                memory_mib: DEFAULT_MEMORY_MIB,
+                disk_gib: request.disk_gib.unwrap_or(usual),
+                template,
+                version: image.version,
+                mac: None,
+                address: None,
+                tags: Vec::new(),
+                ports: Vec::new(),
+                autostart: false,
+                hardware,
+            };
+            base.check()?;
+            if base.disk_gib < least {
+                return Err(CreateError::DiskTooSmall { asked: base.disk_gib, name: base.template, least });
+            }
+            let config = with_lease(with_request(base, request), &lease);
+            config.check()?;
             let owner = (context.owner.uid, context.owner.gid);
             let made = context.store.create(&id, &config, |dir| {
                 dir.write_chain(&Chain { fresh: true, ..Chain::default() })?;
+                set_up.iter().try_for_each(|kept| dir.write_set_up(kept))?;
                 Ok(disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), config.disk_gib, owner)?)
             });
             Ok(made?)
@@ -383,6 +399,7 @@ impl Machines {
         if inherited.hardware.is_some() {
             return Err(CreateError::Registered(parent.dir().id().clone()));
         }
+        let set_up = set_up::asked(&self.0, &request)?;
         let base = VmConfig { name: id.to_string(), autostart: false, ..inherited };
         let config = with_lease(with_request(base, request), lease);
         config.check()?;
@@ -395,6 +412,11 @@ impl Machines {
                 for name in &chain.own {
                     let (from, to) = (parent.dir().path().join(name), dir.path().join(name));
                     std::fs::hard_link(from, &to).map_err(StoreError::write(to))?;
+                }
+                match &set_up {
+                    Some(kept) => dir.write_set_up(kept)?,
+                    None if chain.fresh => dir.copy_set_up(parent.dir())?,
+                    None => {}
                 }
                 dir.write_chain(&Chain { at: None, ..chain })?;
                 dir.copy_folders(parent.dir())?;
@@ -500,15 +522,16 @@ fn copy_disk(
     to: &VmDir,
 ) -> Result<(), disk::DiskError> {
     let busy = || disk::DiskError::Unusable { path: to.disk().display().to_string(), why: PARENT_BUSY };
-    let (reply, answer) = oneshot::channel();
-    commands.blocking_send(asked(Command::CopyDisk { to: to.clone(), reply })).map_err(|_| busy())?;
-    match handle.block_on(answer) {
-        Ok(Ok(result)) => result,
-        Ok(Err(state)) => {
-            tracing::debug!(%state, "the parent does not lie still");
+    let copied = handle.block_on(disks::still(commands, {
+        let to = to.disk();
+        move |dir| disk::copy(&dir.disk(), &to)
+    }));
+    match copied {
+        Ok(result) => result,
+        Err(state) => {
+            tracing::debug!(?state, "the parent does not lie still");
             Err(busy())
         }
-        Err(_) => Err(busy()),
     }
 }
 
@@ -519,6 +542,13 @@ fn with_request(mut config: VmConfig, request: CreateVm) -> VmConfig {
     config.tags = request.tags;
     config.ports = request.publish;
     config
+}
+
+const fn firmware(machine: ImageMachine) -> Firmware {
+    match machine {
+        ImageMachine::Bios => Firmware::Bios,
+        ImageMachine::Efi => Firmware::Efi,
+    }
 }
 
 fn with_lease(mut config: VmConfig, lease: &Lease) -> VmConfig {

@@ -15,9 +15,11 @@ use super::{Context, Machines, blocking};
 use crate::engine::pc::{Efi, PcDisk};
 use crate::engine::{PcSpec, vm_user};
 use crate::network::Mac;
+use crate::privilege::as_root;
 use crate::store::foreign::hardware::{Disk, Firmware, Hardware};
+use crate::store::foreign::image::{Image, Parts};
 use crate::store::foreign::{Opened, Registered};
-use crate::store::{Began, StoreError, VmConfig, VmDir, VmId, files};
+use crate::store::{Began, StoreError, VmConfig, VmDir, VmId, disk, files};
 
 /// UEFI's code and fresh variables, from Debian's `ovmf`; the first pair that is there.
 const EFI: [(&str, &str); 2] = [
@@ -39,10 +41,26 @@ impl Machines {
         source: String,
         request: CreateVm,
     ) -> Result<VmDir, CreateError> {
-        let CreateVm { name, parent, template, cpus, memory_mib, disk_gib, tags, publish, .. } = request;
+        let CreateVm {
+            name,
+            parent,
+            template,
+            cpus,
+            memory_mib,
+            disk_gib,
+            tags,
+            publish,
+            user_data,
+            proxy,
+            ca_certificates,
+            ..
+        } = request;
         let sized = cpus.is_some() || memory_mib.is_some() || disk_gib.is_some();
         if parent.is_some() || template.is_some() || sized {
             return Err(CreateError::SourceAlone);
+        }
+        if user_data.is_some() || proxy.is_some() || !ca_certificates.is_empty() {
+            return Err(CreateError::UserDataNoAgent);
         }
         // No two ids for one VMX.
         let _one = self.0.registering.lock().await;
@@ -76,12 +94,20 @@ pub(super) async fn start(
     let dir = shared.dir().clone();
     let owner = (context.owner.uid, context.owner.gid);
     let (folder, id) = (dir.clone(), dir.id().clone());
+    let (cpus, memory_mib) = (config.cpus, config.memory_mib);
+    let opening = Arc::clone(context);
     let open = tokio::task::spawn_blocking(move || {
+        let context = opening;
         let efi = match hardware.firmware {
             Firmware::Bios => None,
             Firmware::Efi => Some(open_efi(&folder)?),
         };
-        Ok::<_, PowerError>((folder.open_disks(&hardware, owner)?, efi, hardware))
+        let disks = if folder.is_registered() {
+            folder.open_disks(&hardware, owner)?
+        } else {
+            vec![open_own(&context, &folder, &config)?]
+        };
+        Ok::<_, PowerError>((disks, efi, hardware))
     });
     let (opened, efi, hardware) = open.await.map_err(|_| PowerError::Stopping)??;
     let disks = hardware.disks.iter().zip(opened).map(with_place).collect();
@@ -93,12 +119,12 @@ pub(super) async fn start(
             Some((nic, context.network.open_tap(&lease).await?.fd))
         }
     };
-    let began = Began { mode: StartMode::Cold, cpus: config.cpus, memory_mib: config.memory_mib };
+    let began = Began { mode: StartMode::Cold, cpus, memory_mib };
     dir.note_begins(began)?;
     let spec = PcSpec {
         dir,
-        cpus: config.cpus,
-        memory_mib: config.memory_mib,
+        cpus,
+        memory_mib,
         efi,
         disks,
         nic,
@@ -109,6 +135,16 @@ pub(super) async fn start(
     let process = context.engines.chosen().start_pc(spec).await;
     let process = process.map_err(|source| PowerError::Engine { id, op: PowerOp::On, source })?;
     Ok(Started { process, began, folders: None })
+}
+
+/// The disk of a VM of an imported image.
+fn open_own(context: &Context, dir: &VmDir, config: &VmConfig) -> Result<Opened, PowerError> {
+    let image = super::start::image(context, dir, config)?;
+    let file = as_root(|| File::open(&image.disk));
+    let file = file.map_err(|source| PowerError::Open { path: image.disk.display().to_string(), source })?;
+    let overlay = disk::open_overlay(&dir.disk()).map_err(StoreError::from)?;
+    let image = Image { bytes: 0, parts: Parts::Raw(file), files: Vec::new() };
+    Ok(Opened { image, overlay })
 }
 
 fn with_place((place, opened): (&Disk, Opened)) -> PcDisk {

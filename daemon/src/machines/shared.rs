@@ -3,9 +3,11 @@
 use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use catalyst_agent_protocol::SetUpReport;
 use catalyst_api::{EngineName, EventKind, GuestStatus, Vm, VmState};
 
 use super::folders::Folders;
+use super::set_up;
 use crate::agent::AgentLink;
 use crate::events::Events;
 use crate::network::Lease;
@@ -38,6 +40,8 @@ pub(super) struct Facts {
     pub began: Option<Began>,
     pub guest: GuestStatus,
     pub agent: Option<AgentLink>,
+    /// How far the guest's setting up is; `None` where there is nothing to set up.
+    pub set_up: Option<SetUpReport>,
     /// There is a process, and it could not be taken over: only that unblocks the VM.
     pub unadopted: bool,
 }
@@ -55,6 +59,7 @@ impl Shared {
             began: None,
             guest: GuestStatus::default(),
             agent: None,
+            set_up: dir.set_up_report(),
             unadopted: false,
         };
         let source = dir.registered().ok().flatten().map(|record| record.vmx);
@@ -88,6 +93,12 @@ impl Shared {
         self.facts().guest.clone()
     }
 
+    /// Whether its guest starts by its own loader and has no agent: it was registered in place, or is of an imported image.
+    pub fn is_foreign(&self) -> bool {
+        self.dir.is_registered()
+            || self.facts().config.as_ref().is_some_and(|config| config.hardware.is_some())
+    }
+
     /// The VM's fixed address.
     pub fn address(&self) -> Ipv4Addr {
         self.facts().lease.address
@@ -101,7 +112,7 @@ impl Shared {
     /// The version of the template that the disk stands on, as template and version; none of a registered VM.
     pub fn image(&self) -> Option<(String, String)> {
         let facts = self.facts();
-        let config = facts.config.as_ref().filter(|config| config.hardware.is_none())?;
+        let config = facts.config.as_ref().filter(|config| !config.template.is_empty())?;
         Some((config.template.clone(), config.version.clone()))
     }
 
@@ -146,6 +157,23 @@ impl Shared {
             facts.guest = guest.clone();
         }
         self.events.send(EventKind::VmGuest { id: self.dir.id().to_string(), guest });
+    }
+
+    /// Notes how far the guest's setting up is, and tells the listeners if that is new.
+    pub(super) fn set_set_up(&self, report: &SetUpReport) {
+        let id = self.dir.id();
+        {
+            let mut facts = self.facts();
+            if facts.set_up.as_ref() == Some(report) {
+                return;
+            }
+            facts.set_up = Some(report.clone());
+        }
+        tracing::info!(vm = %id, state = ?report.state, said = report.message, "set up");
+        if let Err(error) = self.dir.write_set_up_report(report) {
+            tracing::warn!(vm = %id, %error, "how far the guest is set up is not kept");
+        }
+        self.events.send(EventKind::VmSetUp { id: id.to_string(), set_up: set_up::info(report) });
     }
 
     /// Reads the VMX again, since clients rewrite it at will. A file that cannot be used blocks
@@ -196,8 +224,10 @@ impl Shared {
             pid: facts.pid,
             started: facts.started,
             start_mode: facts.began.map(|began| began.mode),
+            set_up: facts.set_up.as_ref().map(set_up::info),
             ports: self.ports.list(self.dir.id()),
             vmx: self.dir.vmx().display().to_string(),
+            foreign: config.is_some_and(|config| config.hardware.is_some()),
             source: self.source.as_ref().map(|path| path.display().to_string()),
             id,
         }

@@ -23,6 +23,7 @@ use super::machine::Command;
 use super::shared::Shared;
 use super::{Context, Machines, asked, freeze};
 use crate::engine::{EngineError, VmProcess};
+use crate::privilege::as_root;
 use crate::saved::{Machine, SavedDir, SavedError};
 use crate::store::layers::Merge;
 use crate::store::snapshots::link_saved;
@@ -152,7 +153,7 @@ pub(super) async fn prepare(
     dir.finish_restoring()?;
     let snapshot = find(&dir, name)?;
     let (_, config) = dir.read()?;
-    let image = context.images.version(&config.template, &config.version);
+    let image = as_root(|| context.images.version(&config.template, &config.version));
     let image = image.map_err(|source| SnapshotError::Template { id: dir.id().clone(), source })?;
     let ran = snapshot.ran;
     let owner = (context.owner.uid, context.owner.gid);

@@ -81,7 +81,7 @@ fn sized(mode: StartMode, config: &VmConfig) -> Began {
 }
 
 /// A machine goes on only on the engine that it was on.
-fn same_engine(context: &Context, dir: &VmDir, was: EngineName) -> Result<(), PowerError> {
+pub(super) fn same_engine(context: &Context, dir: &VmDir, was: EngineName) -> Result<(), PowerError> {
     let here = context.engines.name();
     if was == here {
         return Ok(());
@@ -96,8 +96,8 @@ fn not_started(dir: &VmDir) -> impl FnOnce(EngineError) -> PowerError {
     |source| PowerError::Engine { id, op: PowerOp::On, source }
 }
 
-fn image(context: &Context, dir: &VmDir, config: &VmConfig) -> Result<Image, PowerError> {
-    let image = context.images.version(&config.template, &config.version);
+pub(super) fn image(context: &Context, dir: &VmDir, config: &VmConfig) -> Result<Image, PowerError> {
+    let image = as_root(|| context.images.version(&config.template, &config.version));
     image.map_err(|source| PowerError::Template { id: dir.id().clone(), source })
 }
 
@@ -268,7 +268,7 @@ async fn launch(
 }
 
 /// The files that the VM's disk consists of.
-fn layers(dir: &VmDir, image: &Image, chain: &Chain) -> Result<Vec<Layer>, PowerError> {
+pub(super) fn layers(dir: &VmDir, image: &Image, chain: &Chain) -> Result<Vec<Layer>, PowerError> {
     let qcow2 = |file: File| Layer { file: file.into(), format: Format::Qcow2 };
     let mut layers = vec![qcow2(disk::open_overlay(&dir.disk()).map_err(StoreError::from)?)];
     for name in &chain.own {
@@ -291,8 +291,9 @@ fn command_line(image: &Image, identity: &Identity) -> String {
     image.kernel_command_line(&[&format!("systemd.machine_id={}", identity.machine_id)])
 }
 
+/// Opens a file of an image, which is root's.
 fn open(path: &Path) -> Result<OwnedFd, PowerError> {
-    File::open(path)
+    as_root(|| File::open(path))
         .map(OwnedFd::from)
         .map_err(|source| PowerError::Open { path: path.display().to_string(), source })
 }
@@ -305,9 +306,11 @@ pub(super) fn guest_identity(
 ) -> Result<agent::Identity, IdentityError> {
     let identity = Identity::load_or_generate(&shared.dir().identity())?;
     let lease = shared.lease();
+    // A name that cannot be read is told when the guest is set up.
+    let own_name = shared.dir().set_up().ok().flatten().and_then(|kept| kept.hostname);
     Ok(agent::Identity {
         // DNS has names with '_', hosts (RFC 952) have not.
-        hostname: lease.name.replace('_', "-"),
+        hostname: own_name.unwrap_or_else(|| lease.name.replace('_', "-")),
         domain: lease.domain.clone(),
         mac: lease.mac.to_string(),
         address: lease.address,

@@ -11,7 +11,7 @@ use catalyst_images::Image;
 use super::{Context, Machines};
 use crate::engine::Fit;
 use crate::http::error::{Refusal, chain};
-use crate::images::BUNDLED;
+use crate::images::{BUNDLED, disk_gib};
 use crate::privilege::{as_root, as_root_blocking};
 use crate::store::VmConfig;
 use crate::store::config::{DEFAULT_CPUS, DEFAULT_MEMORY_MIB, check_size};
@@ -97,7 +97,16 @@ impl Machines {
             tracing::warn!(reason = chain(&error).join(": "), "a warm state cannot be used");
         }
         let warm = warm.iter().map(|warm| self.warm_info(warm, fit.as_ref().ok())).collect();
-        Ok(TemplateInfo { name: name.to_owned(), version: image.version, warm })
+        let used = self.template_versions(name);
+        Ok(TemplateInfo {
+            name: name.to_owned(),
+            made_from: image.manifest.made_from.clone(),
+            foreign: image.manifest.machine.is_some(),
+            disk_gib: disk_gib(&image),
+            used_by: used.iter().filter(|version| **version == image.version).count(),
+            version: image.version,
+            warm,
+        })
     }
 
     fn warm_info(&self, warm: &Warm, fit: Option<&Fit>) -> WarmInfo {

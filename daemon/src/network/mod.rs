@@ -301,6 +301,11 @@ impl Network {
         })
     }
 
+    /// The host's address in the network.
+    pub fn gateway(&self) -> Ipv4Addr {
+        self.leases().gateway()
+    }
+
     /// The bridge's name.
     pub fn bridge(&self) -> &str {
         &self.inner.bridge

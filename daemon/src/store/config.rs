@@ -6,7 +6,7 @@ use catalyst_api::PublishPort;
 use thiserror::Error;
 
 use super::foreign::Registered;
-use super::foreign::hardware::Hardware;
+use super::foreign::hardware::{Firmware, Hardware};
 use super::id::VmId;
 use super::vmx::{Vmx, VmxError};
 
@@ -29,6 +29,9 @@ pub const DEFAULT_TEMPLATE: &str = "lumen";
 const PORTS: &str = "catalyst.ports";
 /// The key that says that a VM is powered on when the host has started.
 const AUTOSTART: &str = "catalyst.autostart";
+/// Says that a VM's guest starts by its own loader, on a PC.
+const MACHINE: &str = "catalyst.machine";
+const PC: &str = "pc";
 /// Published ports a VM can have.
 pub const MAX_PORTS: usize = 128;
 const MAX_TAGS: usize = 16;
@@ -137,7 +140,8 @@ pub struct VmConfig {
     pub ports: Vec<PublishPort>,
     /// Whether it is powered on when the host has started.
     pub autostart: bool,
-    /// The machine of a VM that was registered in place. It has no template, and its disk is as large as it is.
+    /// The machine of a VM whose guest starts by its own loader: one that was registered in place, which has no template, and
+    /// whose disk is as large as it is; or one of an imported image.
     pub hardware: Option<Hardware>,
 }
 
@@ -157,7 +161,7 @@ impl VmConfig {
             tags: split_tags(vmx.get("catalyst.tags").unwrap_or_default()),
             ports: parse_ports(vmx.get(PORTS).unwrap_or_default())?,
             autostart: vmx.get(AUTOSTART).is_some_and(|value| value.eq_ignore_ascii_case("true")),
-            hardware: None,
+            hardware: is_pc(vmx).then(|| Hardware::from_vmx(vmx)).transpose()?,
         };
         config.check()?;
         Ok(config)
@@ -223,6 +227,9 @@ impl VmConfig {
         if self.autostart || vmx.get(AUTOSTART).is_some() {
             vmx.set(AUTOSTART, if self.autostart { "TRUE" } else { "FALSE" });
         }
+        if self.hardware.is_some() && !is_pc(vmx) {
+            write_pc(vmx, self.firmware());
+        }
         if let Some(mac) = self.mac {
             vmx.set("ethernet0.address", format_mac(mac));
         }
@@ -231,11 +238,16 @@ impl VmConfig {
         }
     }
 
+    fn firmware(&self) -> Firmware {
+        self.hardware.as_ref().map_or(Firmware::Bios, |hardware| hardware.firmware)
+    }
+
     /// Whether all values are possible on any host.
     pub fn check(&self) -> Result<(), ConfigError> {
         check_size(self.cpus, self.memory_mib)?;
-        if self.hardware.is_none() {
-            in_range("A disk size in GiB", self.disk_gib, DISK_GIB)?;
+        let least = if self.hardware.is_none() { *DISK_GIB.start() } else { 1 };
+        if !self.template.is_empty() {
+            in_range("A disk size in GiB", self.disk_gib, least..=*DISK_GIB.end())?;
         }
         check_text("The name", &self.name, |_| true)?;
         check_text("The template", &self.template, |c| c.is_ascii_alphanumeric() || "-_.".contains(c))?;
@@ -249,6 +261,29 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// Whether the VM is one of an image that starts by its own loader.
+fn is_pc(vmx: &Vmx) -> bool {
+    vmx.get(MACHINE) == Some(PC)
+}
+
+/// Describes the machine of such a VM, as its guest most likely has drivers for; whoever knows better changes it.
+fn write_pc(vmx: &mut Vmx, firmware: Firmware) {
+    vmx.set(MACHINE, PC);
+    vmx.set("firmware", if firmware == Firmware::Efi { "efi" } else { "bios" });
+    vmx.set("sata0.present", "TRUE");
+    vmx.set("sata0:0.present", "TRUE");
+    vmx.set("sata0:0.filename", "disk.qcow2");
+    vmx.set("ethernet0.virtualdev", "e1000e");
+}
+
+/// The machine that [`write_pc`] describes.
+pub fn pc(firmware: Firmware) -> Result<Hardware, ConfigError> {
+    let mut vmx = Vmx::default();
+    write_pc(&mut vmx, firmware);
+    vmx.set("ethernet0.present", "TRUE");
+    Hardware::from_vmx(&vmx)
 }
 
 /// Whether a VM can have so many CPUs and so much memory (MiB) here.

@@ -89,7 +89,7 @@ pub fn create_empty(path: &Path, bytes: u64, owner: (u32, u32)) -> Result<(), Di
 }
 
 /// Runs the tool, which makes or changes the disk `path`.
-fn run_as(mut command: Command, owner: (u32, u32), path: &Path) -> Result<(), DiskError> {
+pub(super) fn run_as(mut command: Command, owner: (u32, u32), path: &Path) -> Result<(), DiskError> {
     if rustix::process::geteuid().is_root() && owner.0 != 0 {
         command.uid(owner.0).gid(owner.1);
     }

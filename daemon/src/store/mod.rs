@@ -8,12 +8,14 @@ pub mod chain;
 pub mod config;
 pub mod disk;
 pub mod files;
+pub mod flatten;
 pub mod folders;
 pub mod foreign;
 pub mod id;
 pub mod identity;
 pub mod layers;
 pub mod logs;
+pub mod set_up;
 pub mod snapshots;
 pub mod sparse;
 pub mod vmx;
@@ -241,6 +243,23 @@ impl VmDir {
     }
 }
 
+/// A folder that goes when it is dropped, or at the daemon's next start.
+#[derive(Debug)]
+pub struct Scratch(PathBuf);
+
+impl Scratch {
+    /// It.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
 /// All VMs of one state folder.
 #[derive(Clone, Debug)]
 pub struct Store {
@@ -360,6 +379,13 @@ impl Store {
         build().map(|()| dir.clone()).inspect_err(|_| {
             let _ = fs::remove_dir_all(&aside.path);
         })
+    }
+
+    /// Makes a folder for something that is passed on.
+    pub fn scratch(&self) -> Result<Scratch, StoreError> {
+        let path = self.aside(NEW);
+        fs::DirBuilder::new().mode(0o700).create(&path).map_err(io_error("make the folder", &path))?;
+        Ok(Scratch(path))
     }
 
     /// Makes a folder for a VM that becomes a warm state.

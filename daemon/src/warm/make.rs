@@ -8,15 +8,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use catalyst_images::Image;
+use catalyst_api::EngineName;
+use catalyst_images::{Image, ImageError};
 use catalyst_vmm::description::Format;
 use thiserror::Error;
 
 use super::{DISK, NEW, Warm, WarmStates};
-use crate::agent::{AgentError, AgentLink, AgentStatus, ExecEvent, ExecExit, ExecSpec, Identity};
+use crate::agent::{
+    AgentError, AgentLink, AgentStatus, ExecEvent, ExecExit, ExecSpec, Identity, ShutdownKind,
+};
 use crate::engine::capture::Memory;
-use crate::engine::{EngineError, Layer, StartSpec, VmProcess, sockets, vm_cid, vm_user};
+use crate::engine::{EngineError, Layer, Saved, StartSpec, VmProcess, sockets, vm_cid, vm_user};
 use crate::machines::Context;
+use crate::machines::error::PowerError;
 use crate::network::{Lease, NetworkError};
 use crate::privilege::as_root;
 use crate::saved::{self, Machine, SavedDir, SavedError};
@@ -74,6 +78,12 @@ pub enum WarmError {
     /// Its guest did not come up.
     #[error("The template's guest did not come up within {} s: Docker did not answer", BOOT_LIMIT.as_secs())]
     Slow,
+    /// It starts by a loader of its own.
+    #[error("The template '{0}' was imported and starts by its own loader: it has no warm states")]
+    Foreign(String),
+    /// The template cannot be written.
+    #[error(transparent)]
+    Image(#[from] ImageError),
     /// Its agent.
     #[error("The template's guest cannot be brought to rest")]
     Agent(#[from] AgentError),
@@ -88,6 +98,9 @@ pub enum WarmError {
     /// The VM's disk found no room.
     #[error("The file system of {} is full: make room, then try again", .0.display())]
     NoRoom(PathBuf),
+    /// What its disk stands on.
+    #[error(transparent)]
+    Layers(Box<PowerError>),
     /// It could not be saved.
     #[error(transparent)]
     Saved(#[from] SavedError),
@@ -113,11 +126,14 @@ pub async fn make(
     size: Size,
     tell: impl Fn(u8, &str),
 ) -> Result<Warm, WarmError> {
+    if image.manifest.machine.is_some() {
+        return Err(WarmError::Foreign(image.name.clone()));
+    }
     let states = WarmStates::of(image);
     let lock = states.lock().map_err(failed("make the folder of warm states"))?.ok_or(WarmError::Busy)?;
     states.sweep(None).map_err(failed("sweep the folder of warm states"))?;
     tell(5, "booting the template");
-    let template = Template::start(context, image, size).await?;
+    let template = Template::boot(context, image, size).await?;
     let made = tokio::select! {
         made = template.become_warm(context, &states, size, tell) => made,
         () = template.process.no_room() => Err(WarmError::NoRoom(template.dir.path().to_owned())),
@@ -129,21 +145,66 @@ pub async fn make(
     made.and_then(|warm| swept.map(|()| warm))
 }
 
-/// The VM that becomes a warm state. It is on no network.
-struct Template {
-    dir: VmDir,
+/// The VM that becomes a warm state, or a template. It is on no network.
+pub struct Template {
+    /// Its folder.
+    pub dir: VmDir,
     lease: Lease,
-    process: Arc<dyn VmProcess>,
+    /// Its process.
+    pub process: Arc<dyn VmProcess>,
+}
+
+impl std::fmt::Debug for Template {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Template").field("dir", &self.dir).finish_non_exhaustive()
+    }
+}
+
+/// What such a VM begins with.
+#[derive(Debug)]
+pub struct Begins {
+    /// Its disk's files, the uppermost first.
+    pub layers: Vec<Layer>,
+    /// The machine that it goes on from, if it does not boot.
+    pub from: Option<Saved>,
 }
 
 impl Template {
-    async fn start(context: &Context, image: &Image, size: Size) -> Result<Self, WarmError> {
+    /// Boots the image.
+    async fn boot(context: &Context, image: &Image, size: Size) -> Result<Self, WarmError> {
+        let owner = (context.owner.uid, context.owner.gid);
+        Self::start(context, image, size, |dir| {
+            let gib = DEFAULT_DISK_GIB.max(crate::images::disk_gib(image));
+            let made = disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), gib, owner);
+            made.map_err(StoreError::from)?;
+            let overlay = disk::open_overlay(&dir.disk()).map_err(StoreError::from)?;
+            let base = as_root(|| File::open(&image.disk)).map_err(failed("open the image"))?;
+            let layers = vec![
+                Layer { file: overlay.into(), format: Format::Qcow2 },
+                Layer { file: base.into(), format: Format::Raw },
+            ];
+            Ok(Begins { layers, from: None })
+        })
+        .await
+    }
+
+    /// Starts a VM in a folder that `prepare` fills.
+    pub async fn start(
+        context: &Context,
+        image: &Image,
+        size: Size,
+        prepare: impl FnOnce(&VmDir) -> Result<Begins, WarmError>,
+    ) -> Result<Self, WarmError> {
         let dir = context.store.make_warming()?;
         let name = dir.path().file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let lease = context.network.lease_for(&name, None)?;
-        let started = Self::launch(context, image, size, &dir, &lease).await;
-        match started {
-            Ok(process) => Ok(Self { dir, lease, process }),
+        let started = async {
+            let begins = prepare(&dir)?;
+            let lease = context.network.lease_for(&name, None)?;
+            let process = Self::launch(context, image, size, &dir, &lease, begins).await?;
+            Ok((lease, process))
+        };
+        match started.await {
+            Ok((lease, process)) => Ok(Self { dir, lease, process }),
             Err(error) => {
                 context.network.release(&name);
                 let _ = fs::remove_dir_all(dir.path());
@@ -158,12 +219,10 @@ impl Template {
         size: Size,
         dir: &VmDir,
         lease: &Lease,
+        begins: Begins,
     ) -> Result<Arc<dyn VmProcess>, WarmError> {
-        let owner = (context.owner.uid, context.owner.gid);
-        let made = disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), DEFAULT_DISK_GIB, owner);
-        made.map_err(StoreError::from)?;
-        let open = |path: &Path| File::open(path).map(OwnedFd::from).map_err(failed("open the image"));
-        let overlay = disk::open_overlay(&dir.disk()).map_err(StoreError::from)?;
+        let open =
+            |path: &Path| as_root(|| File::open(path)).map(OwnedFd::from).map_err(failed("open the image"));
         let spec = StartSpec {
             cpus: size.cpus,
             memory_mib: size.memory_mib,
@@ -172,15 +231,12 @@ impl Template {
             command_line: image.kernel_command_line(&[]),
             command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
             kernel_hz: image.manifest.kernel_hz,
-            layers: vec![
-                Layer { file: overlay.into(), format: Format::Qcow2 },
-                Layer { file: open(&image.disk)?, format: Format::Raw },
-            ],
+            layers: begins.layers,
             tap: context.network.loose_tap(lease)?.fd,
             mac: lease.mac.0,
             user: vm_user(lease.address),
             cid: vm_cid(lease.address),
-            from: None,
+            from: begins.from,
             dir: dir.clone(),
         };
         let process = context.engines.chosen().start(spec).await?;
@@ -197,25 +253,10 @@ impl Template {
     ) -> Result<Warm, WarmError> {
         self.bring_to_rest(&tell).await?;
         tell(80, "saving memory and devices");
-        self.process.pause().await?;
         let engine = context.engines.chosen();
-        let machine = Machine { fit: engine.fit().await?, cpus: size.cpus, memory_mib: size.memory_mib };
-        let name = format!(
-            "{}-{}x{}-{}",
-            engine.name(),
-            size.cpus,
-            size.memory_mib,
-            &uuid::Uuid::new_v4().simple().to_string()[..8]
-        );
+        let name = warm_name(engine.name(), size);
         let aside = states.0.join(format!("{NEW}{name}"));
-        let saved = SavedDir::new(&aside);
-        let files = as_root(|| saved.begin())?;
-        let memory = Memory::new(self.process.pid(), self.process.ram().await?);
-        let memory = saved::copy_files(memory, &files.0).await?;
-        saved::save(self.process.as_ref(), memory, (&files.0, &files.1)).await?;
-        // It will not run again; its disk is what it left.
-        self.process.kill()?;
-        self.process.exited().await;
+        let (saved, files, machine) = self.save(context, size, &aside).await?;
         tell(95, "keeping its disk");
         copy_disk(&self.dir.disk(), &aside.join(DISK)).map_err(failed("keep the template's disk"))?;
         let path = states.0.join(&name);
@@ -228,6 +269,60 @@ impl Template {
             Ok::<_, WarmError>(manifest)
         })?;
         Ok(Warm { name, manifest, path })
+    }
+
+    /// Saves the machine into the new folder `to`, which is root's, and ends its process for good: its disk is what it left.
+    pub async fn save(
+        &self,
+        context: &Context,
+        size: Size,
+        to: &Path,
+    ) -> Result<(SavedDir, (File, File), Machine), WarmError> {
+        self.process.pause().await?;
+        let fit = context.engines.chosen().fit().await?;
+        let machine = Machine { fit, cpus: size.cpus, memory_mib: size.memory_mib };
+        let saved = SavedDir::new(to);
+        let files = as_root(|| saved.begin())?;
+        let memory = Memory::new(self.process.pid(), self.process.ram().await?);
+        let memory = saved::copy_files(memory, &files.0).await?;
+        saved::save(self.process.as_ref(), memory, (&files.0, &files.1)).await?;
+        self.process.kill()?;
+        self.process.exited().await;
+        Ok((saved, files, machine))
+    }
+
+    /// A link to its agent, which has said hello.
+    pub async fn greet(&self) -> Result<AgentLink, WarmError> {
+        let stream = sockets::connect(&self.dir.run(), sockets::AGENT).await.map_err(AgentError::from)?;
+        let link = AgentLink::connect(stream).await?;
+        let up = reaches(&link, |status| status.hello.is_some());
+        tokio::time::timeout(BOOT_LIMIT, up).await.map_err(|_| WarmError::Slow)??;
+        Ok(link)
+    }
+
+    /// Has the guest forget what is of it alone, and come to rest as somebody else. The link is closed at the end.
+    pub async fn forget_and_rest(&self, link: AgentLink) -> Result<(), WarmError> {
+        link.forget().await?;
+        link.identify(&self.identity(true)?).await?;
+        let up = reaches(&link, |status| status.ssh);
+        tokio::time::timeout(BOOT_LIMIT, up).await.map_err(|_| WarmError::Slow)??;
+        tokio::time::sleep(SETTLE).await;
+        link.rest().await?;
+        drop(link);
+        tokio::time::sleep(SETTLE).await;
+        Ok(())
+    }
+
+    /// Has a guest that boots forget what is of it alone, and shut down.
+    pub async fn forget_and_end(&self, link: AgentLink) -> Result<(), WarmError> {
+        link.identify(&self.identity(false)?).await?;
+        // Its services have started: what they keep of themselves is there to be forgotten.
+        let up = reaches(&link, |status| status.ssh && status.docker);
+        tokio::time::timeout(BOOT_LIMIT, up).await.map_err(|_| WarmError::Slow)??;
+        link.forget().await?;
+        link.shutdown(ShutdownKind::PowerOff).await?;
+        let ended = tokio::time::timeout(BOOT_LIMIT, self.process.exited()).await;
+        ended.map(drop).map_err(|_| WarmError::Slow)
     }
 
     /// Waits until everything is up, uses it once, and lets it come to rest. The link is closed at the end.
@@ -279,7 +374,7 @@ impl Template {
     }
 
     /// Ends it, and takes away what it had.
-    async fn end(self, context: &Context) {
+    pub async fn end(self, context: &Context) {
         if let Err(error) = self.process.kill() {
             tracing::warn!(%error, "the template's process may live on");
         }
@@ -289,6 +384,12 @@ impl Template {
             tracing::warn!(path = %self.dir.path().display(), %error, "a template's folder stays");
         }
     }
+}
+
+/// What a warm state is called.
+pub fn warm_name(engine: EngineName, size: Size) -> String {
+    let number = uuid::Uuid::new_v4().simple().to_string();
+    format!("{engine}-{}x{}-{}", size.cpus, size.memory_mib, &number[..8])
 }
 
 async fn reaches(link: &AgentLink, wanted: impl Fn(&AgentStatus) -> bool) -> Result<(), WarmError> {

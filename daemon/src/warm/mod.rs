@@ -19,8 +19,10 @@ use crate::engine::Fit;
 use crate::privilege::as_root;
 use crate::saved::{Manifest, SavedDir, SavedError};
 
-const FOLDER: &str = "warm";
-const DISK: &str = "disk.qcow2";
+/// Where they lie beside the image's files.
+pub const FOLDER: &str = "warm";
+/// The disk of one.
+pub const DISK: &str = "disk.qcow2";
 /// Folders that are being made start with this.
 const NEW: &str = ".new-";
 

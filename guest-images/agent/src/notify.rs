@@ -13,6 +13,12 @@ pub fn ready() {
     }
 }
 
+/// Asks for so many seconds more before the start counts as failed (`EXTEND_TIMEOUT_USEC` of sd_notify(3)).
+pub fn more_time(seconds: u64) {
+    // Where nobody waits, nobody is told.
+    let _ = send(format!("EXTEND_TIMEOUT_USEC={}\n", seconds * 1_000_000).as_bytes());
+}
+
 fn send(text: &[u8]) -> io::Result<()> {
     let Some(path) = env::var_os("NOTIFY_SOCKET") else { return Ok(()) };
     let address = match path.as_bytes().strip_prefix(b"@") {

@@ -6,13 +6,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use catalyst_agent_protocol::{
-    Channel, Control, Frame, MAX_STREAMS, Problem, ProblemKind, Reply, Request, Status, StreamChannel,
-    VERSION,
+    Channel, Control, Frame, MAX_STREAMS, Problem, ProblemKind, Reply, Request, SetUpReport, Status,
+    StreamChannel, VERSION,
 };
 
 use crate::folders::Folders;
+use crate::forget;
 use crate::outbox::Outbox;
 use crate::port::Event;
+use crate::set_up::Setting;
 use crate::stream::Stream;
 use crate::{cpu_share, exec, files, identity, notify, readiness, rest, shutdown};
 
@@ -40,6 +42,7 @@ pub struct Session {
     /// Frames to the host.
     pub outbox: Arc<Outbox>,
     folders: Arc<Folders>,
+    setting: Arc<Setting>,
     state: Mutex<State>,
 }
 
@@ -49,6 +52,8 @@ struct State {
     epoch: Option<u32>,
     status: Status,
     streams: HashMap<u32, Arc<Stream>>,
+    /// The host has asked how far the setting up is, and hears of it.
+    told_of_setting_up: bool,
 }
 
 /// Shorthand for a request that was not done.
@@ -61,7 +66,13 @@ pub fn failed(kind: ProblemKind, message: impl Into<String>) -> Reply {
 impl Session {
     /// Nobody greeted, nothing open.
     pub fn new(config: Config, outbox: Arc<Outbox>) -> Arc<Self> {
-        Arc::new(Self { config, outbox, folders: Arc::default(), state: Mutex::default() })
+        Arc::new(Self {
+            config,
+            outbox,
+            folders: Arc::default(),
+            setting: Arc::default(),
+            state: Mutex::default(),
+        })
     }
 
     /// Takes what comes from the port.
@@ -118,6 +129,7 @@ impl Session {
     pub fn drop_epoch(&self) {
         let mut state = self.lock();
         state.epoch = None;
+        state.told_of_setting_up = false;
         let streams = std::mem::take(&mut state.streams);
         drop(state);
         for stream in streams.values() {
@@ -158,6 +170,19 @@ impl Session {
             Request::UnmountFolder { name } => {
                 return self.with_folders(epoch, id, move |all| all.unmount(&name));
             }
+            Request::SetUp { instance, document } => {
+                let session = Arc::clone(self);
+                self.lock().told_of_setting_up = true;
+                thread::spawn(move || {
+                    let report = session.setting.begin(&session, &instance, document);
+                    session.reply(epoch, id, report);
+                });
+                return;
+            }
+            Request::Forget => match forget::forget(&self.config) {
+                Ok(()) => Reply::Done,
+                Err(error) => failed(ProblemKind::Failed, format!("forgetting failed: {error}")),
+            },
             Request::Rest => match rest::rest(&self.config) {
                 Ok(()) => Reply::Done,
                 Err(error) => failed(ProblemKind::Failed, format!("coming to rest failed: {error}")),
@@ -210,9 +235,23 @@ impl Session {
                         readiness::watch(self);
                     }
                 }
+                self.setting.go_on(self);
                 Reply::Done
             }
             Err(problem) => Reply::Failed(problem),
+        }
+    }
+
+    /// Whether the guest has its identity, and with it its network.
+    pub fn is_identified(&self) -> bool {
+        self.lock().status.identity
+    }
+
+    /// Tells a host that has asked how far the setting up is.
+    pub fn tell_set_up(&self, report: SetUpReport) {
+        let state = self.lock();
+        if let Some(epoch) = state.epoch.filter(|_| state.told_of_setting_up) {
+            self.outbox.control(epoch, &Control::SetUp(report));
         }
     }
 

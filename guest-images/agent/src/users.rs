@@ -36,6 +36,23 @@ pub fn find(root: &Path, name: &str) -> Option<User> {
     Some(user)
 }
 
+/// The number of a group, by its name or by itself.
+pub fn find_group(root: &Path, name: &str) -> Option<u32> {
+    let text = read(root, "group");
+    let named = text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        (fields.next()? == name).then_some(())?;
+        fields.nth(1)?.parse().ok()
+    });
+    named.or_else(|| name.parse().ok())
+}
+
+/// The homes of all users, but for those whose home is the root.
+pub fn homes(root: &Path) -> Vec<String> {
+    let homes = read(root, "passwd").lines().filter_map(parse).map(|user| user.home).collect::<Vec<_>>();
+    homes.into_iter().filter(|home| home.len() > 1 && home.starts_with('/')).collect()
+}
+
 fn read(root: &Path, name: &str) -> String {
     let of = |root: &Path| -> PathBuf { root.join("etc").join(name) };
     let text = fs::read(of(root)).or_else(|_| fs::read(of(Path::new("/")))).unwrap_or_default();

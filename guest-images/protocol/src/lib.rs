@@ -17,6 +17,7 @@
 pub mod frame;
 pub mod line;
 pub mod message;
+pub mod set_up;
 
 pub use frame::{Channel, Decoder, Frame, FrameError, HEADER, MAX_PAYLOAD, encode};
 pub use line::{Line, LineControl};
@@ -24,6 +25,7 @@ pub use message::{
     Control, ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, Problem, ProblemKind, Reply, Request,
     ShutdownKind, Status, StreamChannel, Terminal,
 };
+pub use set_up::{SetUp, SetUpReport, SetUpState};
 
 /// Version of the protocol. Sides of different versions say so and part.
 pub const VERSION: u32 = 1;

@@ -5,6 +5,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Channel;
+use crate::set_up::SetUpReport;
 
 /// Every control message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,8 @@ pub enum Control {
     },
     /// Guest: how it is, whenever that changes.
     Status(Status),
+    /// Guest: how far its setting up is, when that changes; to a host that asked in this epoch.
+    SetUp(SetUpReport),
     /// Guest: a command has ended. Comes after the ends of its output.
     Exited {
         /// The stream.
@@ -127,6 +130,15 @@ pub enum Request {
     /// Come to rest before the guest's memory is copied: what is held back is written, free memory is filled with zeros,
     /// which take no room in a copy. What runs goes on running.
     Rest,
+    /// Set the guest up as this, if it was not yet, from the document that lies ready; without one, say how far that is.
+    SetUp {
+        /// The document's instance.
+        instance: String,
+        /// Whether the document lies ready.
+        document: bool,
+    },
+    /// Take away what is of this guest alone, before its disk becomes a template: keys, ids, logs.
+    Forget,
     /// Mount a folder of the host, which is served over the port for folders.
     MountFolder {
         /// It.
@@ -175,6 +187,8 @@ pub enum Reply {
         /// Its permission bits.
         mode: u32,
     },
+    /// How far the guest's setting up is.
+    SetUp(SetUpReport),
     /// Not done.
     Failed(Problem),
 }

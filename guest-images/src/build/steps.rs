@@ -192,6 +192,8 @@ fn manifest(build: &mut Build<'_>) -> Result<(), BuildError> {
     let mut packages = installed(build)?;
     packages.sort_by(|a, b| a.name.cmp(&b.name));
     let manifest = Manifest {
+        made_from: None,
+        machine: None,
         format: MANIFEST_FORMAT,
         name: recipe::NAME.to_owned(),
         version: build.version.clone(),

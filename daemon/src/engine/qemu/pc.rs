@@ -6,7 +6,6 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -18,7 +17,7 @@ use super::super::pc::{PcDisk, PcSpec};
 use super::command::CABLE;
 use crate::store::config::format_mac;
 use crate::store::foreign::hardware::{Bus, Nic};
-use crate::store::foreign::image::{Extent, Parts};
+use crate::store::foreign::image::{self, Extent, Parts};
 
 /// The numbers of the descriptors that every QEMU inherits.
 #[derive(Clone, Copy, Debug)]
@@ -176,6 +175,12 @@ fn disks(line: &mut Builder, disks: Vec<PcDisk>, old: bool) -> io::Result<()> {
 /// The node of what is only read.
 fn base(line: &mut Builder, at: usize, parts: Parts) -> io::Result<String> {
     let (driver, file) = match parts {
+        Parts::Raw(file) => {
+            let (name, node) = (line.pass(file.into()), format!("base{at}"));
+            let file = json!({ "driver": "file", "filename": name, "read-only": true });
+            line.block(&json!({ "driver": "raw", "node-name": node, "file": file, "read-only": true }));
+            return Ok(node);
+        }
         Parts::Qcow2(file) => ("qcow2", file),
         Parts::Vmdk(file) => ("vmdk", file),
         Parts::Extents(extents) => ("vmdk", descriptor(line, extents)?),
@@ -191,16 +196,7 @@ fn base(line: &mut Builder, at: usize, parts: Parts) -> io::Result<String> {
 
 /// A descriptor of ours, which names the files of a VMDK by their descriptors, in a file that nobody can change.
 fn descriptor(line: &mut Builder, extents: Vec<Extent>) -> io::Result<File> {
-    let mut text = String::from("# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n");
-    text += "createType=\"twoGbMaxExtentSparse\"\n";
-    for Extent { file, sectors, flat } in extents {
-        let name = line.pass(file.into());
-        // Writing to a String cannot fail.
-        let _ = match flat {
-            None => writeln!(text, "RW {sectors} SPARSE \"{name}\""),
-            Some(offset) => writeln!(text, "RW {sectors} FLAT \"{name}\" {offset}"),
-        };
-    }
+    let text = image::descriptor(extents, |file| line.pass(file.into()));
     let file = memfd_create("catalyst-vmdk", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     let mut file = File::from(file);
     file.write_all(text.as_bytes())?;

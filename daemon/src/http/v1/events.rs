@@ -73,7 +73,8 @@ fn concerns(kind: &EventKind, vm: &str) -> bool {
         | EventKind::VmState { id, .. }
         | EventKind::VmChanged { id }
         | EventKind::VmUsage { id, .. }
-        | EventKind::VmGuest { id, .. } => id == vm,
+        | EventKind::VmGuest { id, .. }
+        | EventKind::VmSetUp { id, .. } => id == vm,
         EventKind::Task { .. } => false,
         EventKind::Lost { .. } => true,
     }

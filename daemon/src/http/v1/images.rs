@@ -5,11 +5,12 @@ use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use catalyst_api::words::ImageName;
-use catalyst_api::{ApiError, ErrorCode, ImageInfo, Task};
+use catalyst_api::{ApiError, ErrorCode, ExportVm, ImageInfo, ImportImage, Task};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::super::App;
+use super::super::body::JsonBody;
 use super::super::error::Refusal;
 
 const TAG: &str = "Images";
@@ -20,6 +21,8 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .routes(routes!(show, remove))
         .routes(routes!(manifest))
         .routes(routes!(build))
+        .routes(routes!(import))
+        .routes(routes!(export))
         .routes(routes!(verify))
         .routes(routes!(tasks))
         .routes(routes!(task))
@@ -69,6 +72,28 @@ async fn build(
     Path(name): Path<String>,
 ) -> Result<(StatusCode, Json<Task>), Refusal> {
     Ok((StatusCode::ACCEPTED, Json(app.images.build(&app.machines, &name)?)))
+}
+
+/// Begins to make a template of a disk of others, which starts by its own loader.
+#[utoipa::path(post, path = "/v1/images/import", tag = TAG, request_body = ImportImage,
+    responses((status = 202, body = Task), (status = 400, body = ApiError), (status = 409, body = ApiError)))]
+async fn import(
+    State(app): State<App>,
+    JsonBody(request): JsonBody<ImportImage>,
+) -> Result<(StatusCode, Json<Task>), Refusal> {
+    Ok((StatusCode::ACCEPTED, Json(app.machines.import(request)?)))
+}
+
+/// Begins to write the disk of a VM that is off into a qcow2 that stands on nothing.
+#[utoipa::path(post, path = "/v1/vms/{id}/export", tag = TAG, params(("id" = String, Path)), request_body = ExportVm,
+    responses((status = 202, body = Task), (status = 400, body = ApiError), (status = 404, body = ApiError),
+        (status = 409, body = ApiError), (status = 501, body = ApiError)))]
+async fn export(
+    State(app): State<App>,
+    Path(id): Path<String>,
+    JsonBody(request): JsonBody<ExportVm>,
+) -> Result<(StatusCode, Json<Task>), Refusal> {
+    Ok((StatusCode::ACCEPTED, Json(app.machines.export(&id, &request)?)))
 }
 
 /// Compares every file of an image with its digest.

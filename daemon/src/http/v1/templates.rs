@@ -4,7 +4,7 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use catalyst_api::words::ImageName;
-use catalyst_api::{ApiError, Task, TemplateInfo, WarmRequest};
+use catalyst_api::{ApiError, CreateTemplate, Task, TemplateInfo, WarmRequest};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -15,13 +15,33 @@ use super::super::error::Refusal;
 const TAG: &str = "Templates";
 
 pub(super) fn routes() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(list)).routes(routes!(show)).routes(routes!(warm))
+    OpenApiRouter::new().routes(routes!(list, create)).routes(routes!(show, delete)).routes(routes!(warm))
 }
 
 /// All templates, with their warm states.
 #[utoipa::path(get, path = "/v1/templates", tag = TAG, responses((status = 200, body = [TemplateInfo])))]
 async fn list(State(app): State<App>) -> Result<Json<Vec<TemplateInfo>>, Refusal> {
     Ok(Json(app.machines.templates().await?))
+}
+
+/// Begins to make a template of a VM: of one that runs with its memory. What is of that VM alone is left out: host keys,
+/// authorized keys, ids.
+#[utoipa::path(post, path = "/v1/templates", tag = TAG, request_body = CreateTemplate,
+    responses((status = 202, body = Task), (status = 400, body = ApiError), (status = 404, body = ApiError),
+        (status = 409, body = ApiError), (status = 501, body = ApiError)))]
+async fn create(
+    State(app): State<App>,
+    JsonBody(request): JsonBody<CreateTemplate>,
+) -> Result<(StatusCode, Json<Task>), Refusal> {
+    Ok((StatusCode::ACCEPTED, Json(app.machines.create_template(&request)?)))
+}
+
+/// Deletes a template that was made from a VM or imported, and that no VM stands on.
+#[utoipa::path(delete, path = "/v1/templates/{name}", tag = TAG, params(("name" = String, Path)),
+    responses((status = 204), (status = 404, body = ApiError), (status = 409, body = ApiError)))]
+async fn delete(State(app): State<App>, Path(name): Path<String>) -> Result<StatusCode, Refusal> {
+    app.images.delete_template(&app.machines, &name).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// One template.

@@ -121,7 +121,7 @@ impl Machines {
         request: CreateFolder,
     ) -> Result<catalyst_api::Folder, FolderError> {
         let shared = self.get(id)?;
-        if shared.dir().is_registered() {
+        if shared.is_foreign() {
             return Err(FolderError::Registered(shared.dir().id().clone()));
         }
         let folder = check(request)?;

@@ -16,7 +16,7 @@ impl Machine {
     /// Saves the machine to disk and ends its process. If that fails, it is `before` as it was.
     pub(super) async fn suspend(&mut self, before: VmState) -> Result<(), PowerError> {
         let id = self.shared.dir().id().clone();
-        if self.shared.dir().is_registered() {
+        if self.shared.is_foreign() {
             return Err(PowerError::Registered(id));
         }
         let (Some(running), Some(began)) = (&self.process, self.shared.facts().began) else {
@@ -91,7 +91,7 @@ impl Machine {
 
     pub(super) async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
         self.adopt_again().await;
-        if self.shared.dir().is_registered() {
+        if self.shared.is_foreign() {
             return Err(FreezeError::Registered(self.shared.dir().id().clone()));
         }
         self.settle_disk().await?;
@@ -112,7 +112,7 @@ impl Machine {
         self.adopt_again().await;
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
         let (id, state) = (shared.dir().id().clone(), shared.state());
-        if shared.dir().is_registered() {
+        if shared.is_foreign() {
             return Err(SnapshotError::Registered(id));
         }
         let settled =

@@ -189,7 +189,7 @@ fn unsupported(key: &str, value: &str, possible: &'static str) -> ConfigError {
 /// disks are read by the guest and deleted with the VM.
 pub fn is_disk_name(name: &str) -> bool {
     let ending = name.rsplit_once('.').map(|(_, ending)| ending.to_ascii_lowercase());
-    let disk = ending.is_some_and(|ending| ["vmdk", "qcow2", "img"].contains(&ending.as_str()));
+    let disk = ending.is_some_and(|ending| ["vmdk", "qcow2", "img", "raw"].contains(&ending.as_str()));
     disk && is_plain_name(name)
 }
 

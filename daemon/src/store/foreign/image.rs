@@ -4,6 +4,7 @@
 //! names. So they are read here, only what lies beside the disk is opened, and QEMU gets descriptors and a text of ours.
 //! Disks of others are never written: what a guest changes goes into an overlay.
 
+use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -12,6 +13,8 @@ use std::path::Path;
 use super::super::disk::DiskError;
 use super::hardware::is_disk_name;
 
+/// What a file is that is no disk that is known.
+const NO_IMAGE: &str = "it is neither a VMDK nor a qcow2";
 /// Bytes of a sector.
 const SECTOR: u64 = 512;
 /// Bytes of a file that say what it is.
@@ -39,6 +42,8 @@ pub struct Image {
 pub enum Parts {
     /// One qcow2, which stands on nothing.
     Qcow2(File),
+    /// The disk as it is.
+    Raw(File),
     /// One sparse VMDK: growable or compressed.
     Vmdk(File),
     /// The files that a VMDK's descriptor names.
@@ -80,7 +85,7 @@ pub fn open(folder: &Path, name: &str) -> Result<Image, DiskError> {
     let about = file.metadata().map_err(read_failed)?;
     let is_text = start.starts_with(b"# Disk DescriptorFile");
     if !is_text || about.len() > MAX_DESCRIPTOR {
-        return Err(unusable("it is neither a VMDK nor a qcow2"));
+        return Err(unusable(NO_IMAGE));
     }
     let text = descriptor_at(&file, (0, about.len())).map_err(read_failed)?;
     check_parent(&text).map_err(unusable)?;
@@ -101,6 +106,39 @@ pub fn open(folder: &Path, name: &str) -> Result<Image, DiskError> {
         return Err(unusable("its descriptor names no file that holds data"));
     }
     Ok(Image { bytes: in_bytes(sectors).map_err(unusable)?, parts: Parts::Extents(extents), files })
+}
+
+/// Opens the disk `name` in `folder` as [`open`] does, or takes a file that ends in `.raw` or `.img` for the disk itself.
+pub fn open_or_raw(folder: &Path, name: &str) -> Result<Image, DiskError> {
+    let opened = open(folder, name);
+    let ending = Path::new(name).extension().unwrap_or_default().to_ascii_lowercase();
+    if !matches!(opened, Err(DiskError::Unusable { why: NO_IMAGE, .. }))
+        || !(ending == "raw" || ending == "img")
+    {
+        return opened;
+    }
+    let file = open_file(folder, name)?;
+    let length = file
+        .metadata()
+        .map_err(|source| DiskError::Io { what: "read", path: shown(folder, name), source })?
+        .len();
+    let bytes = in_bytes(length.div_ceil(SECTOR)).map_err(unusable(folder, name))?;
+    Ok(Image { bytes, parts: Parts::Raw(file), files: vec![name.to_owned()] })
+}
+
+/// A descriptor of ours of a VMDK, which names its files by what `pass` calls them.
+pub fn descriptor(extents: Vec<Extent>, mut pass: impl FnMut(File) -> String) -> String {
+    let mut text = String::from("# Disk DescriptorFile\nversion=1\nCID=fffffffe\nparentCID=ffffffff\n");
+    text += "createType=\"twoGbMaxExtentSparse\"\n";
+    for Extent { file, sectors, flat } in extents {
+        let name = pass(file);
+        // Writing to a String cannot fail.
+        let _ = match flat {
+            None => writeln!(text, "RW {sectors} SPARSE \"{name}\""),
+            Some(offset) => writeln!(text, "RW {sectors} FLAT \"{name}\" {offset}"),
+        };
+    }
+    text
 }
 
 fn shown(folder: &Path, name: &str) -> String {

@@ -21,7 +21,7 @@ use crate::session::Config;
 use crate::users;
 
 /// The user whose `authorized_keys` are written.
-const USER: &str = "catalyst";
+pub const USER: &str = "catalyst";
 
 /// What was being done when it failed.
 type Step<T> = Result<T, Problem>;
@@ -191,7 +191,7 @@ fn authorized_keys(config: &Config, identity: &Identity, put: Put) -> Step<()> {
 }
 
 /// The user owns the home, so what stands there may be a link to anywhere: that is refused.
-fn owned_folder(path: &Path, (uid, gid): (u32, u32)) -> io::Result<()> {
+pub fn owned_folder(path: &Path, (uid, gid): (u32, u32)) -> io::Result<()> {
     match fs::create_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         other => other?,
