@@ -17,14 +17,15 @@ const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 const TOOLS: [&str; 4] =
     ["/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img", "/usr/sbin/dnsmasq", "/usr/sbin/nft"];
 /// What QEMU looks for by name.
-const FIRMWARE: [&str; 6] = [
+const FIRMWARE: [&str; 5] = [
     "/usr/share/qemu/bios-microvm.bin",
     "/usr/share/qemu/pvh.bin",
     "/usr/share/qemu/linuxboot_dma.bin",
     "/usr/share/qemu/kvmvapic.bin",
     "/usr/share/seabios/bios-microvm.bin",
-    "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so",
 ];
+/// Its software CPU, which is a module.
+const ACCELERATOR: &str = "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so";
 /// Settings of the unit in the host.
 const SETTINGS: &str = "[Service]\\nEnvironment=CATALYST_ENGINE=qemu CATALYST_NO_WARMING=true \
                         CATALYST_LOG=info,catalyst_daemon::systemd=debug\\n";
@@ -118,15 +119,17 @@ fn tar_of(mut tar: Command, from: &Path, names: &Path, archive: &Path) -> Comman
 
 /// The tools and the libraries that they are linked with.
 fn closure() -> String {
-    let linked: Vec<&str> =
-        TOOLS.into_iter().chain(FIRMWARE.into_iter().filter(|file| file.ends_with(".so"))).collect();
     let mut ldd = Command::new("ldd");
-    ldd.args(&linked);
+    ldd.args(TOOLS).arg(ACCELERATOR);
     let libraries = ran(ldd);
     let libraries =
         libraries.ok().lines().filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')));
-    let mut all: Vec<&str> =
-        libraries.filter(|path| !path.ends_with(':')).chain(TOOLS).chain(FIRMWARE).collect();
+    let mut all: Vec<&str> = libraries
+        .filter(|path| !path.ends_with(':'))
+        .chain(TOOLS)
+        .chain(FIRMWARE)
+        .chain([ACCELERATOR])
+        .collect();
     all.sort_unstable();
     all.dedup();
     all.iter()
