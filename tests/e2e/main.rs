@@ -12,6 +12,7 @@ mod common;
 mod cpus;
 mod crash;
 mod daemons;
+mod docker_tools;
 mod faults;
 mod folders;
 mod foreign;
@@ -36,6 +37,7 @@ use catalyst_tests::harness::{self, Group};
 // The longest come first: groups run side by side.
 const GROUPS: &[Group] = &[
     ("machine", machine::machine),
+    ("docker_tools", docker_tools::docker_tools),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),

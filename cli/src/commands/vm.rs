@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use catalyst_api::{CloneVm, CreateVm, MemoryInfo, PowerOp, UpdateVm, Version, Vm, VmState};
 
-use super::{Context, for_each, guest, port, power, snapshot};
+use super::{Context, for_each, guest, port, power, snapshot, ssh_config};
 use crate::Outcome;
 use crate::args;
 use crate::client::Client;
@@ -47,6 +47,8 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         publish: asked.publish,
     };
     let mut vm = client.create(&body)?;
+    // One of that name may have been deleted by another client.
+    ssh_config::forget(&daemon, std::slice::from_ref(&vm.id));
     match &vm.source {
         Some(source) => output::info(&format!("Registered VM '{}' at '{source}'", vm.id)),
         None => told_cloned(&template_path(&daemon, &vm), &vm),
@@ -218,9 +220,10 @@ fn guest_line(vm: &Vm) -> String {
 }
 
 fn delete(context: &Context, ids: &[String], force: bool) -> Outcome {
-    let client = context.client()?;
+    let (client, daemon) = context.connect()?;
     for_each(ids, &Board::new(), |id| {
         client.delete(id, force)?;
+        ssh_config::forget(&daemon, &[id.to_owned()]);
         output::info(&format!("Deleted VM '{id}'"));
         if context.json {
             output::json_line(&serde_json::json!({ "id": id, "deleted": true }))?;
