@@ -18,7 +18,8 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
 # What only tests need: the programs that Catalyst is driven by.
-TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec docker-compose:docker-compose tcsh:tcsh fish:fish
+TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec docker-compose:docker-compose tcsh:tcsh fish:fish \
+              iptables:iptables ufw:ufw
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +33,7 @@ setup: ## install what is missing (Debian packages)
 	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
 
 setup-tests: setup ## install what only tests need besides
-	@missing=; for need in $(TEST_NEEDS); do command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	@missing=; for need in $(TEST_NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
 	/usr/bin/python3 -c 'import docker, paramiko' 2>/dev/null || missing="$$missing python3-docker python3-paramiko"; \
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi

@@ -8,6 +8,7 @@
 
 mod access;
 mod bad_input;
+mod beside;
 mod common;
 mod cpus;
 mod crash;
@@ -37,6 +38,7 @@ use catalyst_tests::harness::{self, Group};
 // The longest come first: groups run side by side.
 const GROUPS: &[Group] = &[
     ("machine", machine::machine),
+    ("beside", beside::beside),
     ("docker_tools", docker_tools::docker_tools),
     ("many", many::many),
     ("instant", instant::instant),
