@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools
+.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools docker-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -18,7 +18,8 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
 # What only tests need: the programs that Catalyst is driven by.
-TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec openssl:openssl lintian:lintian chromium:chromium node:nodejs npm:npm
+TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec openssl:openssl lintian:lintian chromium:chromium node:nodejs npm:npm \
+              docker-compose:docker-compose tcsh:tcsh fish:fish iptables:iptables ufw:ufw
 
 help: ## show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +35,8 @@ setup: ## install what is missing (Debian packages)
 setup-tests: setup ## install what only tests need besides
 	@python3 -m pip --version >/dev/null 2>&1 || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -y -qq --no-install-recommends python3-pip >/dev/null; }
-	@missing=; for need in $(TEST_NEEDS); do command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	@missing=; for need in $(TEST_NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	/usr/bin/python3 -c 'import docker, paramiko' 2>/dev/null || missing="$$missing python3-docker python3-paramiko"; \
 	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
 	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
 
@@ -49,15 +51,20 @@ go: setup
 machine-driver: go ## build the docker-machine driver into target/release
 	CGO_ENABLED=0 $(WITH_GO) go build -trimpath -ldflags=-s -o $(CURDIR)/$(RELEASE)/ .
 
-# The real programs that its tests use: rancher-machine, and Docker's client. Debian has that in one package with the
-# daemon, which is not to be started here, so the client alone is taken out of it.
+# The real programs that its tests use: rancher-machine, and Docker's client.
 MACHINE_TOOLS := $(CURDIR)/$(RELEASE)/machine
 machine-tools: go
 	@mkdir -p $(MACHINE_TOOLS)
 	CGO_ENABLED=0 $(WITH_GO) go build -trimpath -ldflags=-s -o $(MACHINE_TOOLS)/ tool
-	@PATH=$(MACHINE_TOOLS):$$PATH command -v docker >/dev/null || { echo "fetching Docker's client"; $(SUDO) apt-get update -qq && \
-	  folder=$$(mktemp -d) && cd $$folder && apt-get download -qq -o APT::Sandbox::User=root docker.io && dpkg-deb --extract docker.io_*.deb . && \
-	  install -m 755 usr/bin/docker $(MACHINE_TOOLS)/ && rm -r $$folder; }
+	@PATH=$(MACHINE_TOOLS):$$PATH command -v docker >/dev/null || { $(MAKE) -s docker-tools && ln -sf ../docker-tools/docker $(MACHINE_TOOLS)/; }
+
+DOCKER_TOOLS := $(CURDIR)/$(RELEASE)/docker-tools
+# Debian has Docker's client in one package with the daemon, which is not to be started here, so it alone is taken out of it.
+docker-tools: ## Debian's Docker client, for the tests
+	@mkdir -p $(DOCKER_TOOLS); [ -x /usr/bin/docker ] || [ -x $(DOCKER_TOOLS)/docker ] || { echo "fetching Docker's client"; \
+	  $(SUDO) apt-get update -qq && folder=$$(mktemp -d) && cd $$folder && \
+	  apt-get download -qq -o APT::Sandbox::User=root docker.io && dpkg-deb --extract docker.io_*.deb . && \
+	  install -m 755 usr/bin/docker $(DOCKER_TOOLS)/ && rm -r $$folder; }
 
 # What asks the daemon by the descriptions of its API, of the versions that are written down.
 ASKER := $(CURDIR)/$(RELEASE)/schemathesis
@@ -106,7 +113,7 @@ unit: build rspec go ## unit tests
 rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 	cd drivers/vagrant && rspec
 
-e2e: image setup-tests ui-tools machine-driver machine-tools schemathesis ## end-to-end tests on real VMs (root)
+e2e: image setup-tests ui-tools machine-driver machine-tools docker-tools schemathesis ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
 	@tests/versions $(RELEASE)
 	cargo test --release -p catalyst-tests -- --nocapture

@@ -1,5 +1,6 @@
 //! The command line's grammar.
 
+mod docker;
 mod folder;
 mod port;
 
@@ -11,6 +12,7 @@ use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+pub use self::docker::{Docker, DockerContext, Shell as EnvShell};
 pub use self::folder::Folder;
 pub use self::port::Port;
 use crate::{names, output, size};
@@ -61,6 +63,11 @@ pub enum Command {
     Guest(Guest),
     /// Log in to a VM, or run a command in it, with the system's ssh
     Ssh(Ssh),
+    /// Let plain ssh, and what uses it, reach VMs by name: `ssh web1.catalyst`
+    SshConfig(SshConfig),
+    /// Use a VM's Docker with the Docker tools of this machine
+    #[command(subcommand)]
+    Docker(Docker),
     /// Attach to a VM's serial console; Ctrl-] leaves
     Console(OneId),
     /// Print the log of a VM's serial console
@@ -410,6 +417,17 @@ pub struct Ssh {
     /// The command to run [default: a login shell]
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// `ssh-config`
+#[derive(Debug, Args)]
+pub struct SshConfig {
+    /// The VMs [default: all]
+    #[arg(value_name = "ID", value_parser = names::vm_id)]
+    pub ids: Vec<String>,
+    /// Take away what ~/.ssh has of them; asks no daemon
+    #[arg(long)]
+    pub remove: bool,
 }
 
 /// `logs`

@@ -54,6 +54,12 @@ pub enum CliError {
         /// Why not.
         source: PlainIo,
     },
+    /// `~/.ssh` could not be changed.
+    #[error(transparent)]
+    SshFiles(#[from] crate::ssh_files::SshFilesError),
+    /// Docker's client did not do it.
+    #[error(transparent)]
+    Docker(#[from] crate::commands::docker::DockerError),
     /// The daemon took the request to stop and did not.
     #[error(
         "the daemon (pid {pid}) has not ended within {seconds} s; see its log, or end it with: kill {pid}"

@@ -20,6 +20,7 @@ mod process;
 mod progress;
 mod session;
 mod size;
+mod ssh_files;
 mod table;
 mod tasks;
 mod terminal;

@@ -118,6 +118,8 @@ async fn network(context: &Context) -> Check {
     let up = if status.up { "up" } else { "down until the first VM starts" };
     let found =
         format!("bridge {} with {}, {up}; {} leases", status.bridge, status.subnet, status.leases.len());
+    let admitted = status.admitted_by.iter().map(|place| format!("; let through by {place}"));
+    let found = found + &admitted.collect::<String>();
     match status.warnings.as_slice() {
         [] => check("network", CheckStatus::Ok, found, None),
         warnings => {

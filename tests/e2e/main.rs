@@ -8,11 +8,13 @@
 
 mod access;
 mod bad_input;
+mod beside;
 mod common;
 mod cpus;
 mod crash;
 mod daemons;
 mod deb;
+mod docker_tools;
 mod faults;
 mod folders;
 mod foreign;
@@ -42,6 +44,8 @@ use catalyst_tests::harness::{self, Group};
 // The longest come first: groups run side by side.
 const GROUPS: &[Group] = &[
     ("machine", machine::machine),
+    ("beside", beside::beside),
+    ("docker_tools", docker_tools::docker_tools),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),

@@ -2,6 +2,7 @@
 
 mod console;
 mod daemon;
+pub mod docker;
 mod doctor;
 mod events;
 mod exec;
@@ -14,6 +15,7 @@ mod port;
 mod power;
 pub mod snapshot;
 pub mod ssh;
+mod ssh_config;
 mod template;
 mod vm;
 
@@ -82,6 +84,8 @@ pub fn run(cli: Cli) -> Outcome {
         Command::Guest(args::Guest::Getip(command)) => guest::getip(&context, &command),
         Command::Guest(args::Guest::Exec(command)) => exec::run(&context, command),
         Command::Ssh(command) => ssh::run(&context, &command),
+        Command::SshConfig(command) => ssh_config::run(&context, &command),
+        Command::Docker(command) => docker::run(&context, command),
         Command::Console(command) => console::run(&context, &command.id),
         Command::Logs(command) => logs::run(&context, &command),
         Command::Folder(command) => folder::run(&context, command),

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use catalyst_api::{PowerOp, PowerRequest, Vm};
 
-use super::{Context, for_each, vm};
+use super::{Context, for_each, ssh_config, vm};
 use crate::Outcome;
 use crate::args::Power;
 use crate::client::Client;
@@ -66,6 +66,7 @@ pub fn apply(client: &Client, id: &str, request: PowerRequest, board: &Board) ->
     let vm = client.power(id, request)?;
     drop(line);
     board.aside(|| output::info(&format!("Completed power op '{op}' for VM at '{}'", vm.vmx)));
+    board.aside(|| ssh_config::refresh(client, &vm));
     Ok(vm)
 }
 

@@ -61,10 +61,7 @@ pub fn run(context: &Context, asked: &Ssh) -> Outcome {
 
 /// Only returns if it failed.
 fn become_ssh(host: &Host, info: &SshInfo, asked: &Ssh) -> SshError {
-    let prepared = readable(&asked.id, &info.key_file).and_then(|()| {
-        checked(info)?;
-        write_known_hosts(&asked.id, host, info)
-    });
+    let prepared = usable(&asked.id, info).and_then(|()| write_known_hosts(&asked.id, host, info));
     match prepared {
         Ok(known_hosts) => {
             let error = Command::new("ssh").args(arguments(info, &known_hosts, asked)).exec();
@@ -72,6 +69,12 @@ fn become_ssh(host: &Host, info: &SshInfo, asked: &Ssh) -> SshError {
         }
         Err(error) => error,
     }
+}
+
+/// Whether the key is here, and the daemon's answer a place to log in to.
+pub fn usable(id: &str, info: &SshInfo) -> Result<(), SshError> {
+    readable(id, &info.key_file)?;
+    checked(info)
 }
 
 fn readable(id: &str, key: &str) -> Result<(), SshError> {

@@ -9,7 +9,7 @@ use catalyst_api::{
     CloneVm, CreateVm, MemoryInfo, PowerOp, Proxy, SetUpInfo, SetUpStage, UpdateVm, Version, Vm, VmState,
 };
 
-use super::{Context, for_each, guest, port, power, snapshot};
+use super::{Context, for_each, guest, port, power, snapshot, ssh_config};
 use crate::Outcome;
 use crate::args::{self, ProxyFrom};
 use crate::client::Client;
@@ -68,6 +68,8 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         ca_certificates: asked.ca.iter().map(|path| text("certificates", path)).collect::<Result<_, _>>()?,
     };
     let mut vm = client.create(&body)?;
+    // One of that name may have been deleted by another client.
+    ssh_config::forget(&daemon, std::slice::from_ref(&vm.id));
     match &vm.source {
         Some(source) => output::info(&format!("Registered VM '{}' at '{source}'", vm.id)),
         None => told_cloned(&template_path(&daemon, &vm), &vm),
@@ -292,9 +294,10 @@ fn guest_line(vm: &Vm) -> String {
 }
 
 fn delete(context: &Context, ids: &[String], force: bool) -> Outcome {
-    let client = context.client()?;
+    let (client, daemon) = context.connect()?;
     for_each(ids, &Board::new(), |id| {
         client.delete(id, force)?;
+        ssh_config::forget(&daemon, &[id.to_owned()]);
         output::info(&format!("Deleted VM '{id}'"));
         if context.json {
             output::json_line(&serde_json::json!({ "id": id, "deleted": true }))?;

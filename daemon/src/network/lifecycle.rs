@@ -15,7 +15,7 @@ use super::netlink::{Link, Netlink};
 use super::program::{self, Programs};
 use super::state::{RunDir, Settings};
 use super::subnet::collision;
-use super::{Network, NetworkStatus, choose_subnet, forwarding, nat, publish, tap};
+use super::{Network, NetworkStatus, beside, choose_subnet, forwarding, nat, publish, tap};
 use crate::privilege::{as_root, as_root_blocking};
 
 /// How long another daemon may change the network of this machine, which it does in fractions of a second.
@@ -87,6 +87,7 @@ impl Network {
             ports: Vec::new(),
             leases,
             forwarding_set_by_us: as_root(|| forwarding::set_by_us(&self.inner.run.forwarding())),
+            admitted_by: Vec::new(),
             warnings: Vec::new(),
         };
         if let Err(error) = self.look(&mut status).await {
@@ -110,7 +111,15 @@ impl Network {
         status.up = bridge.is_up && status.dnsmasq_pid.is_some();
         if geteuid().is_root() {
             let (nft, name) = (program::nft()?, bridge.name);
-            status.warnings.extend(as_root_blocking(move || nat::obstacles(&nft, &name)).await?);
+            let (found, obstacles) = as_root_blocking(move || {
+                let found = beside::found(&name);
+                let obstacles = nat::obstacles(&nft, &name, &found);
+                (found, obstacles)
+            })
+            .await;
+            let admitting = found.iter().filter(|found| found.admits);
+            status.admitted_by = admitting.map(|found| found.firewall.place().to_owned()).collect();
+            status.warnings.extend(obstacles?);
         }
         Ok(())
     }
@@ -209,7 +218,9 @@ impl Network {
         }
         *loaded = None;
         nat::apply(nft, &self.inner.bridge, subnet, lock)?;
-        // One more than before: the change since then is ours and no other.
+        beside::admit(&self.inner.bridge);
+        // One more than before: the change since then is ours and no other. Where a firewall of others was changed too,
+        // the next power-on looks once more.
         let after = nat::generation().ok();
         *loaded = after.filter(|after| before.map(|before| before.wrapping_add(1)) == Some(*after));
         Ok(())
@@ -234,6 +245,7 @@ impl Network {
             if let Some(server) = Server::find(&network.files()) {
                 server.stop(&network.inner.bridge)?;
             }
+            beside::withdraw(&network.inner.bridge);
             nat::remove(&nft, &network.inner.bridge, lock.as_ref())
         })
         .await?;

@@ -14,6 +14,7 @@
 mod acknowledged;
 mod address;
 mod arp;
+mod beside;
 mod dnsmasq;
 mod error;
 mod forwarding;
@@ -97,6 +98,8 @@ pub struct NetworkStatus {
     pub leases: Vec<Lease>,
     /// Whether IPv4 forwarding was off on this host and is on because of Catalyst's networks.
     pub forwarding_set_by_us: bool,
+    /// Firewalls of others on this host that let the bridge through, since it was put there.
+    pub admitted_by: Vec<String>,
     /// What may keep guests from the network, each with what to do about it.
     pub warnings: Vec<String>,
 }

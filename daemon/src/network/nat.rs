@@ -11,7 +11,7 @@
 //! Guests reach the host on the bridge's address like any machine of its local network: what the host offers there
 //! is the host's own firewall's business, which we neither open nor close. The daemon's REST port is on loopback,
 //! where nothing from the bridge arrives. A base chain of ours can accept only for itself: a `drop` in somebody
-//! else's chain stays one. [`obstacles`] finds those.
+//! else's chain stays one. [`super::beside`] opens those that document a place for that, [`obstacles`] names the others.
 
 use std::fs::File;
 use std::io;
@@ -21,6 +21,7 @@ use rtnetlink::sys::{Socket, SocketAddr, protocols};
 use serde::Deserialize;
 
 use super::address::Subnet;
+use super::beside::Found;
 use super::error::NetworkError;
 use super::program::run_nft;
 
@@ -112,9 +113,16 @@ table inet {table} {{
 
 /// Chains of others that may keep guests from the network although all of ours is right, each in words with what
 /// to do. Docker and the usual firewalls drop forwarded packets that they do not know. Waits.
-pub(crate) fn obstacles(nft: &Path, bridge: &str) -> Result<Vec<String>, NetworkError> {
+/// Those of firewalls that were `found` to let the bridge through are none; one that does not is.
+pub(crate) fn obstacles(nft: &Path, bridge: &str, found: &[Found]) -> Result<Vec<String>, NetworkError> {
     let json = run_nft(nft, &["-j", "list", "chains"], "", "list its chains", None)?;
-    Ok(parse_obstacles(&json, bridge))
+    let closed = found.iter().filter(|found| !found.admits).map(|found| {
+        format!(
+            "{} does not let the guests of {bridge} through: power a VM on, and see the daemon's log if that stays",
+            found.firewall.place()
+        )
+    });
+    Ok(closed.chain(parse_obstacles(&json, bridge, found)).collect())
 }
 
 #[derive(Deserialize)]
@@ -136,10 +144,14 @@ struct Chain {
     policy: Option<String>,
 }
 
-fn parse_obstacles(json: &str, bridge: &str) -> Vec<String> {
+fn parse_obstacles(json: &str, bridge: &str, found: &[Found]) -> Vec<String> {
     let Ok(listing) = serde_json::from_str::<Listing>(json) else { return Vec::new() };
+    let is_known =
+        |chain: &Chain| chain.table == "filter" && found.iter().any(|found| found.firewall.owns(&chain.name));
     let dropping = |chain: &Chain| {
-        matches!(chain.family.as_str(), "ip" | "inet") && chain.policy.as_deref() == Some("drop")
+        matches!(chain.family.as_str(), "ip" | "inet")
+            && chain.policy.as_deref() == Some("drop")
+            && !is_known(chain)
     };
     let chains = listing.nftables.into_iter().filter_map(|item| item.chain).filter(dropping);
     chains
@@ -164,6 +176,7 @@ fn parse_obstacles(json: &str, bridge: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::beside::Firewall;
     use super::*;
 
     #[test]
@@ -173,10 +186,12 @@ mod tests {
             {"chain":{"family":"ip","table":"filter","name":"INPUT","handle":1,"type":"filter","hook":"input","prio":0,"policy":"accept"}},
             {"chain":{"family":"ip6","table":"filter","name":"FORWARD","handle":1,"type":"filter","hook":"forward","prio":0,"policy":"drop"}},
             {"chain":{"family":"ip","table":"filter","name":"DOCKER","handle":2}}]}"#;
-        let found = parse_obstacles(json, "catalyst0");
+        let found = parse_obstacles(json, "catalyst0", &[]);
         assert_eq!(found.len(), 1, "{found:?}");
         assert!(found[0].contains("FORWARD of nftables table ip filter") && found[0].contains("catalyst0"));
-        assert!(parse_obstacles("not json", "catalyst0").is_empty());
+        let docker = Found { firewall: Firewall::Docker, admits: true };
+        assert!(parse_obstacles(json, "catalyst0", &[docker]).is_empty());
+        assert!(parse_obstacles("not json", "catalyst0", &[]).is_empty());
     }
 
     #[test]
@@ -200,7 +215,7 @@ mod tests {
         fn any_bytes_are_parsed_without_a_panic(bytes in proptest::collection::vec(proptest::num::u8::ANY, 0..80)) {
             let kind = bytes.get(4..6).map_or(0, |kind| u16::from_ne_bytes([kind[0], kind[1]]));
             parse_generation(&bytes, kind);
-            parse_obstacles(&String::from_utf8_lossy(&bytes), "catalyst0");
+            parse_obstacles(&String::from_utf8_lossy(&bytes), "catalyst0", &[]);
         }
     }
 }

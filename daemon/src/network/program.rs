@@ -40,7 +40,7 @@ pub(crate) fn nft() -> Result<PathBuf, NetworkError> {
     find("nft", "nftables")
 }
 
-fn find(program: &'static str, package: &'static str) -> Result<PathBuf, NetworkError> {
+pub(crate) fn find(program: &'static str, package: &'static str) -> Result<PathBuf, NetworkError> {
     FOLDERS
         .iter()
         .map(|folder| Path::new(folder).join(program))

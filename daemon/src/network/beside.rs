@@ -1,0 +1,239 @@
+//! The firewalls of others that this host may have, where forwarded packets that they do not know are dropped.
+//!
+//! An `accept` in our own table helps nothing there, since each base chain has its say. So the bridge is let through at
+//! the place that each of them documents for that, marked as ours, and taken out again with the network:
+//! - Docker: its chain `DOCKER-USER`, which it leaves alone ("Packet filtering and firewalls" in its documentation);
+//! - ufw: `ufw route allow` (ufw(8)), and what guests need of the host itself, names and leases.
+//!
+//! One that fails keeps no VM from starting: it is logged, and `doctor` says what drops.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use super::program::{command, find, finish, last_lines};
+
+/// A chain that ufw has while it is on.
+const UFW_CHAIN: &str = "ufw-user-forward";
+const UFW_RULES: &str = "/etc/ufw/user.rules";
+
+/// A firewall of others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Firewall {
+    Docker,
+    Ufw,
+}
+
+/// One that is at work here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Found {
+    pub firewall: Firewall,
+    /// Whether it lets our bridge through.
+    pub admits: bool,
+}
+
+impl Firewall {
+    const ALL: [Self; 2] = [Self::Docker, Self::Ufw];
+
+    /// Where the bridge is let through, in words.
+    pub const fn place(self) -> &'static str {
+        match self {
+            Self::Docker => "Docker's chain DOCKER-USER",
+            Self::Ufw => "ufw",
+        }
+    }
+
+    /// Whether its rules are those of that chain of `ip filter`.
+    pub fn owns(self, chain: &str) -> bool {
+        match self {
+            Self::Docker => chain == "FORWARD",
+            Self::Ufw => chain == "FORWARD" || chain == "INPUT",
+        }
+    }
+
+    fn look(self, bridge: &str) -> Option<Found> {
+        let admits = match self {
+            Self::Docker => {
+                let chain = ask(&program("iptables")?, &["-w", "-S", "DOCKER-USER"]).ok()?;
+                docker_rules(bridge).iter().all(|rule| chain.lines().any(|line| is_rule(line, rule)))
+            }
+            Self::Ufw => {
+                program("ufw")?;
+                ask(&program("iptables")?, &["-w", "-S", UFW_CHAIN]).ok()?;
+                let rules = fs::read_to_string(UFW_RULES).unwrap_or_default();
+                ufw_count(&rules, bridge) == ufw_rules(bridge).len()
+            }
+        };
+        Some(Found { firewall: self, admits })
+    }
+
+    fn admit(self, bridge: &str) -> Result<(), String> {
+        match self {
+            Self::Docker => {
+                self.withdraw(bridge)?;
+                let iptables = program("iptables").ok_or("there is no iptables")?;
+                docker_rules(bridge)
+                    .iter()
+                    .try_for_each(|rule| with(&iptables, &["-w", "-I", "DOCKER-USER"], rule).map(drop))
+            }
+            Self::Ufw => {
+                let ufw = program("ufw").ok_or("there is no ufw")?;
+                let mark = mark(bridge);
+                ufw_rules(bridge).iter().try_for_each(|(route, rule)| {
+                    let words: Vec<&str> = rule.split(' ').chain(["comment", &mark]).collect();
+                    ask(&ufw, &[route_word(*route), &words].concat()).map(drop)
+                })
+            }
+        }
+    }
+
+    fn withdraw(self, bridge: &str) -> Result<(), String> {
+        match self {
+            Self::Docker => {
+                let Some(iptables) = program("iptables") else { return Ok(()) };
+                let Ok(chain) = ask(&iptables, &["-w", "-S", "DOCKER-USER"]) else { return Ok(()) };
+                for rule in docker_rules(bridge) {
+                    for _ in chain.lines().filter(|line| is_rule(line, &rule)) {
+                        with(&iptables, &["-w", "-D", "DOCKER-USER"], &rule)?;
+                    }
+                }
+                Ok(())
+            }
+            Self::Ufw => {
+                let Some(iptables) = program("iptables") else { return Ok(()) };
+                // The rules are in its file also while it is off; the file may be another namespace's.
+                if !is_of_the_machine() && ask(&iptables, &["-w", "-S", UFW_CHAIN]).is_err() {
+                    return Ok(());
+                }
+                let rules = fs::read_to_string(UFW_RULES).unwrap_or_default();
+                let Some(ufw) = program("ufw").filter(|_| ufw_count(&rules, bridge) > 0) else {
+                    return Ok(());
+                };
+                ufw_rules(bridge).iter().try_for_each(|(route, rule)| {
+                    let words: Vec<&str> = ["delete"].into_iter().chain(rule.split(' ')).collect();
+                    ask(&ufw, &[&["--force"], route_word(*route), &words].concat()).map(drop)
+                })
+            }
+        }
+    }
+}
+
+/// The firewalls of others that are at work here. Waits.
+pub(crate) fn found(bridge: &str) -> Vec<Found> {
+    Firewall::ALL.into_iter().filter_map(|firewall| firewall.look(bridge)).collect()
+}
+
+/// Lets the bridge through each of them that does not let it yet. Waits.
+pub(crate) fn admit(bridge: &str) {
+    for Found { firewall, .. } in found(bridge).into_iter().filter(|found| !found.admits) {
+        match firewall.admit(bridge) {
+            Ok(()) => tracing::info!(bridge, "guests are let through {}", firewall.place()),
+            Err(said) => tracing::warn!(bridge, %said, "guests are not let through {}", firewall.place()),
+        }
+    }
+}
+
+/// Takes out what `admit` has put in, whatever there is of it. Waits.
+pub(crate) fn withdraw(bridge: &str) {
+    for firewall in Firewall::ALL {
+        if let Err(said) = firewall.withdraw(bridge) {
+            tracing::warn!(bridge, %said, "the bridge could not be taken out of {}", firewall.place());
+        }
+    }
+}
+
+/// What says that a rule is ours.
+fn mark(bridge: &str) -> String {
+    format!("Catalyst {bridge}")
+}
+
+/// Our rules of DOCKER-USER as `iptables -S` writes them, without the comment: what our own table drops stays dropped.
+fn docker_rules(bridge: &str) -> [Vec<String>; 2] {
+    let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let mark = mark(bridge);
+    let rule = |head: &str| {
+        let comment = ["-m", "comment", "--comment", &mark, "-j", "ACCEPT"].map(str::to_owned);
+        [words(head), comment.to_vec()].concat()
+    };
+    [rule(&format!("-i {bridge}")), rule(&format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED"))]
+}
+
+/// Whether a line of `iptables -S` is that rule; there the comment is quoted.
+fn is_rule(line: &str, rule: &[String]) -> bool {
+    let quoted = |word: &String| if word.contains(' ') { format!("\"{word}\"") } else { word.clone() };
+    let rule: Vec<String> = rule.iter().map(quoted).collect();
+    line.trim() == format!("-A DOCKER-USER {}", rule.join(" "))
+}
+
+/// Our rules of ufw, and whether they are for what is forwarded. `0.0.0.0/0`: for IPv4 alone, which is all there is.
+fn ufw_rules(bridge: &str) -> [(bool, String); 3] {
+    [
+        (true, format!("allow in on {bridge} from 0.0.0.0/0")),
+        (false, format!("allow in on {bridge} from 0.0.0.0/0 to any port 53")),
+        (false, format!("allow in on {bridge} proto udp from 0.0.0.0/0 port 68 to 0.0.0.0/0 port 67")),
+    ]
+}
+
+const fn route_word(route: bool) -> &'static [&'static str] {
+    if route { &["route"] } else { &[] }
+}
+
+/// How many of our rules the file of ufw's rules has; comments are hexadecimal there.
+fn ufw_count(rules: &str, bridge: &str) -> usize {
+    let mark: String = mark(bridge).bytes().map(|byte| format!("{byte:02x}")).collect();
+    let ours = format!("in_{bridge} comment={mark}");
+    rules.lines().filter(|line| line.starts_with("### tuple ###") && line.ends_with(&ours)).count()
+}
+
+/// Whether this network namespace is that of the machine's first process.
+fn is_of_the_machine() -> bool {
+    let own = fs::read_link("/proc/self/ns/net").ok();
+    own.is_some() && own == fs::read_link("/proc/1/ns/net").ok()
+}
+
+fn program(name: &'static str) -> Option<PathBuf> {
+    find(name, name).ok()
+}
+
+fn with(program: &Path, words: &[&str], more: &[String]) -> Result<String, String> {
+    let words: Vec<&str> = words.iter().copied().chain(more.iter().map(String::as_str)).collect();
+    ask(program, &words)
+}
+
+/// What a program says, or its complaint.
+fn ask(program: &Path, words: &[&str]) -> Result<String, String> {
+    let mut command = command(program);
+    command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let output = finish(&mut command, program).map_err(|error| error.to_string())?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        Err(format!("{}: {}", program.display(), last_lines(&said, 3)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rules_are_known_by_all_their_words() {
+        let [guests, answers] = docker_rules("catalyst0");
+        let line = "-A DOCKER-USER -i catalyst0 -m comment --comment \"Catalyst catalyst0\" -j ACCEPT";
+        assert!(is_rule(line, &guests) && !is_rule(line, &answers));
+        assert!(!is_rule(&line.replace("-i catalyst0", "-i catalyst01"), &guests));
+        assert!(!is_rule("-A DOCKER-USER -i catalyst0 -j ACCEPT", &guests), "it is the user's own");
+    }
+
+    #[test]
+    fn rules_of_ufw_are_counted_by_their_mark() {
+        let mark = "436174616c79737420636174616c79737430";
+        let rules = format!(
+            "### tuple ### route:allow any any 0.0.0.0/0 any 0.0.0.0/0 in_catalyst0 comment={mark}\n\
+             -A ufw-user-forward -i catalyst0 -j ACCEPT\n\
+             ### tuple ### allow any 53 0.0.0.0/0 any 0.0.0.0/0 in_catalyst0\n"
+        );
+        assert_eq!((ufw_count(&rules, "catalyst0"), ufw_count(&rules, "catalyst")), (1, 0));
+    }
+}
