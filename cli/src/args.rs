@@ -1,19 +1,21 @@
 //! The command line's grammar.
 
+mod create;
 mod docker;
 mod folder;
+mod image;
 mod port;
 
 use std::ffi::OsString;
-use std::path::PathBuf;
 
-use catalyst_api::PublishPort;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+pub use self::create::{Create, ProxyFrom, Set};
 pub use self::docker::{Docker, DockerContext, Shell as EnvShell};
 pub use self::folder::Folder;
+pub use self::image::{Image, Template};
 pub use self::port::Port;
 use crate::{names, output, size};
 
@@ -230,90 +232,6 @@ pub enum Snapshot {
     },
 }
 
-/// `vm create`
-#[derive(Debug, Args)]
-pub struct Create {
-    /// Id of the new VM: also its folder, its host name and its name in DNS
-    #[arg(value_parser = names::vm_id)]
-    pub id: String,
-    /// Display name [default: the id]
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Virtual CPUs [default: 1]
-    #[arg(long, value_name = "N", value_parser = size::count)]
-    pub cpus: Option<u32>,
-    /// Memory in MiB, or with a unit: 512M, 1.5G [default: 1G]
-    #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
-    pub memory: Option<u64>,
-    /// Disk size in GiB, or with a unit: 80G, 1T; only what is written occupies space [default: 64G]
-    #[arg(long, value_name = "SIZE", value_parser = size::disk_gib)]
-    pub disk: Option<u64>,
-    /// Register this .vmx where it is, instead of cloning; deleting the VM deletes its files there
-    #[arg(long, value_name = "FILE.vmx", conflicts_with_all = ["cpus", "memory", "disk", "template"])]
-    pub from: Option<PathBuf>,
-    /// The image to clone [default: lumen]
-    #[arg(long, value_parser = names::image)]
-    pub template: Option<String>,
-    /// A tag; may be given several times
-    #[arg(long = "tag", value_name = "TAG")]
-    pub tags: Vec<String>,
-    /// Publish a port of the guest on this machine, for example 8080:80; may be given several times
-    #[arg(long, value_name = PORT)]
-    pub publish: Vec<PublishPort>,
-    /// Set the guest up with this `#cloud-config` or script when it is on for the first time; `-` is standard input
-    #[arg(long, value_name = "FILE", conflicts_with = "from")]
-    pub user_data: Option<PathBuf>,
-    /// Pass this shell's HTTP_PROXY, HTTPS_PROXY and NO_PROXY on to the guest, or not [default: `proxy` of config.toml, or none]
-    #[arg(long, value_name = "host|none", value_enum, num_args = 0..=1, default_missing_value = "host", require_equals = true)]
-    pub proxy: Option<ProxyFrom>,
-    /// Let the guest trust the authorities in this file of PEM; may be given several times
-    #[arg(long = "ca", value_name = "FILE", conflicts_with = "from")]
-    pub ca: Vec<PathBuf>,
-    /// Power it on too
-    #[arg(long)]
-    pub on: bool,
-    /// Wait until ssh and docker answer in it
-    #[arg(long, requires = "on")]
-    pub wait: bool,
-}
-
-/// Where a guest's proxies are from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum ProxyFrom {
-    /// The environment.
-    Host,
-    /// It has none.
-    None,
-}
-
-/// `vm set`
-#[derive(Debug, Args)]
-#[command(group(clap::ArgGroup::new("change").required(true).multiple(true)
-    .args(["name", "cpus", "memory", "tags", "no_tags", "autostart"])))]
-pub struct Set {
-    /// The VM
-    #[arg(value_parser = names::vm_id)]
-    pub id: String,
-    /// Display name
-    #[arg(long)]
-    pub name: Option<String>,
-    /// Virtual CPUs
-    #[arg(long, value_name = "N", value_parser = size::count)]
-    pub cpus: Option<u32>,
-    /// Memory in MiB, or with a unit: 512M, 1.5G
-    #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
-    pub memory: Option<u64>,
-    /// A tag; those given replace all it had
-    #[arg(long = "tag", value_name = "TAG")]
-    pub tags: Vec<String>,
-    /// Take all tags off
-    #[arg(long, conflicts_with = "tags")]
-    pub no_tags: bool,
-    /// Power it on when the host has started
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
-    pub autostart: Option<bool>,
-}
-
 /// `vmpower …`
 #[derive(Debug, Subcommand)]
 pub enum Power {
@@ -442,97 +360,6 @@ pub struct Logs {
     /// The log of the VM's process instead
     #[arg(long)]
     pub engine: bool,
-}
-
-/// `image …`
-#[derive(Debug, Subcommand)]
-pub enum Image {
-    /// Build an image, or go on with a build that was interrupted
-    Build(ImageName),
-    /// List the images
-    #[command(visible_alias = "ls")]
-    List,
-    /// Show an image
-    Show {
-        /// The image
-        #[command(flatten)]
-        image: ImageName,
-        /// Print its manifest: every package, file and digest
-        #[arg(long)]
-        manifest: bool,
-    },
-    /// Check every file of an image against its manifest
-    Verify(ImageName),
-    /// Make a template of a disk of others that starts by its own loader: qcow2, VMDK, raw
-    Import {
-        /// The disk
-        #[arg(value_name = "FILE")]
-        file: PathBuf,
-        /// The template's name [default: the file's]
-        #[arg(long, value_parser = names::image)]
-        name: Option<String>,
-    },
-    /// Write the disk of a VM that is off into a qcow2 that stands on nothing
-    Export {
-        /// The VM
-        #[arg(value_parser = names::vm_id)]
-        vm: String,
-        /// The file
-        #[arg(value_name = "FILE.qcow2")]
-        file: PathBuf,
-        /// Overwrite a file that is there
-        #[arg(short, long)]
-        force: bool,
-    },
-    /// Remove an image that no VM stands on
-    #[command(visible_alias = "rm")]
-    Remove(ImageName),
-}
-
-/// The image meant.
-#[derive(Debug, Args)]
-pub struct ImageName {
-    /// The image
-    #[arg(value_name = "IMAGE", default_value = "lumen", value_parser = names::image)]
-    pub name: String,
-}
-
-/// `template …`
-#[derive(Debug, Subcommand)]
-pub enum Template {
-    /// Boot a template once, bring it to rest and save it, for new VMs of that size to go on from
-    Warm {
-        /// The template
-        #[command(flatten)]
-        template: ImageName,
-        /// Virtual CPUs of the VMs that it is for [default: 1]
-        #[arg(long, value_name = "N", value_parser = size::count)]
-        cpus: Option<u32>,
-        /// Their memory in MiB, or with a unit: 512M, 1.5G [default: 1024]
-        #[arg(long, value_name = "SIZE", value_parser = size::memory_mib)]
-        memory: Option<u64>,
-    },
-    /// Make a template of a VM: of one that runs with its memory, so that new VMs go on from there
-    Create {
-        /// The VM
-        #[arg(value_parser = names::vm_id)]
-        vm: String,
-        /// The template's name
-        #[arg(value_parser = names::image)]
-        name: String,
-    },
-    /// Delete templates that were made from VMs or imported
-    #[command(visible_alias = "rm")]
-    Delete {
-        /// The templates
-        #[arg(required = true, value_name = "NAME", value_parser = names::image)]
-        names: Vec<String>,
-    },
-    /// List the templates and their warm states
-    #[command(visible_alias = "ls")]
-    List,
-    /// Show a template and its warm states
-    Show(ImageName),
 }
 
 /// `network …`
