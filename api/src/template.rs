@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
+use crate::words::{AbsolutePath, ImageName, VmId};
+
 use crate::EngineName;
 
 /// A template: an image, and the warm states that VMs made from it can go on from.
@@ -57,8 +59,10 @@ pub struct WarmInfo {
 #[serde(deny_unknown_fields)]
 pub struct CreateTemplate {
     /// The VM that it is made from: off, its disk; on, its memory too, so that new VMs go on from there.
+    #[schema(value_type = VmId)]
     pub vm: String,
     /// Its name: a-z, 0-9, `-` and `.`, at most 64.
+    #[schema(value_type = ImageName)]
     pub name: String,
 }
 
@@ -68,9 +72,11 @@ pub struct CreateTemplate {
 pub struct ImportImage {
     /// Absolute path of a disk on the daemon's machine that starts by its own loader: qcow2, VMDK, or raw by the ending
     /// `.raw` or `.img`.
+    #[schema(value_type = AbsolutePath)]
     pub path: String,
     /// The name of the template that it becomes; by default the file's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<ImageName>)]
     pub name: Option<String>,
 }
 
@@ -79,6 +85,7 @@ pub struct ImportImage {
 #[serde(deny_unknown_fields)]
 pub struct ExportVm {
     /// Absolute path of the qcow2 on the daemon's machine.
+    #[schema(value_type = AbsolutePath)]
     pub path: String,
     /// Whether a file that is there may be overwritten.
     #[serde(default)]

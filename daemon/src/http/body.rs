@@ -1,10 +1,11 @@
 //! Request bodies: bounded, and refused in one line where they are not what they should be.
 
-use axum::body::to_bytes;
+use axum::body::Body;
 use axum::extract::{FromRequest, Request};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use catalyst_api::ErrorCode;
+use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -12,6 +13,10 @@ use super::error::Refusal;
 
 /// Largest body that is read, in bytes.
 pub const MAX_SIZE: usize = 1 << 20;
+
+/// So much of a body that is too large is taken off the wire: a connection that is closed with more to read is reset, and its client may
+/// lose the answer.
+const MAX_DROPPED: usize = 64 << 20;
 
 /// The bytes of a body, whatever its content type.
 #[derive(Debug)]
@@ -25,10 +30,10 @@ impl<S: Send + Sync> FromRequest<S> for Raw {
     type Rejection = Response;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Response> {
-        match to_bytes(request.into_body(), MAX_SIZE).await {
-            Ok(bytes) => Ok(Self(bytes.to_vec())),
+        match read(request.into_body()).await {
+            Some(bytes) => Ok(Self(bytes)),
             // Plain text: the layer around each API gives it that API's form.
-            Err(_) => Err((StatusCode::PAYLOAD_TOO_LARGE, too_large()).into_response()),
+            None => Err((StatusCode::PAYLOAD_TOO_LARGE, too_large()).into_response()),
         }
     }
 }
@@ -37,9 +42,8 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
     type Rejection = Refusal;
 
     async fn from_request(request: Request, _: &S) -> Result<Self, Refusal> {
-        let bytes = to_bytes(request.into_body(), MAX_SIZE)
-            .await
-            .map_err(|_| Refusal::new(ErrorCode::BodyTooLarge, too_large()))?;
+        let too_large = || Refusal::new(ErrorCode::BodyTooLarge, too_large());
+        let bytes = read(request.into_body()).await.ok_or_else(too_large)?;
         parse(&bytes).map(Self).map_err(|error| {
             Refusal::new(
                 ErrorCode::InvalidRequest,
@@ -47,6 +51,25 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for JsonBody<T> {
             )
         })
     }
+}
+
+/// The whole body, if it can be read and is not too large.
+async fn read(body: Body) -> Option<Vec<u8>> {
+    let mut pieces = body.into_data_stream();
+    let (mut bytes, mut length) = (Vec::new(), 0);
+    while let Some(piece) = pieces.next().await {
+        let piece = piece.ok()?;
+        length += piece.len();
+        if length <= MAX_SIZE {
+            bytes.extend_from_slice(&piece);
+        } else {
+            bytes = Vec::new();
+        }
+        if length > MAX_DROPPED {
+            return None;
+        }
+    }
+    (length <= MAX_SIZE).then_some(bytes)
 }
 
 /// Reads an object. A whole number may be written with a point (`7.0`), as languages do that know one sort of numbers.

@@ -367,12 +367,15 @@ impl Machines {
                 autostart: false,
                 hardware,
             };
-            base.check()?;
-            if base.disk_gib < least {
-                return Err(CreateError::DiskTooSmall { asked: base.disk_gib, name: base.template, least });
-            }
             let config = with_lease(with_request(base, request), &lease);
             config.check()?;
+            if config.disk_gib < least {
+                return Err(CreateError::DiskTooSmall {
+                    asked: config.disk_gib,
+                    name: config.template,
+                    least,
+                });
+            }
             let owner = (context.owner.uid, context.owner.gid);
             let made = context.store.create(&id, &config, |dir| {
                 dir.write_chain(&Chain { fresh: true, ..Chain::default() })?;

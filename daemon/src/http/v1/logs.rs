@@ -45,7 +45,7 @@ struct LogQuery {
 /// What the guest wrote to its serial console.
 #[utoipa::path(get, path = "/v1/vms/{id}/console", tag = "Guest",
     params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "Go on with what comes"),
-        ("tail" = Option<u64>, Query, description = "Begin so many bytes before its end")),
+        ("tail" = Option<u64>, Query, maximum = 9_007_199_254_740_991_i64, description = "Begin so many bytes before its end")),
     responses((status = 200, body = String, content_type = "text/plain"), (status = 404, body = ApiError)))]
 async fn console(
     State(app): State<App>,
@@ -59,7 +59,7 @@ async fn console(
 /// What the VM process wrote.
 #[utoipa::path(get, path = "/v1/vms/{id}/log", tag = "VMs",
     params(("id" = String, Path), ("follow" = Option<bool>, Query, description = "Go on with what comes"),
-        ("tail" = Option<u64>, Query, description = "Begin so many bytes before its end")),
+        ("tail" = Option<u64>, Query, maximum = 9_007_199_254_740_991_i64, description = "Begin so many bytes before its end")),
     responses((status = 200, body = String, content_type = "text/plain"), (status = 404, body = ApiError)))]
 async fn log(
     State(app): State<App>,
