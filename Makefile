@@ -17,6 +17,9 @@ NEEDS := qemu-system-x86_64:qemu-system-x86 qemu-img:qemu-utils dnsmasq:dnsmasq-
          mmdebstrap:mmdebstrap busybox:busybox-static mke2fs:e2fsprogs ssh:openssh-client ip:iproute2 \
          cpio:cpio depmod:kmod strip:binutils xz:xz-utils zstd:zstd jq:jq curl:curl ping:iputils-ping cc:gcc strace:strace
 
+# Called with what is missing.
+INSTALL := $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends
+
 # What only tests need: the programs that Catalyst is driven by.
 TEST_NEEDS := vagrant:vagrant rspec:ruby-rspec openssl:openssl lintian:lintian chromium:chromium node:nodejs npm:npm \
               docker-compose:docker-compose tcsh:tcsh fish:fish iptables:iptables ufw:ufw
@@ -28,24 +31,20 @@ setup: ## install what is missing (Debian packages)
 	@missing=; for need in $(NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
 	[ -f /usr/share/seabios/bios-microvm.bin ] || missing="$$missing seabios"; \
 	[ -f /usr/share/OVMF/OVMF_CODE_4M.fd ] || missing="$$missing ovmf"; \
-	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
-	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; $(INSTALL) $$missing >/dev/null; fi
 	@command -v cargo >/dev/null || { echo "Rust is missing: install it by rustup (stable, 1.95 or later)" >&2; exit 1; }
 
 setup-tests: setup ## install what only tests need besides
-	@python3 -m pip --version >/dev/null 2>&1 || { $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive \
-	  apt-get install -y -qq --no-install-recommends python3-pip >/dev/null; }
 	@missing=; for need in $(TEST_NEEDS); do PATH=$$PATH:/usr/sbin:/sbin command -v $${need%%:*} >/dev/null || missing="$$missing $${need##*:}"; done; \
+	python3 -m pip --version >/dev/null 2>&1 || missing="$$missing python3-pip"; \
 	/usr/bin/python3 -c 'import docker, paramiko' 2>/dev/null || missing="$$missing python3-docker python3-paramiko"; \
-	if [ -n "$$missing" ]; then echo "installing:$$missing"; \
-	  $(SUDO) apt-get update -qq && $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi
+	if [ -n "$$missing" ]; then echo "installing:$$missing"; $(INSTALL) $$missing >/dev/null; fi
 
 # Go is needed for the docker-machine driver alone: with-go takes the machine's own, or fetches one by pip.
 WITH_GO := drivers/docker-machine/with-go
 go: setup
 	@$(WITH_GO) go version >/dev/null 2>&1 || python3 -m pip --version >/dev/null 2>&1 || \
-	  { echo 'installing: python3-pip'; $(SUDO) apt-get update -qq && \
-	    $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3-pip >/dev/null; }
+	  { echo 'installing: python3-pip'; $(INSTALL) python3-pip >/dev/null; }
 	@$(WITH_GO) go version
 
 machine-driver: go ## build the docker-machine driver into target/release

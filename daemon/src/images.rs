@@ -157,8 +157,7 @@ impl Images {
             );
             return Err(Refusal::new(api::ErrorCode::ImageNotFound, message));
         }
-        let task = self.begin(&format!("image build {name}"))?;
-        let id = task.id();
+        let (task, told) = self.tasks.begin_told(&format!("image build {name}"))?;
         let root = self.store.root().to_owned();
         let (machines, name) = (machines.clone(), name.to_owned());
         tokio::spawn(async move {
@@ -177,15 +176,14 @@ impl Images {
             };
             task.end(result);
         });
-        self.task(id)
+        Ok(told)
     }
 
     /// Begins to compare the files of an image with their digests.
     pub fn verify(&self, name: &str) -> Result<api::Task, Refusal> {
         // Before the name goes into the title of a task.
         self.store.check_name(name)?;
-        let task = self.begin(&format!("image verify {name}"))?;
-        let id = task.id();
+        let (task, told) = self.tasks.begin_told(&format!("image verify {name}"))?;
         let (store, name) = (self.store.clone(), name.to_owned());
         tokio::spawn(async move {
             let (task, result) = as_root_blocking(move || {
@@ -207,18 +205,7 @@ impl Images {
                 Err(error) => Err(chain(&error).join(": ")),
             });
         });
-        self.task(id)
-    }
-
-    fn begin(&self, title: &str) -> Result<Running, Refusal> {
-        self.tasks.begin(title).map_err(|id| {
-            Refusal::new(api::ErrorCode::InUse, format!("'{title}' is under way already, as task {id}"))
-        })
-    }
-
-    fn task(&self, id: u64) -> Result<api::Task, Refusal> {
-        let gone = || Refusal::new(api::ErrorCode::TaskNotFound, format!("There is no task {id}"));
-        self.tasks.get(id).ok_or_else(gone)
+        Ok(told)
     }
 }
 

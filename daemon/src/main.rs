@@ -140,7 +140,6 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
         state_dir: state_dir.clone(),
         image_dir: args.image_dir.clone(),
         listen: listen.clone(),
-        parent: config.parent,
     });
     // Listening comes first: a taken port is the most likely thing to be wrong.
     let address = listen.parse()?;
@@ -171,9 +170,8 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     tracing::info!(engine = %engines.name(), why = engines.why(), "engine");
     let mut context = Context::new(store, images, network, engines, tasks, owner.clone(), access_keys);
     context.warms_by_itself = !args.no_warming;
-    context.parent.clone_from(&settings.parent);
+    context.parent = config.parent;
     let machines = Machines::load(context).await?;
-    machines.warm_at_first().await;
 
     let usage = Arc::new(Usage::new(machines.clone()));
     let app_machines = machines.clone();
@@ -182,7 +180,10 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     tracing::info!(listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
     background::tell_ready();
     let (starting, state) = (app_machines.clone(), state_dir.clone());
-    tokio::spawn(async move { starting.autostart(&state).await });
+    tokio::spawn(async move {
+        starting.warm_at_first().await;
+        starting.autostart(&state).await;
+    });
     let stopping = Arc::new(Notify::new());
     let served = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
         .with_graceful_shutdown(stopped(stop, app_machines, Arc::clone(&stopping)));

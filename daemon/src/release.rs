@@ -14,7 +14,7 @@ use rustix::fs::FlockOperation;
 use thiserror::Error;
 
 use crate::images::state_folders;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, files};
 use crate::warm::WarmStates;
 
 /// Where daemons keep what lasts until the host's next start.
@@ -101,12 +101,8 @@ pub fn run(what: Release, image_dir: &Path) -> Result<(), ReleaseError> {
     }
     // Locks, notes and downloads of builds: of no use without a daemon.
     if used.is_empty() && what == Release::All {
-        match fs::remove_dir_all(image_dir) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                return Err(ReleaseError::Warm { folder: image_dir.to_owned(), source });
-            }
-            _ => {}
-        }
+        let failed = |source| ReleaseError::Warm { folder: image_dir.to_owned(), source };
+        files::remove_folder(image_dir).map_err(failed)?;
     }
     Ok(())
 }

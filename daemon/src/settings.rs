@@ -121,8 +121,6 @@ pub struct Settings {
     pub image_dir: PathBuf,
     /// Where it listens, as it was asked for.
     pub listen: String,
-    /// The VM that is cloned where nothing else is named: its id, or the path of its VMX.
-    pub parent: Option<String>,
 }
 
 /// Descriptors that a daemon asks for: a connection through a published port takes two.

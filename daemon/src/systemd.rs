@@ -57,10 +57,10 @@ pub fn runs() -> bool {
 
 /// Puts the process of a VM into a scope of its own in a while, unless it has one.
 pub fn place(id: VmId, pid: u32) {
-    if !runs() || as_root(|| unit_of(&pid.to_string())).is_some_and(|unit| is_scope(&unit)) {
-        return;
-    }
     tokio::spawn(async move {
+        if !runs() || as_root(|| unit_of(&pid.to_string())).is_some_and(|unit| is_scope(&unit)) {
+            return;
+        }
         let begun = std::time::Instant::now();
         let plain = format!("{SCOPE}{id}.scope");
         let placed = match start_scope(&plain, &id, pid).await {

@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use catalyst_api::{EventKind, Task, TaskState};
+use catalyst_api::{ErrorCode, EventKind, Task, TaskState};
 
 use crate::events::Events;
+use crate::http::error::Refusal;
 
 /// Ended tasks that are remembered.
 const REMEMBERED: usize = 64;
@@ -67,6 +68,16 @@ impl Tasks {
         list.push(Task { id, title: title.to_owned(), state, percent: 0, message: "begun".to_owned() });
         drop(list);
         Ok(Running { tasks: self.clone(), id, ended: false })
+    }
+
+    /// Begins a task that a client asks for, with what it is told of it.
+    pub fn begin_told(&self, title: &str) -> Result<(Running, Task), Refusal> {
+        let under_way = |id| format!("'{title}' is under way already, as task {id}");
+        let task = self.begin(title).map_err(|id| Refusal::new(ErrorCode::InUse, under_way(id)))?;
+        let id = task.id();
+        let gone = || Refusal::new(ErrorCode::TaskNotFound, format!("There is no task {id} in this daemon"));
+        let told = self.get(id).ok_or_else(gone)?;
+        Ok((task, told))
     }
 }
 

@@ -7,10 +7,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::{image_dir, ran, run, vm_name};
+use catalyst_tests::world::{image_dir, programs, ran, run, vm_name};
 use catalyst_tests::{Answer, World, skip};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
+
+/// The folder of the source.
+pub const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 
 /// Version of the tiny image.
 pub const VERSION: &str = "0123456789ab";
@@ -299,4 +302,16 @@ impl Drop for Room {
         // Lazily: what still runs in it when a check has failed is ended by its world.
         let _ = Command::new("umount").arg("--lazy").arg(&self.0).status();
     }
+}
+
+/// What a script in a guest prints, which succeeds.
+pub fn guest(world: &World, vm: &str, script: &str) -> String {
+    world.catalyst(&["guest", "exec", vm, "--timeout", "280", "--", "sh", "-c", script]).ok().to_owned()
+}
+
+/// Builds a Debian package of `make deb` into a folder, and prints its path.
+pub fn deb(out: &Path, package: &str) -> Command {
+    let mut deb = Command::new(format!("{SOURCE}/packaging/deb"));
+    deb.arg(programs()).arg(image_dir()).arg(out).arg(package);
+    deb
 }

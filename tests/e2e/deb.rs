@@ -11,10 +11,7 @@ use catalyst_tests::world::{HANG, engine, image_dir, programs, ran};
 use catalyst_tests::{Checks, World, skip};
 
 use self::debian::Debian;
-use crate::common::{kept, wait_until};
-
-/// The folder of the source.
-const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+use crate::common::{self, SOURCE, kept, wait_until};
 
 /// The group.
 pub fn deb(checks: &mut Checks) {
@@ -60,11 +57,7 @@ fn installed_and_uninstalled() {
 
 /// Both packages. That of the image takes long and is kept, by what it is made from.
 fn built(world: &World) -> Vec<PathBuf> {
-    let build = |out: &Path, package: &str| -> PathBuf {
-        let mut deb = Command::new(format!("{SOURCE}/packaging/deb"));
-        deb.arg(programs()).arg(image_dir()).arg(out).arg(package);
-        ran(deb).ok().into()
-    };
+    let build = |out: &Path, package: &str| -> PathBuf { ran(common::deb(out, package)).ok().into() };
     let twice = |name: &str, package: &str| {
         let one = build(&world.path(name), package);
         let other = build(&world.path("again"), package);

@@ -1,7 +1,7 @@
 //! What a user has set in files, and AppCatalyst's command line under its own name.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -111,18 +111,14 @@ fn files(checks: &mut Checks) {
             }
             fs::write(
                 &own,
-                "listen = \"localhost:8282\"\nengine = \"qemu\"\nurl = \"http://localhost:8484\"\n",
+                format!(
+                    "listen = \"localhost:8282\"\nengine = \"{}\"\nurl = \"http://localhost:8484\"\n",
+                    engine()
+                ),
             )
             .unwrap();
             if port == 8484 {
                 assert_eq!(by_home(&world, &home, &["vm", "list"]).ok(), "web1\nweb2\nweb3");
-            }
-            if engine() == "kvm" {
-                fs::write(
-                    &own,
-                    "listen = \"localhost:8282\"\nengine = \"kvm\"\nurl = \"http://localhost:8484\"\n",
-                )
-                .unwrap();
             }
         }
     });
@@ -135,8 +131,8 @@ fn files(checks: &mut Checks) {
                 format!("listen = \"localhost:8282\"\nlog_dir = \"~/logs\"\nengine = \"{}\"\n", engine()),
             )
             .unwrap();
-            let background = || command(&world, &home, &[], &["--background"]).output().unwrap();
-            let output = background();
+            let background = |world: &World| command(world, &home, &[], &["--background"]).output().unwrap();
+            let output = background(&world);
             assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
             world.host = Some("localhost:8282".to_owned());
             world.catalyst(&["daemon", "stop"]).ok();
@@ -144,7 +140,7 @@ fn files(checks: &mut Checks) {
             assert!(fs::read_to_string(&log).unwrap().contains("ready"));
             fs::remove_file(&log).unwrap();
             std::os::unix::fs::symlink("/etc/passwd", &log).unwrap();
-            let output = command(&world, &home, &[], &["--background"]).output().unwrap();
+            let output = background(&world);
             let text = String::from_utf8_lossy(&output.stderr).into_owned();
             assert!(!output.status.success() && text.contains("Cannot open the log"), "{text}");
         },
@@ -171,10 +167,8 @@ fn files(checks: &mut Checks) {
 }
 
 /// The command line by the name of AppCatalyst's.
-fn appcatalyst(world: &World) -> PathBuf {
-    let link = world.path("appcatalyst");
-    let _ = std::os::unix::fs::symlink(programs().join("catalyst"), &link);
-    link
+fn appcatalyst(world: &World) {
+    let _ = std::os::unix::fs::symlink(programs().join("catalyst"), world.path("appcatalyst"));
 }
 
 fn idioms(checks: &mut Checks) {

@@ -6,13 +6,11 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use catalyst_tests::world::{HANG, image_dir, programs, ran};
+use catalyst_tests::world::{HANG, ran};
 use catalyst_tests::{Checks, World};
 
-use crate::common::{tiny_store, wait_until};
+use crate::common::{deb, tiny_store, wait_until};
 
-/// The folder of the source.
-const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
 /// What the package depends on, of which this machine has the same.
 const TOOLS: [&str; 4] =
     ["/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img", "/usr/sbin/dnsmasq", "/usr/sbin/nft"];
@@ -78,8 +76,7 @@ impl Host<'_> {
         let stage = world.path("stage");
         tiny_store(&stage.join("var/lib/catalyst/images"));
         for (folder, version) in [("one", "0.1.0"), ("two", "0.1.1")] {
-            let mut deb = Command::new(format!("{SOURCE}/packaging/deb"));
-            deb.arg(programs()).arg(image_dir()).arg(stage.join("root").join(folder)).arg("catalyst");
+            let mut deb = deb(&stage.join("root").join(folder), "catalyst");
             ran({
                 deb.env("CATALYST_VERSION", version);
                 deb

@@ -11,7 +11,7 @@ use catalyst_tests::{Checks, World};
 use nix::unistd::{Whence, lseek};
 use serde_json::json;
 
-use super::common::{Room, v1_error, vm, wait_until};
+use super::common::{Room, guest, v1_error, vm, wait_until};
 use super::foreign::boxes::{self, Kind};
 
 const LIMIT: Duration = Duration::from_mins(4);
@@ -53,10 +53,6 @@ pub fn templates(checks: &mut Checks) {
     imported(checks, &world);
     deleted(checks, &world);
     of_a_user(checks);
-}
-
-fn guest(world: &World, vm: &str, script: &str) -> String {
-    world.catalyst(&["guest", "exec", vm, "--timeout", "280", "--", "sh", "-c", script]).ok().to_owned()
 }
 
 /// Whether a sparse file has those bytes anywhere.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use catalyst_tests::{Checks, World};
 
-use super::common::{vm, wait_until};
+use super::common::{guest, vm, wait_until};
 
 const LIMIT: Duration = Duration::from_mins(4);
 /// A key that belongs to nobody.
@@ -25,10 +25,6 @@ fn write(world: &World, name: &str, text: &str) -> String {
     let path = world.path(name);
     fs::write(&path, text).unwrap();
     path.to_str().unwrap().to_owned()
-}
-
-fn guest(world: &World, vm: &str, script: &str) -> String {
-    world.catalyst(&["guest", "exec", vm, "--timeout", "280", "--", "sh", "-c", script]).ok().to_owned()
 }
 
 fn stage(world: &World, id: &str) -> String {

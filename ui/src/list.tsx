@@ -1,5 +1,5 @@
 // The list of VMs.
-import { useMemo, useState } from 'preact/hooks';
+import { useState } from 'preact/hooks';
 import type { Vm } from './api';
 import { CpuChart, MemoryChart, MemoryFigures, percent } from './charts';
 import { mib, stage } from './format';
@@ -70,10 +70,7 @@ export function List({ ask }: { ask: (asked: Asked) => void }) {
   const [filter, setFilter] = useState('');
   const all = store.list();
   const wanted = filter.trim().toLowerCase();
-  const shown = useMemo(
-    () => all.filter((vm) => [vm.id, vm.name, vm.state, vm.address, ...vm.tags].join('\n').toLowerCase().includes(wanted)),
-    [all, wanted],
-  );
+  const shown = all.filter((vm) => [vm.id, vm.name, vm.state, vm.address, ...vm.tags].join('\n').toLowerCase().includes(wanted));
   const on = all.filter((vm) => vm.state === 'powered on').length;
   // Arrow keys go from VM to VM.
   const pressed = (event: KeyboardEvent) => {

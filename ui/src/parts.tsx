@@ -3,7 +3,7 @@ import type { ComponentChildren } from 'preact';
 import { useId, useLayoutEffect, useRef, useState } from 'preact/hooks';
 import type { State } from './api';
 import { said } from './api';
-import { useStore } from './store';
+import { store, useStore } from './store';
 
 /** A state as a dot and its word. */
 export function StateBadge({ state }: { state: State }) {
@@ -17,7 +17,6 @@ export function StateBadge({ state }: { state: State }) {
 
 /** A text that is copied by a click. */
 export function Copy({ text, what }: { text: string; what: string }) {
-  const store = useStore();
   const copy = () => {
     navigator.clipboard.writeText(text).then(
       () => store.say('done', `Copied ${text}`),

@@ -48,11 +48,11 @@ class Store {
     return () => this.#listeners.delete(listener);
   }
 
-  /** Tells the listeners, once for all that changes now. */
+  /** Tells the listeners, once for all that changes before the next picture. */
   changed() {
     if (this.#told) return;
     this.#told = true;
-    queueMicrotask(() => {
+    requestAnimationFrame(() => {
       this.#told = false;
       for (const listener of this.#listeners) listener();
     });

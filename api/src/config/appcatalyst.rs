@@ -1,17 +1,12 @@
 //! `~/.appcatalyst.conf`: lines `KEY=VALUE` (AppCatalyst reference section 0). Keys that are not known are left alone, since
 //! the original may have had more of them.
 
-use super::Config;
+use super::{Config, lines};
 
 /// Reads the text of a file.
 pub(super) fn parse(text: &str) -> Result<Config, String> {
     let mut config = Config::default();
-    for (number, line) in text.lines().enumerate() {
-        let number = number + 1;
-        let line = line.trim();
-        if line.is_empty() || line.starts_with('#') {
-            continue;
-        }
+    for (number, line) in lines(text) {
         let (key, value) = line.split_once('=').ok_or_else(|| format!("line {number} is not KEY=VALUE"))?;
         let value = unquoted(value.trim());
         if value.is_empty() {

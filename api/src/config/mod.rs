@@ -105,6 +105,12 @@ impl Config {
     }
 }
 
+/// The lines that say something, with their numbers.
+fn lines(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    let all = (1..).zip(text.lines().map(str::trim));
+    all.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
+}
+
 fn read(path: &Path, parse: impl FnOnce(&str) -> Result<Config, String>) -> Result<Config, ConfigError> {
     let failed = |why| ConfigError { path: path.to_owned(), why };
     match text(path) {

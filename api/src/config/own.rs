@@ -1,17 +1,12 @@
 //! `config.toml`: of TOML (v1.0) what seven settings need, which are texts: comments, and lines `key = "text"` or
 //! `key = 'text'`.
 
-use super::Config;
+use super::{Config, lines};
 
 /// Reads the text of a file.
 pub(super) fn parse(text: &str) -> Result<Config, String> {
     let mut config = Config::default();
-    for (number, line) in text.lines().enumerate() {
-        let number = number + 1;
-        let line = line.trim();
-        if line.is_empty() || line.starts_with('#') {
-            continue;
-        }
+    for (number, line) in lines(text) {
         let malformed = || format!("line {number} is not KEY = \"TEXT\"");
         let (key, rest) = line.split_once('=').ok_or_else(malformed)?;
         let value = value(rest.trim()).ok_or_else(malformed)?;

@@ -50,7 +50,7 @@ fn change(context: &Context, ids: &[String], request: PowerRequest, wait: bool) 
     for_each(ids, &board, |id| {
         let mut vm = apply(&client, id, request, &board)?;
         if wait {
-            vm = wait_until_up(context, &client, id, &board)?;
+            vm = wait_until_up(context, &client, &vm, &board)?;
         }
         if context.json {
             board.aside(|| output::json_line(&vm))?;
@@ -71,8 +71,9 @@ pub fn apply(client: &Client, id: &str, request: PowerRequest, board: &Board) ->
 }
 
 /// Waits until ssh and docker answer in the VM.
-pub fn wait_until_up(context: &Context, client: &Client, id: &str, board: &Board) -> Result<Vm, CliError> {
-    if client.vm(id)?.foreign {
+pub fn wait_until_up(context: &Context, client: &Client, vm: &Vm, board: &Board) -> Result<Vm, CliError> {
+    let id = &vm.id;
+    if vm.foreign {
         // Nothing in its guest tells more.
         let wait = Wait { client, id, what: "its address", limit: context.timeout };
         return wait.until(board, |vm| client.address(id).map(|_| Some(vm.clone())));

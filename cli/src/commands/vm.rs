@@ -80,7 +80,7 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
     if asked.on {
         vm = power::apply(&client, &vm.id, power::plain(PowerOp::On), &Board::new())?;
         if asked.wait {
-            vm = power::wait_until_up(context, &client, &vm.id, &Board::new())?;
+            vm = power::wait_until_up(context, &client, &vm, &Board::new())?;
         }
     }
     told(context, &vm)

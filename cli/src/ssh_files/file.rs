@@ -71,7 +71,7 @@ impl Locked {
     pub fn edit(
         &self,
         name: &str,
-        change: impl Fn(&[u8]) -> Result<Vec<u8>, EditError>,
+        mut change: impl FnMut(&[u8]) -> Result<Vec<u8>, EditError>,
     ) -> Result<bool, EditError> {
         let path = self.folder.join(name);
         for _ in 0..ATTEMPTS {

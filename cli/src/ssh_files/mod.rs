@@ -104,6 +104,7 @@ impl SshFiles {
         for login in logins {
             checked(login)?;
         }
+        let Some(locked) = self.locked(true)? else { return Ok(false) };
         let change = |blocks: &mut Vec<Block>, lines: &dyn Fn(&Login) -> String| {
             blocks.retain(|block| block.of != self.of || all.contains(&block.vm));
             for login in logins {
@@ -117,8 +118,8 @@ impl SshFiles {
                 blocks.insert(place.min(blocks.len()), new);
             }
         };
-        let keys = self.edit(KNOWN_HOSTS, true, |blocks| change(blocks, &key_lines))?;
-        Ok(self.edit(CONFIG, true, |blocks| change(blocks, &config_lines))? | keys)
+        let keys = self.edit(&locked, KNOWN_HOSTS, |blocks| change(blocks, &key_lines))?;
+        Ok(self.edit(&locked, CONFIG, |blocks| change(blocks, &config_lines))? | keys)
     }
 
     /// Whether `config` may have a block of a VM of this id, whoever's.
@@ -130,13 +131,12 @@ impl SshFiles {
 
     /// Puts another address where a VM has a block.
     pub fn moved(&self, id: &str, address: &str) -> Result<bool, SshFilesError> {
+        let Some(locked) = self.locked(false)? else { return Ok(false) };
         let mut old = None;
         let ours = |block: &Block| block.vm == id && block.of == self.of;
-        if let Some(locked) = self.locked(false)? {
-            self.edit_in(&locked, CONFIG, |blocks| {
-                old = blocks.iter().find(|block| ours(block)).and_then(host_name);
-            })?;
-        }
+        self.edit(&locked, CONFIG, |blocks| {
+            old = blocks.iter().find(|block| ours(block)).and_then(host_name);
+        })?;
         let Some(old) = old.filter(|old| old != address) else { return Ok(false) };
         let change = |blocks: &mut Vec<Block>| {
             blocks.retain(|block| ours(block) || !has_word(block, address));
@@ -144,8 +144,8 @@ impl SshFiles {
                 block.lines = replaced(&block.lines, &old, address);
             }
         };
-        let keys = self.edit(KNOWN_HOSTS, false, change)?;
-        Ok(self.edit(CONFIG, false, change)? | keys)
+        let keys = self.edit(&locked, KNOWN_HOSTS, change)?;
+        Ok(self.edit(&locked, CONFIG, change)? | keys)
     }
 
     /// Takes away what these files have of VMs of this daemon.
@@ -159,37 +159,25 @@ impl SshFiles {
     }
 
     fn remove(&self, gone: impl Fn(&Block) -> bool) -> Result<bool, SshFilesError> {
-        let config = self.edit(CONFIG, false, |blocks| blocks.retain(|block| !gone(block)))?;
-        Ok(self.edit(KNOWN_HOSTS, false, |blocks| blocks.retain(|block| !gone(block)))? | config)
-    }
-
-    fn edit(
-        &self,
-        name: &str,
-        make: bool,
-        change: impl FnMut(&mut Vec<Block>),
-    ) -> Result<bool, SshFilesError> {
-        match self.locked(make)? {
-            Some(locked) => self.edit_in(&locked, name, change),
-            None => Ok(false),
-        }
+        let Some(locked) = self.locked(false)? else { return Ok(false) };
+        let config = self.edit(&locked, CONFIG, |blocks| blocks.retain(|block| !gone(block)))?;
+        Ok(self.edit(&locked, KNOWN_HOSTS, |blocks| blocks.retain(|block| !gone(block)))? | config)
     }
 
     fn locked(&self, make: bool) -> Result<Option<Locked>, SshFilesError> {
         Locked::new(&self.folder, make).map_err(|error| self.failed("", error))
     }
 
-    fn edit_in(
+    fn edit(
         &self,
         locked: &Locked,
         name: &str,
-        change: impl FnMut(&mut Vec<Block>),
+        mut change: impl FnMut(&mut Vec<Block>),
     ) -> Result<bool, SshFilesError> {
         let tail = if name == CONFIG { TAIL } else { "" };
-        let change = std::cell::RefCell::new(change);
         let edited = locked.edit(name, |old| {
             let mut marked = Marked::parse(old).map_err(|Damaged(line)| EditError::Damaged(line))?;
-            change.borrow_mut()(&mut marked.blocks);
+            change(&mut marked.blocks);
             Ok(marked.render(tail))
         });
         edited.map_err(|error| self.failed(name, error))

@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 
+use super::process::stat_fields;
 use crate::privilege::as_root;
 use crate::store::sparse;
 
@@ -143,13 +144,12 @@ impl Memory {
     /// Processor time of the process since it began, in milliseconds (fields 14 and 15 of proc_pid_stat(5)).
     pub fn processor_ms(&self) -> io::Result<u64> {
         let stat = as_root(|| fs::read_to_string(format!("/proc/{}/stat", self.pid)))?;
-        // The second field, the name, may hold anything; the last ')' ends it.
-        let mut fields =
-            stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11)).into_iter().flatten();
-        let mut ticks = || fields.next()?.parse::<u64>().ok();
-        let (user, system) =
-            ticks().zip(ticks()).ok_or_else(|| io::Error::other("stat without processor times"))?;
-        Ok((user + system) * 1000 / rustix::param::clock_ticks_per_second())
+        let ticks = || {
+            let mut times = stat_fields(&stat)?.skip(11).map(str::parse::<u64>);
+            Some(times.next()?.ok()? + times.next()?.ok()?)
+        };
+        let ticks = ticks().ok_or_else(|| io::Error::other("stat without processor times"))?;
+        Ok(ticks * 1000 / rustix::param::clock_ticks_per_second())
     }
 
     /// Calls `act` for each mapping that RAM consists of, with its offset in RAM.

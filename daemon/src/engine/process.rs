@@ -377,13 +377,17 @@ fn status_uid(pid: Pid) -> Option<u32> {
     text.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok())
 }
 
+/// The fields of proc_pid_stat(5) from the third on. The second, the name, may hold anything; the last ')' ends it.
+pub(super) fn stat_fields(stat: &str) -> Option<std::str::SplitWhitespace<'_>> {
+    Some(stat.rsplit_once(')')?.1.split_whitespace())
+}
+
 /// When a process was started, in seconds since 1970 (fields 22 of proc_pid_stat(5) and btime
 /// of proc_stat(5)); 0 if it cannot be told.
 fn start_time(pid: Pid) -> u64 {
     let ticks = || {
         let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-        // The second field, the name, may hold anything; the last ')' ends it.
-        stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse::<u64>().ok()
+        stat_fields(&stat)?.nth(19)?.parse::<u64>().ok()
     };
     let boot = || {
         let stat = fs::read_to_string("/proc/stat").ok()?;

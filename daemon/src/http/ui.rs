@@ -1,10 +1,13 @@
 //! `/ui`: the page. Its source is in `ui/`; what is built of it is part of this program.
 
+use std::sync::LazyLock;
+
 use axum::Router;
 use axum::extract::Path;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use catalyst_images::digest::hex;
 use sha2::{Digest, Sha256};
 
 use super::App;
@@ -29,6 +32,10 @@ const ASSETS: [Asset; 5] = [
     ("licences.txt", "text/plain; charset=utf-8", include_bytes!("../../../ui/dist/licences.txt")),
 ];
 
+/// What a browser that has them knows them by.
+static TAGS: LazyLock<[String; ASSETS.len()]> =
+    LazyLock::new(|| ASSETS.map(|(.., bytes)| format!("\"{}\"", hex(&Sha256::digest(bytes)))));
+
 /// The routes. They are no part of the API and so not of its description.
 pub(super) fn routes() -> Router<App> {
     Router::new()
@@ -41,12 +48,12 @@ pub(super) fn routes() -> Router<App> {
 }
 
 fn asset(name: &str, headers: &HeaderMap) -> Response {
-    let Some((_, kind, bytes)) = ASSETS.iter().find(|(known, ..)| *known == name) else {
+    let Some(((_, kind, bytes), tag)) =
+        ASSETS.iter().zip(TAGS.iter()).find(|((known, ..), _)| *known == name)
+    else {
         return (StatusCode::NOT_FOUND, "The page has no such file; it is at /ui").into_response();
     };
     // Another daemon may serve the next request: what a browser keeps is asked for again, and seldom sent.
-    let tag =
-        format!("\"{}\"", Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>());
     let known = headers.get(header::IF_NONE_MATCH).is_some_and(|value| value.as_bytes() == tag.as_bytes());
     let mut response =
         if known { StatusCode::NOT_MODIFIED.into_response() } else { (*bytes).into_response() };
@@ -56,7 +63,7 @@ fn asset(name: &str, headers: &HeaderMap) -> Response {
     set.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
     set.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     set.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
-    if let Ok(tag) = HeaderValue::from_str(&tag) {
+    if let Ok(tag) = HeaderValue::from_str(tag) {
         set.insert(header::ETAG, tag);
     }
     response

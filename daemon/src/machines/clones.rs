@@ -125,7 +125,8 @@ impl Machines {
         }
     }
 
-    async fn freeze(&self, parent: &str) -> Result<Arc<Frozen>, CreateError> {
+    /// Freezes a VM that runs, which goes on.
+    pub(super) async fn freeze(&self, parent: &str) -> Result<Arc<Frozen>, CreateError> {
         let (_, commands) = self.find(parent)?;
         let (reply, answer) = oneshot::channel();
         commands.send(asked(Command::Freeze { reply })).await.map_err(|_| FreezeError::Stopping)?;

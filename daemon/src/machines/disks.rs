@@ -25,7 +25,7 @@ use crate::tasks::Running;
 /// Longest path that is taken, in bytes (PATH_MAX).
 const MAX_PATH: usize = 4096;
 /// What the disk of a template is called while it is the owner's.
-const FLAT: &str = "flat.raw";
+pub(super) const FLAT: &str = "flat.raw";
 
 /// Does `work` with the folder of a VM that lies still, and that nothing powers on meanwhile; else gives its state.
 pub(super) async fn still<T: Send + 'static>(
@@ -55,15 +55,9 @@ impl Making {
         self.0.as_ref().map(NewTemplate::folder).unwrap_or_default()
     }
 
-    /// Copies a disk of the owner's to where root alone writes.
-    pub fn take_disk(&self, raw: &Path) -> io::Result<()> {
-        let Some(template) = &self.0 else { return Ok(()) };
-        let source = File::open(raw)?;
-        as_root(|| {
-            let to = File::options().write(true).create_new(true).mode(0o644).open(template.disk())?;
-            sparse::copy(&source, &to)?;
-            to.sync_all()
-        })
+    /// Its disk.
+    pub fn disk(&self) -> PathBuf {
+        self.0.as_ref().map(NewTemplate::disk).unwrap_or_default()
     }
 
     /// Puts it into its place; what is said of it then.
@@ -78,6 +72,16 @@ impl Drop for Making {
         // What is left of it is root's.
         as_root(|| drop(self.0.take()));
     }
+}
+
+/// Copies a disk of the owner's to where root alone writes. Waits.
+pub(super) fn take_disk(raw: &Path, to: &Path) -> io::Result<()> {
+    let source = File::open(raw)?;
+    as_root(|| {
+        let to = File::options().write(true).create_new(true).mode(0o644).open(to)?;
+        sparse::copy(&source, &to)?;
+        to.sync_all()
+    })
 }
 
 /// Writes what a VM's disk holds, and all below it, to `to`.
@@ -142,16 +146,6 @@ fn loader(disk: &Path) -> io::Result<Option<Machine>> {
 }
 
 impl Machines {
-    /// A task of this title, and its work.
-    pub(super) fn task(&self, title: &str) -> Result<(Running, Task), Refusal> {
-        let task = self.0.tasks.begin(title).map_err(|id| {
-            Refusal::new(ErrorCode::InUse, format!("'{title}' is under way already, as task {id}"))
-        })?;
-        let told = self.0.tasks.get(task.id());
-        let told = told.ok_or_else(|| Refusal::new(ErrorCode::Internal, "The task ended before it began"))?;
-        Ok((task, told))
-    }
-
     /// Begins to write the disk of a VM that is off into a qcow2 that stands on nothing.
     pub fn export(&self, id: &str, request: &ExportVm) -> Result<Task, Refusal> {
         let (shared, commands) = self.find(id)?;
@@ -185,7 +179,7 @@ impl Machines {
             return Err(invalid(format!("{} is not a regular file", target.display())));
         }
         fs::read_dir(&folder).map_err(failed("look into the folder", &folder))?;
-        let (task, told) = self.task(&format!("image export {id}"))?;
+        let (task, told) = self.0.tasks.begin_told(&format!("image export {id}"))?;
         let (context, force) = (Arc::clone(&self.0), request.force);
         let aside = folder.join(format!(".{name}.catalyst-{}", uuid::Uuid::new_v4().simple()));
         task.step(10, "writing the disk");
@@ -222,7 +216,7 @@ impl Machines {
         let image = image::open_or_raw(&folder, &file)
             .map_err(|error| invalid(chain(&StoreError::from(error)).join(": ")))?;
         let template = Making::begin(&self.0, &name)?;
-        let (task, told) = self.task(&format!("image import {name}"))?;
+        let (task, told) = self.0.tasks.begin_told(&format!("image import {name}"))?;
         let context = Arc::clone(&self.0);
         tokio::spawn(async move {
             task.step(10, "reading the disk");
@@ -237,7 +231,7 @@ impl Machines {
                         "{file} has no boot sector: a template of others must start by its own loader"
                     ))
                 })?;
-                template.take_disk(&raw).map_err(failed("keep the disk in", &template.folder()))?;
+                take_disk(&raw, &template.disk()).map_err(failed("keep the disk in", &template.folder()))?;
                 template.finish(&Origin::Disk(machine, file))
             })
             .await;

@@ -9,14 +9,12 @@ use std::sync::Arc;
 use catalyst_api::{CreateTemplate, ErrorCode, Task};
 use catalyst_images::{Image, Origin};
 use catalyst_vmm::description::Format;
-use tokio::sync::oneshot;
 
 use super::clones::with_memory;
-use super::disks::{Making, blocking, end, still};
+use super::disks::{FLAT, Making, blocking, end, still, take_disk};
 use super::freeze::Frozen;
-use super::machine::Command;
 use super::shared::Shared;
-use super::{Context, Machines, asked, start};
+use super::{Context, Machines, start};
 use crate::engine::Layer;
 use crate::http::error::{Refusal, chain};
 use crate::images::Images;
@@ -26,9 +24,6 @@ use crate::store::{Chain, StoreError, VmConfig, VmDir, disk, files};
 use crate::tasks::Running;
 use crate::warm::make::{Begins, Size, Template, WarmError, warm_name};
 use crate::warm::{DISK, FOLDER};
-
-/// The disk while it is the owner's.
-const FLAT: &str = "flat.raw";
 
 fn refused(error: &WarmError) -> Refusal {
     Refusal::new(ErrorCode::Internal, chain(error).join(": "))
@@ -69,7 +64,7 @@ impl Machines {
             return Err(Refusal::new(ErrorCode::WrongState, message));
         }
         let template = Making::begin(&self.0, &request.name)?;
-        let (task, told) = self.task(&format!("template create {} from {id}", request.name))?;
+        let (task, told) = self.0.tasks.begin_told(&format!("template create {} from {id}", request.name))?;
         let machines = self.clone();
         tokio::spawn(async move {
             let (task, done) = machines.make_template(&shared, template, task).await;
@@ -88,13 +83,9 @@ impl Machines {
         let prepared = async {
             let (_, config) = dir.read()?;
             let image = start::image(&self.0, &dir, &config)?;
-            let (_, commands) = self.find(dir.id().as_str())?;
             if with_memory(shared.state()) {
                 task.step(10, "freezing the VM, which goes on");
-                let (reply, answer) = oneshot::channel();
-                let stopping = || Refusal::new(ErrorCode::Internal, "The daemon is stopping");
-                commands.send(asked(Command::Freeze { reply })).await.map_err(|_| stopping())?;
-                let frozen = answer.await.map_err(|_| stopping())??;
+                let frozen = self.freeze(dir.id().as_str()).await?;
                 start::same_engine(&self.0, &dir, frozen.engine)?;
                 let size = Size { cpus: frozen.began.cpus, memory_mib: frozen.began.memory_mib };
                 let copy = self.0.store.scratch()?;
@@ -102,6 +93,7 @@ impl Machines {
                 return Ok((Made { image, config, size, chain, frozen: Some(frozen) }, copy));
             }
             task.step(10, "copying the disk");
+            let (_, commands) = self.find(dir.id().as_str())?;
             let size = Size { cpus: config.cpus, memory_mib: config.memory_mib };
             let copy = self.0.store.scratch()?;
             let to = copy.path().to_owned();
@@ -210,19 +202,21 @@ async fn save(
     task.step(75, "making its disk one");
     let flat = vm.dir.path().join(FLAT);
     let failed = |what| move |source| WarmError::Io { what, source };
-    let (source, to) = (Source::of_layers(layers(made, &vm.dir)?), flat.clone());
+    let (source, to) = (Source::of_layers(layers(made, &vm.dir)?), template.disk());
     let owner = (context.owner.uid, context.owner.gid);
-    let flattened =
-        tokio::task::spawn_blocking(move || flatten::convert(&source, &to, Format::Raw, owner)).await;
-    flattened
-        .map_err(std::io::Error::other)
-        .map_err(failed("flatten the disk"))?
-        .map_err(StoreError::from)?;
-    template.take_disk(&flat).map_err(failed("keep the template's disk"))?;
-    let Some((saved, files, machine)) = saved else { return Ok(()) };
     // The machine goes on above the disk as it was when it was saved. The tool is root's here, as the folder is.
     let empty = warm.join(DISK);
-    disk::create_empty(&empty, made.config.disk_gib << 30, (0, 0)).map_err(StoreError::from)?;
+    let above = saved.is_some().then(|| (empty.clone(), made.config.disk_gib << 30));
+    let written = tokio::task::spawn_blocking(move || {
+        flatten::convert(&source, &flat, Format::Raw, owner).map_err(StoreError::from)?;
+        take_disk(&flat, &to).map_err(failed("keep the template's disk"))?;
+        if let Some((empty, bytes)) = above {
+            disk::create_empty(&empty, bytes, (0, 0)).map_err(StoreError::from)?;
+        }
+        Ok::<_, WarmError>(())
+    });
+    written.await.map_err(std::io::Error::other).map_err(failed("flatten the disk"))??;
+    let Some((saved, files, machine)) = saved else { return Ok(()) };
     as_root(|| {
         saved.finish(engine.name(), machine, (&files.0, &files.1), None)?;
         fs::set_permissions(&empty, Permissions::from_mode(0o644))

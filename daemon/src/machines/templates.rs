@@ -176,14 +176,9 @@ impl Machines {
         };
         check_size(size.cpus, size.memory_mib)
             .map_err(|error| Refusal::new(ErrorCode::InvalidRequest, error.to_string()))?;
-        let title = title(name, size);
-        let task = self.0.tasks.begin(&title).map_err(|id| {
-            Refusal::new(ErrorCode::InUse, format!("'{title}' is under way already, as task {id}"))
-        })?;
-        let id = task.id();
+        let (task, told) = self.0.tasks.begin_told(&title(name, size))?;
         make_warm(Arc::clone(&self.0), image, size, task);
-        let gone = || Refusal::new(ErrorCode::TaskNotFound, format!("There is no task {id} in this daemon"));
-        self.0.tasks.get(id).ok_or_else(gone)
+        Ok(told)
     }
 }
 

@@ -11,6 +11,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
+use catalyst_images::digest::hex;
+
 use super::program::{command, find, finish, last_lines};
 
 /// A chain that ufw has while it is on.
@@ -180,7 +182,7 @@ const fn route_word(route: bool) -> &'static [&'static str] {
 
 /// How many of our rules the file of ufw's rules has; comments are hexadecimal there.
 fn ufw_count(rules: &str, bridge: &str) -> usize {
-    let mark: String = mark(bridge).bytes().map(|byte| format!("{byte:02x}")).collect();
+    let mark = hex(mark(bridge).as_bytes());
     let ours = format!("in_{bridge} comment={mark}");
     rules.lines().filter(|line| line.starts_with("### tuple ###") && line.ends_with(&ours)).count()
 }

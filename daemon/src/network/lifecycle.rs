@@ -212,15 +212,15 @@ impl Network {
     /// Loads the nftables table, unless no table of this namespace has changed since it was loaded.
     fn load_table(&self, nft: &Path, subnet: Subnet, lock: Option<&File>) -> Result<(), NetworkError> {
         let mut loaded = self.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner);
-        let before = nat::generation().ok();
-        if before.is_some() && *loaded == before {
+        let now = nat::generation().ok();
+        if now.is_some() && *loaded == now {
             return Ok(());
         }
         *loaded = None;
-        nat::apply(nft, &self.inner.bridge, subnet, lock)?;
         beside::admit(&self.inner.bridge);
-        // One more than before: the change since then is ours and no other. Where a firewall of others was changed too,
-        // the next power-on looks once more.
+        let before = nat::generation().ok();
+        nat::apply(nft, &self.inner.bridge, subnet, lock)?;
+        // One more than before: the change since then is ours and no other.
         let after = nat::generation().ok();
         *loaded = after.filter(|after| before.map(|before| before.wrapping_add(1)) == Some(*after));
         Ok(())

@@ -104,6 +104,19 @@ fn read_json<T: DeserializeOwned>(path: &Path, most: usize) -> Result<Option<T>,
     }
 }
 
+/// Reads a VMX.
+fn read_vmx(path: &Path) -> Result<Vmx, StoreError> {
+    let bytes = files::read_bounded(path, vmx::MAX_SIZE).map_err(io_error("read the VM's file", path))?;
+    parse_vmx(path, &bytes)
+}
+
+/// What was read from the VMX at `path`.
+fn parse_vmx(path: &Path, bytes: &[u8]) -> Result<Vmx, StoreError> {
+    let unusable =
+        |error: vmx::VmxError| StoreError::Vmx { path: path.display().to_string(), source: error.into() };
+    Vmx::parse(bytes).map_err(unusable)
+}
+
 /// The folder of one VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VmDir {
@@ -208,16 +221,11 @@ impl VmDir {
     /// Reads the VMX and what it says.
     pub fn read(&self) -> Result<(Vmx, VmConfig), StoreError> {
         if let Some(record) = self.registered()? {
-            let vmx = record.read_vmx()?;
-            let config = VmConfig::of_registered(&vmx, &self.id, &record)
-                .map_err(|source| StoreError::Vmx { path: record.vmx.display().to_string(), source })?;
-            return Ok((vmx, config));
+            return record.read(&self.id);
         }
         let path = self.vmx();
-        let bytes =
-            files::read_bounded(&path, vmx::MAX_SIZE).map_err(io_error("read the VM's file", &path))?;
+        let vmx = read_vmx(&path)?;
         let unusable = |source| StoreError::Vmx { path: path.display().to_string(), source };
-        let vmx = Vmx::parse(&bytes).map_err(|error| unusable(error.into()))?;
         let config = VmConfig::from_vmx(&vmx, &self.id).map_err(unusable)?;
         Ok((vmx, config))
     }
@@ -411,10 +419,9 @@ impl Store {
 
     /// Removes a VM's folder, and what was registered in place with its files. Where that fails, the VM stays.
     pub fn delete(&self, dir: &VmDir) -> Result<(), StoreError> {
-        if let Err(error) = dir.registered() {
-            tracing::warn!(vm = %dir.id, %error, "what was registered in place stays");
-        } else {
-            dir.delete_registered()?;
+        match dir.registered() {
+            Err(error) => tracing::warn!(vm = %dir.id, %error, "what was registered in place stays"),
+            Ok(record) => record.iter().try_for_each(|record| dir.delete_registered(record))?,
         }
         let gone = self.aside(GONE);
         fs::rename(&dir.path, &gone).map_err(io_error("remove the folder", &dir.path))?;

@@ -6,8 +6,8 @@ use std::io::Read;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use catalyst_agent_protocol::SetUp;
 use catalyst_agent_protocol::set_up::{Content, NewFile, NewUser};
+use catalyst_agent_protocol::{SetUp, is_label};
 use flate2::read::MultiGzDecoder;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, SeqAccess, Visitor};
@@ -102,14 +102,6 @@ fn is_name(text: &str) -> bool {
     let first = |byte: u8| byte.is_ascii_lowercase() || byte == b'_';
     let later = |byte: u8| first(byte) || byte.is_ascii_digit() || byte == b'-';
     text.len() <= 32 && text.bytes().next().is_some_and(first) && text.bytes().all(later)
-}
-
-fn is_label(text: &str) -> bool {
-    let inside = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-    (1..=63).contains(&text.len())
-        && text.bytes().all(inside)
-        && !text.starts_with('-')
-        && !text.ends_with('-')
 }
 
 fn is_line(text: &str) -> bool {

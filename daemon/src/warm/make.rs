@@ -306,11 +306,7 @@ impl Template {
         link.identify(&self.identity(true)?).await?;
         let up = reaches(&link, |status| status.ssh);
         tokio::time::timeout(BOOT_LIMIT, up).await.map_err(|_| WarmError::Slow)??;
-        tokio::time::sleep(SETTLE).await;
-        link.rest().await?;
-        drop(link);
-        tokio::time::sleep(SETTLE).await;
-        Ok(())
+        rest(link).await
     }
 
     /// Has a guest that boots forget what is of it alone, and shut down.
@@ -343,11 +339,7 @@ impl Template {
         // As a clone's is, so that what is read and made for that is there.
         link.identify(&self.identity(true)?).await?;
         tell(65, "coming to rest");
-        tokio::time::sleep(SETTLE).await;
-        link.rest().await?;
-        drop(link);
-        tokio::time::sleep(SETTLE).await;
-        Ok(())
+        rest(link).await
     }
 
     /// Of nobody; as a `clone` it has another name and MAC address.
@@ -390,6 +382,15 @@ impl Template {
 pub fn warm_name(engine: EngineName, size: Size) -> String {
     let number = uuid::Uuid::new_v4().simple().to_string();
     format!("{engine}-{}x{}-{}", size.cpus, size.memory_mib, &number[..8])
+}
+
+/// Lets the guest come to rest, and closes the link.
+async fn rest(link: AgentLink) -> Result<(), WarmError> {
+    tokio::time::sleep(SETTLE).await;
+    link.rest().await?;
+    drop(link);
+    tokio::time::sleep(SETTLE).await;
+    Ok(())
 }
 
 async fn reaches(link: &AgentLink, wanted: impl Fn(&AgentStatus) -> bool) -> Result<(), WarmError> {

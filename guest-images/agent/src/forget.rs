@@ -6,7 +6,7 @@ use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use crate::session::Config;
-use crate::users;
+use crate::{set_up, users};
 
 /// Files below the root that are of one guest alone.
 const FILES: &[&str] = &[
@@ -14,11 +14,12 @@ const FILES: &[&str] = &[
     "var/lib/docker/engine-id",
     "var/lib/dbus/machine-id",
     "var/lib/systemd/random-seed",
-    "var/lib/catalyst/set-up.json",
-    "var/log/catalyst-user-data.log",
+    set_up::NOTE,
+    set_up::SCRIPT,
+    set_up::LOG,
 ];
 /// Files below a user's home: who may log in, and what was typed.
-const OF_USERS: &[&str] = &[".ssh/authorized_keys", ".ssh/authorized_keys2", ".bash_history"];
+const OF_USERS: &[&str] = &[".ssh/authorized_keys", ".bash_history"];
 const HOST_KEYS: &str = "etc/ssh";
 const JOURNALS: &str = "var/log/journal";
 const BLOCK: usize = 64 * 1024;
@@ -31,6 +32,7 @@ pub fn forget(config: &Config) -> io::Result<()> {
     for home in users::homes(root) {
         let home = root.join(home.trim_start_matches('/'));
         files.extend(OF_USERS.iter().map(|name| home.join(name)));
+        files.push(home.join(".ssh").join(set_up::FURTHER_KEYS));
     }
     for file in files {
         wipe(&file).map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.display())))?;
@@ -90,7 +92,7 @@ mod tests {
     fn keys_are_overwritten_and_gone_and_the_rest_stays() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
-        for folder in ["etc/ssh", "etc/docker", "home/ann/.ssh", "var/log/journal/0123"] {
+        for folder in ["etc/ssh", "etc/docker", "home/ann/.ssh", "var/log/journal/0123", "var/lib/catalyst"] {
             fs::create_dir_all(root.join(folder)).unwrap();
         }
         fs::write(root.join("etc/passwd"), "ann:x:1:1::/home/ann:/bin/sh\nbob:x:2:2::/home/bob:/bin/sh\n")
@@ -99,7 +101,9 @@ mod tests {
         let keys = root.join("home/ann/.ssh/authorized_keys");
         let own = root.join("home/ann/.ssh/id_ed25519");
         let config = root.join("etc/ssh/sshd_config");
-        for path in [&key, &keys, &own, &config] {
+        // A guest that was cut off while its commands ran.
+        let commands = root.join(set_up::SCRIPT);
+        for path in [&key, &keys, &own, &config, &commands] {
             fs::write(path, "SECRET").unwrap();
         }
         let other = root.join("etc/elsewhere");
@@ -111,6 +115,7 @@ mod tests {
         io::Read::read_to_string(&mut held, &mut text).unwrap();
         assert_eq!(text, "\0\0\0\0\0\0");
         assert!(!key.exists() && !keys.exists() && !root.join("home/ann/.bash_history").exists());
+        assert!(!commands.exists());
         assert!(own.exists() && config.exists() && !root.join("var/log/journal").exists());
         assert_eq!(fs::read_to_string(other).unwrap(), "stays");
     }

@@ -18,7 +18,8 @@ use nix::pty::{PtyMaster, grantpt, posix_openpt, unlockpt};
 use crate::session::failed;
 use crate::users::{self, User};
 
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Where commands are looked for.
+pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A command's process and the near ends of its input and output.
 #[derive(Debug)]

@@ -23,7 +23,7 @@ pub use frame::{Channel, Decoder, Frame, FrameError, HEADER, MAX_PAYLOAD, encode
 pub use line::{Line, LineControl};
 pub use message::{
     Control, ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, Problem, ProblemKind, Reply, Request,
-    ShutdownKind, Status, StreamChannel, Terminal,
+    ShutdownKind, Status, StreamChannel, Terminal, is_label,
 };
 pub use set_up::{SetUp, SetUpReport, SetUpState};
 

@@ -218,6 +218,15 @@ pub enum ProblemKind {
     Failed,
 }
 
+/// Whether a text can be a host's name: one label of RFC 1123, section 2.1.
+pub fn is_label(text: &str) -> bool {
+    let inside = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    (1..=63).contains(&text.len())
+        && text.bytes().all(inside)
+        && !text.starts_with('-')
+        && !text.ends_with('-')
+}
+
 /// Who and where the guest is.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Identity {

@@ -66,11 +66,22 @@ pub enum Memory {
 pub const DISK: &str = "disk0";
 /// What the host's end of the NIC's cable is called.
 pub const CABLE: &str = "net0";
+/// What QEMU keeps itself from.
+pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
+/// The software CPU, and its room for translated code in MiB.
+pub const ACCELERATOR: &str = "tcg,thread=multi,tb-size=256";
+/// Left out: five-level paging and what guests use wherever they see it although it is slow in software.
+pub const PROCESSOR: &str = "max,-la57,-erms,-smap";
 /// Sets of descriptors (`-add-fd`) that are not a disk's; those of its layers begin at [`LAYER_SETS`].
-const LOG_SET: u32 = 1;
+pub const LOG_SET: u32 = 1;
 /// Where state is written to.
 pub const STATE_SET: u32 = 2;
 const LAYER_SETS: usize = 10;
+
+/// The character device of the console, which the set [`LOG_SET`] has the log of.
+pub fn console(fd: RawFd) -> String {
+    format!("socket,id=console,fd={fd},server=on,wait=off,logfile=/dev/fdset/{LOG_SET},logappend=on")
+}
 
 /// The arguments of `qemu-system-x86_64`.
 pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
@@ -83,16 +94,15 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
     arg("-nodefaults", String::new());
     arg("-no-user-config", String::new());
     arg("-display", "none".into());
-    arg("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".into());
+    arg("-sandbox", SANDBOX.into());
     // `suppress-vmdesc`: no description of the state is expected after it.
     arg(
         "-machine",
         "microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=ram,suppress-vmdesc=on"
             .into(),
     );
-    arg("-accel", "tcg,thread=multi,tb-size=256".into());
-    // Left out: five-level paging and what guests use wherever they see it although it is slow in software.
-    arg("-cpu", "max,-la57,-erms,-smap".into());
+    arg("-accel", ACCELERATOR.into());
+    arg("-cpu", PROCESSOR.into());
     arg("-smp", format!("{cpus}"));
     arg("-m", format!("{memory_mib}M"));
     arg("-global", "virtio-mmio.force-legacy=false".into());
@@ -156,13 +166,7 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
     arg("-chardev", format!("socket,id=folders,fd={},server=on,wait=off", fd.folders));
     arg("-device", format!("virtserialport,chardev=folders,name={FOLDERS_PORT_NAME}"));
 
-    arg(
-        "-chardev",
-        format!(
-            "socket,id=console,fd={},server=on,wait=off,logfile=/dev/fdset/{LOG_SET},logappend=on",
-            fd.console
-        ),
-    );
+    arg("-chardev", console(fd.console));
     arg("-serial", "chardev:console".into());
     arg("-device", "virtio-rng-device".into());
 

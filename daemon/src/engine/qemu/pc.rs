@@ -10,11 +10,12 @@ use std::fs::File;
 use std::io::{self, Write as _};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
-use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
 
 use super::super::pc::{PcDisk, PcSpec};
-use super::command::CABLE;
+use super::command::{ACCELERATOR, CABLE, LOG_SET, PROCESSOR, SANDBOX, console};
+use crate::saved;
 use crate::store::config::format_mac;
 use crate::store::foreign::hardware::{Bus, Nic};
 use crate::store::foreign::image::{self, Extent, Parts};
@@ -39,8 +40,7 @@ pub struct Line {
     pub kept: Vec<OwnedFd>,
 }
 
-/// Set of the console log; files of disks have those behind it.
-const LOG_SET: u32 = 1;
+/// Files of disks have the sets from here on.
 const FIRST_SET: u32 = 10;
 /// The first SAS address of a disk: locally assigned (NAA 3 of SPC-4).
 const WWN: u64 = 0x3ca7_0000_0000_0000;
@@ -89,11 +89,10 @@ pub fn line(spec: PcSpec, fd: Descriptors) -> io::Result<Line> {
     line.arg("-nodefaults", "");
     line.arg("-no-user-config", "");
     line.arg("-display", "none");
-    line.arg("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+    line.arg("-sandbox", SANDBOX);
     line.arg("-machine", machine);
-    line.arg("-accel", "tcg,thread=multi,tb-size=256");
-    // As in the other kind of machine: what is slow in software, and guests would use.
-    line.arg("-cpu", "max,-la57,-erms,-smap");
+    line.arg("-accel", ACCELERATOR);
+    line.arg("-cpu", PROCESSOR);
     line.arg("-smp", spec.cpus.to_string());
     line.arg("-m", format!("{}M", spec.memory_mib));
     line.arg("-object", format!("memory-backend-ram,id=ram,size={}M", spec.memory_mib));
@@ -101,7 +100,7 @@ pub fn line(spec: PcSpec, fd: Descriptors) -> io::Result<Line> {
     line.arg("-boot", "strict=on");
     line.arg("-device", "VGA,vgamem_mb=8");
     line.arg("-device", "virtio-rng-pci");
-    disks(&mut line, spec.disks, old)?;
+    disks(&mut line, spec.disks)?;
     if let Some((nic, tap)) = spec.nic {
         line.arg("-netdev", format!("tap,id={CABLE},fd={},vhost=off", tap.as_raw_fd()));
         let model = match nic {
@@ -117,8 +116,7 @@ pub fn line(spec: PcSpec, fd: Descriptors) -> io::Result<Line> {
         line.kept.push(tap);
     }
     line.arg("-add-fd", format!("fd={},set={LOG_SET}", fd.console_log));
-    let console = format!("socket,id=console,fd={},server=on,wait=off", fd.console);
-    line.arg("-chardev", format!("{console},logfile=/dev/fdset/{LOG_SET},logappend=on"));
+    line.arg("-chardev", console(fd.console));
     line.arg("-serial", "chardev:console");
     line.arg("-chardev", format!("socket,id=qmp,fd={},server=on,wait=off", fd.qmp));
     line.arg("-mon", "chardev=qmp,mode=control");
@@ -133,7 +131,7 @@ fn slot(line: &mut Builder, number: u16) -> String {
     ",bus=slot0".to_owned()
 }
 
-fn disks(line: &mut Builder, disks: Vec<PcDisk>, old: bool) -> io::Result<()> {
+fn disks(line: &mut Builder, disks: Vec<PcDisk>) -> io::Result<()> {
     let controllers: BTreeSet<(Bus, u8)> = disks.iter().map(|disk| (disk.bus, disk.controller)).collect();
     for (bus, number) in controllers {
         let device = match bus {
@@ -168,19 +166,13 @@ fn disks(line: &mut Builder, disks: Vec<PcDisk>, old: bool) -> io::Result<()> {
         };
         line.arg("-device", format!("{place},drive=disk{at},bootindex={at}"));
     }
-    debug_assert!(old || !line.args.iter().any(|arg| arg.contains("bus=ide.")));
     Ok(())
 }
 
 /// The node of what is only read.
 fn base(line: &mut Builder, at: usize, parts: Parts) -> io::Result<String> {
     let (driver, file) = match parts {
-        Parts::Raw(file) => {
-            let (name, node) = (line.pass(file.into()), format!("base{at}"));
-            let file = json!({ "driver": "file", "filename": name, "read-only": true });
-            line.block(&json!({ "driver": "raw", "node-name": node, "file": file, "read-only": true }));
-            return Ok(node);
-        }
+        Parts::Raw(file) => ("raw", file),
         Parts::Qcow2(file) => ("qcow2", file),
         Parts::Vmdk(file) => ("vmdk", file),
         Parts::Extents(extents) => ("vmdk", descriptor(line, extents)?),
@@ -188,9 +180,11 @@ fn base(line: &mut Builder, at: usize, parts: Parts) -> io::Result<String> {
     let name = line.pass(file.into());
     let node = format!("base{at}");
     let file = json!({ "driver": "file", "filename": name, "read-only": true });
-    line.block(
-        &json!({ "driver": driver, "node-name": node, "file": file, "read-only": true, "backing": null }),
-    );
+    let mut block = json!({ "driver": driver, "node-name": node, "file": file, "read-only": true });
+    if driver != "raw" {
+        block["backing"] = Value::Null;
+    }
+    line.block(&block);
     Ok(node)
 }
 
@@ -200,7 +194,7 @@ fn descriptor(line: &mut Builder, extents: Vec<Extent>) -> io::Result<File> {
     let file = memfd_create("catalyst-vmdk", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     let mut file = File::from(file);
     file.write_all(text.as_bytes())?;
-    fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    saved::seal(&file)?;
     // Of a set QEMU takes the descriptor that has the very access it wants.
     File::open(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }

@@ -21,7 +21,9 @@ use nix::unistd::{UnlinkatFlags, unlinkat};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{Store, StoreError, VmConfig, VmDir, VmId, Vmx, disk, files, io_error, vmx};
+use super::{
+    Store, StoreError, VmConfig, VmDir, VmId, Vmx, disk, files, io_error, parse_vmx, read_json, read_vmx, vmx,
+};
 use hardware::{Hardware, is_disk_name, is_plain_name};
 use image::Image;
 
@@ -126,15 +128,12 @@ impl Registered {
         self.disks.iter().fold(0_u64, |sum, disk| sum.saturating_add(disk.bytes)).div_ceil(1 << 30)
     }
 
-    /// Reads the VMX.
-    pub(super) fn read_vmx(&self) -> Result<Vmx, StoreError> {
-        let bytes = files::read_bounded(&self.vmx, vmx::MAX_SIZE)
-            .map_err(io_error("read the VM's file", &self.vmx))?;
-        let unusable = |error: vmx::VmxError| StoreError::Vmx {
-            path: self.vmx.display().to_string(),
-            source: error.into(),
-        };
-        Vmx::parse(&bytes).map_err(unusable)
+    /// Reads the VMX, and what it says of the VM `id`.
+    pub(super) fn read(&self, id: &VmId) -> Result<(Vmx, VmConfig), StoreError> {
+        let vmx = read_vmx(&self.vmx)?;
+        let config = VmConfig::of_registered(&vmx, id, self)
+            .map_err(|source| StoreError::Vmx { path: self.vmx.display().to_string(), source })?;
+        Ok((vmx, config))
     }
 
     fn overlay_of(&self, file: &str) -> Option<&Overlay> {
@@ -164,13 +163,7 @@ impl VmDir {
     /// What is registered; `None` of a VM of our own.
     pub fn registered(&self) -> Result<Option<Registered>, StoreError> {
         let path = self.registered_file();
-        let bytes = match files::read_bounded(&path, MAX_SIZE) {
-            Ok(bytes) => bytes,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(io_error("read", &path)(error)),
-        };
-        let record: Registered =
-            serde_json::from_slice(&bytes).map_err(|error| io_error("understand", &path)(error.into()))?;
+        let Some(record) = read_json::<Registered>(&path, MAX_SIZE)? else { return Ok(None) };
         let overlay = |disk: &Overlay| super::chain::is_plain(&disk.overlay) && is_disk_name(&disk.overlay);
         if !record.vmx.is_absolute() || !record.disks.iter().all(overlay) {
             let error = io::Error::other("it names what is no file of the VM");
@@ -218,8 +211,7 @@ impl VmDir {
 
     /// Deletes the files of a registered VM in their folder, the VMX last, and the folder if nothing is left in it.
     /// What is gone already is as good.
-    pub(super) fn delete_registered(&self) -> Result<(), StoreError> {
-        let Some(record) = self.registered()? else { return Ok(()) };
+    pub(super) fn delete_registered(&self, record: &Registered) -> Result<(), StoreError> {
         let path = record.folder();
         let flags = OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let folder = match open(path, flags, Mode::empty()) {
@@ -227,7 +219,7 @@ impl VmDir {
             Err(nix::Error::ENOENT) => return Ok(()),
             Err(errno) => return Err(io_error("open the folder", path)(errno.into())),
         };
-        for name in names_of(&record, self.id()) {
+        for name in names_of(record, self.id()) {
             match unlinkat(&folder, name.as_str(), UnlinkatFlags::NoRemoveDir) {
                 Ok(()) | Err(nix::Error::ENOENT | nix::Error::EISDIR) => {}
                 Err(errno) => return Err(io_error("remove", &path.join(name))(errno.into())),
@@ -298,8 +290,9 @@ impl Store {
         }
         let open_failed = |source| RegisterError::Open { path: path.to_owned(), source };
         // The folder's own name is wanted: a link to it may lead elsewhere tomorrow.
-        let vmx = folder.canonicalize().map_err(open_failed)?.join(name);
-        files::read_bounded(&vmx, vmx::MAX_SIZE).map_err(open_failed)?;
+        let folder = folder.canonicalize().map_err(open_failed)?;
+        let vmx = folder.join(name);
+        let bytes = files::read_bounded(&vmx, vmx::MAX_SIZE).map_err(open_failed)?;
         if self.path().canonicalize().is_ok_and(|ours| vmx.starts_with(ours)) {
             return Err(RegisterError::Ours(path.to_owned()).into());
         }
@@ -308,23 +301,12 @@ impl Store {
                 return Err(RegisterError::Taken { path: path.to_owned(), id: dir.id().clone() }.into());
             }
         }
-        let record = Registered {
-            vmx,
-            name: None,
-            tags: vec![],
-            mac: None,
-            address: None,
-            ports: vec![],
-            autostart: false,
-            disks: vec![],
-        };
-        let text = record.read_vmx()?;
         let unusable = |source| StoreError::Vmx { path: path.to_owned(), source };
-        let hardware = Hardware::from_vmx(&text).map_err(unusable)?;
+        let hardware = Hardware::from_vmx(&parse_vmx(&vmx, &bytes)?).map_err(unusable)?;
         let disk_failed = |source| RegisterError::Disk { path: path.to_owned(), source };
-        let open = |disk: &hardware::Disk| image::open(record.folder(), &disk.file).map_err(disk_failed);
+        let open = |disk: &hardware::Disk| image::open(&folder, &disk.file).map_err(disk_failed);
         let images = hardware.disks.iter().map(open).collect::<Result<_, _>>()?;
-        Ok(Candidate { vmx: record.vmx, hardware, images })
+        Ok(Candidate { vmx, hardware, images })
     }
 
     /// Makes the folder of a VM that stays where it is.
@@ -342,8 +324,7 @@ impl Store {
             }
             aside.write_registered(&record)?;
             // What it says must be possible here.
-            VmConfig::of_registered(&record.read_vmx()?, id, &record)
-                .map_err(|source| StoreError::Vmx { path: record.vmx.display().to_string(), source })?;
+            record.read(id)?;
             let link = aside.vmx();
             std::os::unix::fs::symlink(&record.vmx, &link).map_err(io_error("make the link", &link))
         })

@@ -13,7 +13,7 @@ use std::net::Ipv4Addr;
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::Path;
 
-use catalyst_agent_protocol::{Identity, Problem, ProblemKind};
+use catalyst_agent_protocol::{Identity, Problem, ProblemKind, is_label};
 
 use self::host_keys::Restarting;
 use crate::files::{Put, overwrite, replace};
@@ -105,14 +105,6 @@ fn check(identity: &Identity) -> Result<Checked, &'static str> {
     };
     let seed = random::from_hex(&identity.seed).ok_or("the seed is not 64 hexadecimal digits")?;
     Ok(Checked { mac, gateway_mac, seed })
-}
-
-fn is_label(text: &str) -> bool {
-    let inside = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-    (1..=63).contains(&text.len())
-        && text.bytes().all(inside)
-        && !text.starts_with('-')
-        && !text.ends_with('-')
 }
 
 fn parse_mac(text: &str) -> Option<[u8; 6]> {

@@ -10,16 +10,16 @@ use std::process::{Command, Stdio};
 
 use crate::files::replace;
 use crate::session::Config;
-use crate::spawn::with_ordinary_priority;
+use crate::spawn::{PATH, with_ordinary_priority};
 
 /// What the commands write, below the root.
-const LOG: &str = "var/log/catalyst-user-data.log";
-const SCRIPT: &str = "var/lib/catalyst/user-data-commands.sh";
+pub const LOG: &str = "var/log/catalyst-user-data.log";
+/// The commands as a script, while they run.
+pub const SCRIPT: &str = "var/lib/catalyst/user-data-commands.sh";
 /// Where the script says which of them failed.
 const FAILED: &str = "run/catalyst-set-up.failed";
 /// How much of the output's end is told, in bytes.
 const TAIL: u64 = 400;
-const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Runs them; what failed comes back, with the end of the output.
 pub fn run(config: &Config, preparation: &[String], commands: &[String]) -> Vec<String> {

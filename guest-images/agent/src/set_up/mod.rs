@@ -7,6 +7,9 @@ mod commands;
 mod files;
 mod users;
 
+pub use self::commands::{LOG, SCRIPT};
+pub use self::users::FURTHER_KEYS;
+
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -22,7 +25,7 @@ use crate::notify;
 use crate::session::{Config, Session, failed};
 
 /// The note, below the root.
-const NOTE: &str = "var/lib/catalyst/set-up.json";
+pub const NOTE: &str = "var/lib/catalyst/set-up.json";
 /// What is said of what failed, in characters.
 const MAX_MESSAGE: usize = 900;
 /// How long one step may take before the service manager takes the agent for dead, in seconds.

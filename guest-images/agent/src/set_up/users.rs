@@ -19,7 +19,7 @@ use crate::users;
 /// What the user's rules of sudoers(5) are called, below the root.
 const SUDOERS: &str = "etc/sudoers.d/90-catalyst-users";
 /// A file of keys that the agent itself leaves alone; sshd reads it as well.
-const FURTHER_KEYS: &str = "authorized_keys2";
+pub const FURTHER_KEYS: &str = "authorized_keys2";
 const KEYS: &str = "authorized_keys";
 const SHELL: &str = "/bin/bash";
 
