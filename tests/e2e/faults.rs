@@ -212,6 +212,7 @@ impl Killer {
             world.start_daemon();
             settled(world);
             self.arm(step);
+            let _step = Step(step, world.path("daemon.log"));
             let done = act(world);
             self.disarm();
             let alive = world.curl("GET", "/v1/version", None).status == 200;
@@ -229,6 +230,20 @@ impl Killer {
             }
         }
         panic!("it has no end");
+    }
+}
+
+/// Names the step where a check fails, with what the last daemons logged.
+struct Step(usize, PathBuf);
+
+impl Drop for Step {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = fs::read_to_string(&self.1).unwrap_or_default();
+            let last: Vec<&str> = log.lines().rev().take(40).collect();
+            println!("    at step {}; the daemons' log ends with:", self.0);
+            last.iter().rev().for_each(|line| println!("      {line}"));
+        }
     }
 }
 
@@ -281,7 +296,8 @@ fn goes_on(world: &World, nonce: &str) {
     if settled(world) == "suspended" {
         assert!(power(world, "on"));
     }
-    assert_eq!(settled(world), "powered on");
+    let state = settled(world);
+    assert_eq!(state, "powered on", "{}", vm(world, VM));
     assert_eq!(guest(world, "cat /dev/shm/nonce"), nonce);
 }
 

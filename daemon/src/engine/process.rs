@@ -220,6 +220,12 @@ impl Process {
     }
 }
 
+/// Whether a process holds the lock in `run`.
+pub fn is_held(run: &Path) -> bool {
+    File::open(run.join("lock"))
+        .is_ok_and(|file| rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err())
+}
+
 /// Ends the process that holds the lock in `run`, if one does, and waits for its end; it must be one of a VM.
 pub fn end_holder(run: &Path) -> Result<(), EngineError> {
     let Some(process) = Process::adopt_of(run, &is_vm_user)? else { return Ok(()) };

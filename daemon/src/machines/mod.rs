@@ -169,7 +169,7 @@ impl Machines {
         }
         let all = futures_util::future::join_all(found);
         if tokio::time::timeout(ADOPTION, all).await.is_err() {
-            tracing::warn!("a VM process does not answer; its VM is told to be off until it does");
+            tracing::warn!("a VM process does not answer; its VM is told to be powering on until it does");
         }
         Ok(machines)
     }

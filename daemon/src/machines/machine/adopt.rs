@@ -12,6 +12,10 @@ impl Machine {
         self.shared.facts().unadopted = false;
         let dir = self.shared.dir().clone();
         self.sweep();
+        if crate::engine::process::is_held(&dir.run()) {
+            // One that answers late is not off.
+            self.shared.enter(VmState::PoweringOn, Some("its process is being found again".to_owned()));
+        }
         let user = crate::engine::vm_user(self.shared.address());
         match self.context.engines.adopt(dir.clone(), user).await {
             // It was saved, or was being put together from what was saved, and has not run since.
@@ -39,9 +43,13 @@ impl Machine {
                 }
             }
             Ok(None) => {
-                if suspend::still(&dir) == VmState::Suspended {
-                    self.shared.enter(VmState::Suspended, None);
-                } else if let Ok(reason) = files::read_bounded(&dir.reason(), 4096) {
+                // It ended while it was looked for, where it was there at all.
+                if suspend::still(&dir) == VmState::Suspended || self.shared.state() == VmState::PoweringOn {
+                    self.shared.enter(suspend::still(&dir), None);
+                }
+                if self.shared.state() == VmState::PoweredOff
+                    && let Ok(reason) = files::read_bounded(&dir.reason(), 4096)
+                {
                     self.shared.facts().reason = Some(String::from_utf8_lossy(&reason).into_owned());
                 }
             }
