@@ -8,7 +8,8 @@ use std::process::Command;
 use std::rc::Rc;
 use std::sync::LazyLock;
 
-use catalyst_vmm::boot_files::{NicName, find, loader, modules};
+use catalyst_vmm::boot_files::disk::Source;
+use catalyst_vmm::boot_files::{FindError, Found, NicName, find, loader, modules};
 use libfuzzer_sys::fuzz_target;
 
 const VERSION: &str = "6.1.0-42-amd64";
@@ -40,13 +41,18 @@ static DISK: LazyLock<Option<Vec<u8>>> = LazyLock::new(|| {
     made(root.path())
 });
 
+fn looked_at(disk: Vec<u8>) -> Result<Found, FindError> {
+    let disk: Rc<dyn Source> = Rc::new(disk);
+    find(&disk, true, Some(&NIC))
+}
+
 fn made(root: &Path) -> Option<Vec<u8>> {
     let file = tempfile::NamedTempFile::new().unwrap();
     let mut command = Command::new("mke2fs");
     command.args(["-q", "-F", "-t", "ext4", "-b", "1024", "-O", "^metadata_csum,^has_journal", "-d"]);
     let made = command.arg(root).arg(file.path()).arg("1M").status();
     let whole = made.is_ok_and(|status| status.success()).then(|| std::fs::read(file.path()).unwrap())?;
-    assert!(find(Rc::new(whole.clone()), true, Some(&NIC)).is_ok());
+    assert!(looked_at(whole.clone()).is_ok());
     Some(whole)
 }
 
@@ -64,7 +70,7 @@ fuzz_target!(|data: &[u8]| {
             let _ = modules.driver(driver);
             let _ = modules::Modules::of_config(&text, &[driver]).driver(driver);
         }
-        let _ = find(Rc::new(data.to_vec()), true, Some(&NIC));
+        let _ = looked_at(data.to_vec());
         return;
     }
     // Three bytes each: where, and what becomes of the byte there.
@@ -77,5 +83,5 @@ fuzz_target!(|data: &[u8]| {
             *byte ^= change[2];
         }
     }
-    let _ = find(Rc::new(disk), true, Some(&NIC));
+    let _ = looked_at(disk);
 });

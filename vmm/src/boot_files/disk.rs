@@ -4,6 +4,8 @@ use std::io;
 
 use crate::devices::block::{Image, SECTOR};
 
+/// The same, of memory.
+const SECTOR_LENGTH: usize = 512;
 /// Most partitions that are looked at.
 const MAX_PARTITIONS: usize = 128;
 /// Longest entry of a GPT, in bytes.
@@ -62,7 +64,7 @@ pub struct Partition {
 /// The partitions of a disk; the disk itself if it has none.
 pub fn partitions(disk: &dyn Source) -> Vec<Partition> {
     let whole = Partition { start: 0, length: disk.size() };
-    let mut sector = [0; SECTOR as usize];
+    let mut sector = [0; SECTOR_LENGTH];
     if disk.read_at(&mut sector, 0).is_err() || sector[510..] != [0x55, 0xaa] {
         return vec![whole];
     }
@@ -98,7 +100,7 @@ impl Entry {
     }
 }
 
-fn mbr_entries(sector: &[u8; SECTOR as usize]) -> [Entry; 4] {
+fn mbr_entries(sector: &[u8; SECTOR_LENGTH]) -> [Entry; 4] {
     [0, 1, 2, 3].map(|at| {
         let entry = &sector[446 + 16 * at..462 + 16 * at];
         Entry { kind: entry[4], first: u32_at(entry, 8).into(), count: u32_at(entry, 12).into() }
@@ -109,7 +111,7 @@ fn mbr_entries(sector: &[u8; SECTOR as usize]) -> [Entry; 4] {
 fn logical(disk: &dyn Source, base: u64, found: &mut Vec<Partition>) {
     let mut table = base;
     for _ in 0..MAX_PARTITIONS {
-        let mut sector = [0; SECTOR as usize];
+        let mut sector = [0; SECTOR_LENGTH];
         if disk.read_at(&mut sector, table * SECTOR).is_err() || sector[510..] != [0x55, 0xaa] {
             return;
         }
@@ -125,7 +127,7 @@ fn logical(disk: &dyn Source, base: u64, found: &mut Vec<Partition>) {
 }
 
 fn gpt(disk: &dyn Source) -> Vec<Partition> {
-    let mut header = [0; SECTOR as usize];
+    let mut header = [0; SECTOR_LENGTH];
     if disk.read_at(&mut header, SECTOR).is_err() || !header.starts_with(b"EFI PART") {
         return Vec::new();
     }

@@ -91,15 +91,15 @@ pub struct Found {
 }
 
 /// Looks at a disk. `has_nic` says that the network card must work; `name` that it is to have a name of old.
-pub fn find(disk: Rc<dyn Source>, has_nic: bool, name: Option<&NicName>) -> Result<Found, FindError> {
-    let Disk { systems, found } = Disk::read(&disk);
+pub fn find(disk: &Rc<dyn Source>, has_nic: bool, name: Option<&NicName>) -> Result<Found, FindError> {
+    let Disk { systems, found } = Disk::read(disk);
     let Some((files, entry)) = systems.iter().find_map(|files| Some((files, entry(files)?))) else {
         return Err(FindError::NoKernel(found));
     };
     let kernel = files.read(&entry.kernel, MAX_KERNEL)?;
     let version = version(&kernel).ok_or_else(|| FindError::NoBzImage(shown(&entry.kernel)))?;
-    let tables = systems.iter().filter_map(|files| files.text("/etc/fstab", MAX_TEXT).ok().flatten());
-    if let Some(device) = tables.filter_map(|table| fstab(&table)).next() {
+    let mut tables = systems.iter().filter_map(|files| files.text("/etc/fstab", MAX_TEXT).ok().flatten());
+    if let Some(device) = tables.find_map(|table| fstab(&table)) {
         return Err(FindError::Fstab(device));
     }
     let options = options(&entry)?;

@@ -95,7 +95,7 @@ fn entries(config: &str) -> (Vec<Entry>, Option<String>) {
             }
             "}" => match blocks.pop() {
                 Some(Block::Entry(entry)) if !entry.kernel.is_empty() && found.len() < MAX_ENTRIES => {
-                    found.push(*entry)
+                    found.push(*entry);
                 }
                 _ => {}
             },
@@ -140,7 +140,7 @@ fn command(words: &[String], entry: &mut Entry) {
             entry.options = words.collect();
         }
         "initrd" | "initrd16" | "initrdefi" => {
-            entry.initrds = words[1..].iter().filter(plain).cloned().collect()
+            entry.initrds = words[1..].iter().filter(plain).cloned().collect();
         }
         _ => {}
     }

@@ -126,13 +126,13 @@ pub fn run(request: RawFd) -> Result<(), BootFilesError> {
     let filters = Filters::compile()?;
     confine::drop_privileges(&[])?;
     filters.install(Role::BootFiles)?;
-    serve(request)
+    serve(&request)
 }
 
-fn serve(request: Request) -> Result<(), BootFilesError> {
+fn serve(request: &Request) -> Result<(), BootFilesError> {
     let layers = request.layers.iter().map(|layer| (take(layer.fd), layer.format)).collect();
-    let disk = Rc::new(Image::open(layers, true)?);
-    let answer = match find(disk, request.has_nic, request.nic_name.as_ref()) {
+    let disk: Rc<dyn disk::Source> = Rc::new(Image::open(layers, true)?);
+    let answer = match find(&disk, request.has_nic, request.nic_name.as_ref()) {
         Ok(found) => {
             take(request.kernel).write_all(&found.kernel).map_err(failed("write the kernel"))?;
             let initrd = found.initrd.as_deref();

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use catalyst_api::EngineName;
@@ -18,6 +18,7 @@ use super::super::{EngineError, PcSpec, folder, sockets};
 use super::{PROGRAM, REMEDY};
 use crate::privilege::as_root;
 use crate::saved::{in_memory, seal};
+use crate::store::VmDir;
 use crate::store::foreign::image::Parts;
 
 /// Below the VM's `run/`.
@@ -36,48 +37,78 @@ pub struct Found {
     pub command_line: String,
 }
 
-/// Looks at the first disk of `spec`.
-pub async fn find(spec: &PcSpec, program: PathBuf) -> Result<Found, EngineError> {
-    let Some(disk) = spec.disks.first() else { return Err(EngineError::Kernel("it has no disk".to_owned())) };
-    let layers = [read_only(disk)?, (base(disk)?, base_format(disk)?)];
-    let new =
-        || memfd_create("catalyst-boot", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map(File::from);
-    let [kernel, initrd, answer] =
-        [new(), new(), new()].map(|made| made.map_err(|errno| failed()(errno.into())));
-    let (kernel, initrd, answer) = (kernel?, initrd?, answer?);
-    let copies =
-        [&kernel, &initrd, &answer].map(|file| file.try_clone().map(OwnedFd::from).map_err(failed()));
-    let [to_kernel, to_initrd, to_answer] = copies;
-    let (to_kernel, to_initrd, to_answer) = (to_kernel?, to_initrd?, to_answer?);
-    let request = Request {
-        layers: layers.iter().map(|(fd, format)| Layer { fd: fd.as_raw_fd(), format: *format }).collect(),
-        kernel: to_kernel.as_raw_fd(),
-        initrd: to_initrd.as_raw_fd(),
-        answer: to_answer.as_raw_fd(),
-        has_nic: spec.nic.is_some(),
-        nic_name: spec.slot.map(|slot| NicName { mac: spec.mac, slot }),
-    };
-    let request = serde_json::to_vec(&request).map_err(io::Error::from).and_then(|text| in_memory(&text));
-    let request = request.map_err(failed())?;
-    let fds = layers.into_iter().map(|(fd, _)| fd).chain([to_kernel, to_initrd, to_answer]).collect();
-    let process = launch(spec, &program, request, fds)?;
-    let Ok(exit) = tokio::time::timeout(LIMIT, process.exited()).await else {
-        process.end().await?;
-        return Err(EngineError::Kernel(format!("it was not found within {} s", LIMIT.as_secs())));
-    };
-    if exit != Exit::Code(0) {
-        let why = format!("what looks for it ended: {}", folder::last_words(&spec.dir, &exit));
-        return Err(EngineError::Kernel(why));
+/// A search that is under way.
+#[derive(Debug)]
+pub struct Search {
+    dir: VmDir,
+    process: Process,
+    kernel: File,
+    initrd: File,
+    answer: File,
+}
+
+/// Ends the search that a daemon had begun which was killed.
+pub async fn end_former(spec: &PcSpec) -> Result<(), EngineError> {
+    match folder::find(spec.dir.run().join(RUN), spec.user).await? {
+        Some(former) => former.end().await,
+        None => Ok(()),
     }
-    match read(answer).map_err(failed())? {
-        Answer::Refused(why) => Err(EngineError::Kernel(printable(&why))),
-        Answer::Found { command_line, version, has_initrd } => {
-            tracing::info!(vm = %spec.dir.id(), version = printable(&version), "its own kernel is started");
-            let kept = |file: File| seal(&file).map(|()| OwnedFd::from(file)).map_err(failed());
-            let initrd = if has_initrd { Some(kept(initrd)?) } else { None };
-            Ok(Found { kernel: kept(kernel)?, initrd, command_line })
+}
+
+impl Search {
+    /// Begins to look at the first disk of `spec`.
+    pub fn begin(spec: &PcSpec, program: &Path) -> Result<Self, EngineError> {
+        let Some(disk) = spec.disks.first() else {
+            return Err(EngineError::Kernel("it has no disk".to_owned()));
+        };
+        let layers = [read_only(disk)?, (base(disk)?, base_format(disk)?)];
+        let ([kernel, to_kernel], [initrd, to_initrd], [answer, to_answer]) =
+            (memory()?, memory()?, memory()?);
+        let request = Request {
+            layers: layers.iter().map(|(fd, format)| Layer { fd: fd.as_raw_fd(), format: *format }).collect(),
+            kernel: to_kernel.as_raw_fd(),
+            initrd: to_initrd.as_raw_fd(),
+            answer: to_answer.as_raw_fd(),
+            has_nic: spec.nic.is_some(),
+            nic_name: spec.slot.map(|slot| NicName { mac: spec.mac, slot }),
+        };
+        let request = serde_json::to_vec(&request).map_err(io::Error::from).and_then(|text| in_memory(&text));
+        let files = [to_kernel, to_initrd, to_answer].map(OwnedFd::from);
+        let fds = layers.into_iter().map(|(fd, _)| fd).chain(files).collect();
+        let process = launch(spec, program, request.map_err(failed())?, fds)?;
+        Ok(Self { dir: spec.dir.clone(), process, kernel, initrd, answer })
+    }
+
+    /// Waits for what is found.
+    pub async fn found(self) -> Result<Found, EngineError> {
+        let Self { dir, process, kernel, initrd, answer } = self;
+        let Ok(exit) = tokio::time::timeout(LIMIT, process.exited()).await else {
+            process.end().await?;
+            return Err(EngineError::Kernel(format!("it was not found within {} s", LIMIT.as_secs())));
+        };
+        if exit != Exit::Code(0) {
+            let why = format!("what looks for it ended: {}", folder::last_words(&dir, &exit));
+            return Err(EngineError::Kernel(why));
+        }
+        match read(answer).map_err(failed())? {
+            Answer::Refused(why) => Err(EngineError::Kernel(printable(&why))),
+            Answer::Found { command_line, version, has_initrd } => {
+                tracing::info!(vm = %dir.id(), version = printable(&version), "its own kernel is started");
+                let kept = |file: File| seal(&file).map(|()| OwnedFd::from(file)).map_err(failed());
+                let initrd = if has_initrd { Some(kept(initrd)?) } else { None };
+                Ok(Found { kernel: kept(kernel)?, initrd, command_line })
+            }
         }
     }
+}
+
+/// A file in memory, and the same for the process.
+fn memory() -> Result<[File; 2], EngineError> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("catalyst-boot", flags).map(File::from);
+    let file = file.map_err(|errno| failed()(errno.into()))?;
+    let copy = file.try_clone().map_err(failed())?;
+    Ok([file, copy])
 }
 
 fn failed() -> impl FnOnce(io::Error) -> EngineError {

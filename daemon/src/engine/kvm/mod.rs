@@ -107,8 +107,7 @@ impl Engine for KvmEngine {
     fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
         async move {
             let (dir, program) = (spec.dir.clone(), self.program.clone());
-            let launched = tokio::task::spawn_blocking(move || launch(spec, program));
-            begun(dir, launched.await.map_err(|error| EngineError::Died(error.to_string()))??).await
+            begun(dir, joined(tokio::task::spawn_blocking(move || launch(spec, program)).await)?).await
         }
         .boxed()
     }
@@ -120,9 +119,15 @@ impl Engine for KvmEngine {
     fn start_pc(&self, spec: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
         async move {
             let (dir, program) = (spec.dir.clone(), self.program.clone());
-            let found = boot_files::find(&spec, program.clone()).await?;
-            let launched = tokio::task::spawn_blocking(move || pc::launch(spec, found, program));
-            begun(dir, launched.await.map_err(|error| EngineError::Died(error.to_string()))??).await
+            boot_files::end_former(&spec).await?;
+            let searched = tokio::task::spawn_blocking(move || {
+                let search = boot_files::Search::begin(&spec, &program)?;
+                Ok::<_, EngineError>((search, spec, program))
+            });
+            let (search, spec, program) = joined(searched.await)?;
+            let found = search.found().await?;
+            begun(dir, joined(tokio::task::spawn_blocking(move || pc::launch(spec, found, program)).await)?)
+                .await
         }
         .boxed()
     }
@@ -140,6 +145,11 @@ impl Engine for KvmEngine {
         }
         .boxed()
     }
+}
+
+/// What a task of another thread came to.
+fn joined<T>(done: Result<Result<T, EngineError>, tokio::task::JoinError>) -> Result<T, EngineError> {
+    done.map_err(|error| EngineError::Died(error.to_string()))?
 }
 
 /// Waits until a monitor that was just started has built its machine, which stands.
