@@ -1,5 +1,4 @@
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use super::*;
@@ -249,10 +248,7 @@ fn what_means_ill_is_refused_or_leads_nowhere() {
     };
     // A link stays in the guest, and one that comes back to itself ends.
     assert!(link("/etc/fstab").why().contains("no kernel that can be started"));
-    for nowhere in ["../../../../../../etc/passwd", &format!("vmlinuz-{VERSION}"), "/", ""] {
-        if nowhere.is_empty() || Path::new(nowhere).is_absolute() && nowhere != "/" {
-            continue;
-        }
+    for nowhere in ["../../../../../../etc/passwd", &format!("vmlinuz-{VERSION}"), "/"] {
         assert!(link(nowhere).find().is_err(), "{nowhere}");
     }
     for version in ["../../../etc", "/etc", "", "a b"] {
