@@ -3,6 +3,7 @@
 
 pub mod boxes;
 mod hostile;
+mod kvm;
 mod vagrant;
 
 use std::fs;
@@ -24,7 +25,8 @@ pub fn foreign(checks: &mut Checks) {
     hostile::hostile(checks, &world);
     hostile::owner(checks);
     if engine() == "kvm" {
-        return not_on_kvm(checks, &world);
+        kvm::kvm(checks, &mut world);
+        return checks.check("the daemon is well", || healthy(&world));
     }
     starts(checks, &world);
     checks.check("a box with a qcow2 disk, as libvirt has them: SATA, vmxnet3, UEFI", || qcow2(&mut world));
@@ -93,17 +95,6 @@ fn kept(checks: &mut Checks, world: &mut World) {
         let left: Vec<_> = fs::read_dir(world.path("boxes/web2")).unwrap().flatten().collect();
         assert_eq!(left.len(), 1, "{left:?}");
         assert_eq!(world.catalyst(&["vm", "list"]).ok(), "");
-    });
-}
-
-fn not_on_kvm(checks: &mut Checks, world: &World) {
-    checks.check("engine kvm says that such a VM takes engine qemu", || {
-        let vmx = boxes::small(&world.path("boxes/web1"), Kind::Sparse, Started::PVSCSI);
-        world.catalyst(&["vm", "create", "web1", "--from", vmx.to_str().unwrap()]).ok();
-        let text = world.catalyst(&["vmpower", "on", "web1"]).error(1).to_owned();
-        assert!(text.contains("--engine qemu"), "{text}");
-        assert_eq!(vm(world, "web1")["state"], "powered off");
-        world.catalyst(&["vm", "delete", "web1"]).ok();
     });
 }
 

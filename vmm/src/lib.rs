@@ -3,10 +3,12 @@
 //! From outside in: [`description`] says what a VM is made of; [`machine`] builds it from that and runs it; [`boot`]
 //! puts a kernel and tables into guest memory; [`vcpu`] runs it; [`bus`] leads its accesses to [`devices`], most of
 //! which speak [`virtio`]; [`reactor`] is the threads on which they work; [`control`] is how the caller speaks to
-//! it all; [`snapshot`] is what is saved of it; [`confine`] takes away what none of it needs. Two stand apart: [`folders`] serves folders
-//! of the host to a guest of either engine, and [`probe`] says what this machine's KVM is worth.
+//! it all; [`snapshot`] is what is saved of it; [`confine`] takes away what none of it needs. Three stand apart: [`folders`] serves folders
+//! of the host to a guest of either engine, [`boot_files`] finds the kernel on a guest's disk, and [`probe`] says what this
+//! machine's KVM is worth.
 
 pub mod boot;
+pub mod boot_files;
 pub mod bus;
 pub mod confine;
 pub mod console;

@@ -4,7 +4,7 @@ use std::io::Write as _;
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 
-use catalyst_vmm::{chain, folders, probe, run};
+use catalyst_vmm::{boot_files, chain, folders, probe, run};
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
@@ -37,6 +37,12 @@ enum Command {
         #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
         state_fd: Option<RawFd>,
     },
+    /// Finds the kernel and the initial RAM disk on a guest's disk.
+    BootFiles {
+        /// The descriptor from which the request is read, as JSON, to its end. It names further descriptors.
+        #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
+        request_fd: RawFd,
+    },
     /// Runs kernel-mode code under /dev/kvm for at most 200 ms at a time and says what it can do.
     ///
     /// The exit code is 0 whatever the verdict is; 1 only if the report could not be written.
@@ -61,15 +67,20 @@ fn main() -> ExitCode {
         },
         Command::Folders { port_fd, control_fd, state_fd } => {
             let descriptors = folders::Descriptors { port: port_fd, control: control_fd, state: state_fd };
-            match folders::run(descriptors) {
-                Ok(()) => ExitCode::SUCCESS,
-                Err(error) => {
-                    eprintln!("catalyst-vmm: {}", chain(&error));
-                    ExitCode::FAILURE
-                }
-            }
+            ended(folders::run(descriptors))
         }
+        Command::BootFiles { request_fd } => ended(boot_files::run(request_fd)),
         Command::Probe { json, attempts } => show_probe(json, attempts),
+    }
+}
+
+fn ended(done: Result<(), impl std::error::Error>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("catalyst-vmm: {}", chain(&error));
+            ExitCode::FAILURE
+        }
     }
 }
 

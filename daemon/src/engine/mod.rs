@@ -159,9 +159,9 @@ pub enum EngineError {
         /// Its answer.
         why: String,
     },
-    /// The engine has no firmware.
-    #[error("Engine kvm cannot start a VM by its own boot loader; start the daemon with --engine qemu")]
-    NoFirmware,
+    /// The engine has no firmware, and the guest's own kernel cannot be started.
+    #[error("Engine kvm starts such a VM by its own kernel, but {0}; start the daemon with --engine qemu")]
+    Kernel(String),
     /// Another process of this VM lives.
     #[error("A process of this VM is running already (pid {0})")]
     Running(u32),
@@ -185,7 +185,11 @@ pub trait Engine: Send + Sync {
     /// Starts a VM; its virtual CPUs stand until [`VmProcess::resume`].
     fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>>;
 
-    /// The same for a VM that starts by its own loader.
+    /// Whether it has firmware, which starts a guest by its own loader, and reads disks of every kind. Else a guest is started by
+    /// the kernel on its first disk, and each of its disks stands on a qcow2 or on the disk as it is, and its header says so.
+    fn has_firmware(&self) -> bool;
+
+    /// The same for a VM that was made for another machine.
     fn start_pc(&self, spec: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>>;
 
     /// Finds the process that an earlier daemon started for the VM in `dir` and that runs as

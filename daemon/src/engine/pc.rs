@@ -1,4 +1,5 @@
-//! What a VM is made of whose guest starts by its own loader, on a machine like those that it was made for.
+//! What a VM is made of that was made for another machine. Its guest starts by its own loader on a machine like that one, or
+//! by its own kernel where the engine has no firmware.
 
 use std::os::fd::OwnedFd;
 

@@ -179,7 +179,7 @@ fn register_code(error: &RegisterError) -> ErrorCode {
 
 fn engine_code(error: &EngineError) -> ErrorCode {
     match error {
-        EngineError::Program { .. } | EngineError::Device { .. } | EngineError::NoFirmware => {
+        EngineError::Program { .. } | EngineError::Device { .. } | EngineError::Kernel(_) => {
             ErrorCode::HostUnfit
         }
         EngineError::Io { source, .. } => io_code(source),

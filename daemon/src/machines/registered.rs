@@ -96,14 +96,15 @@ pub(super) async fn start(
     let (folder, id) = (dir.clone(), dir.id().clone());
     let (cpus, memory_mib) = (config.cpus, config.memory_mib);
     let opening = Arc::clone(context);
+    let has_firmware = context.engines.chosen().has_firmware();
     let open = tokio::task::spawn_blocking(move || {
         let context = opening;
         let efi = match hardware.firmware {
-            Firmware::Bios => None,
-            Firmware::Efi => Some(open_efi(&folder)?),
+            Firmware::Efi if has_firmware => Some(open_efi(&folder)?),
+            Firmware::Efi | Firmware::Bios => None,
         };
         let disks = if folder.is_registered() {
-            folder.open_disks(&hardware, owner)?
+            folder.open_disks(&hardware, owner, !has_firmware)?
         } else {
             vec![open_own(&context, &folder, &config)?]
         };

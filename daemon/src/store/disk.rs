@@ -88,6 +88,24 @@ pub fn create_empty(path: &Path, bytes: u64, owner: (u32, u32)) -> Result<(), Di
     run_as(command, owner, path)
 }
 
+/// Has the header of the VM's disk `path` say that it stands on something, if it does not: the monitor takes it for a whole disk
+/// else. Nobody follows the name that it says. Runs the tool as `owner` (uid, gid).
+pub fn name_base(path: &Path, owner: (u32, u32)) -> Result<(), DiskError> {
+    let mut file = open_overlay(path)?;
+    let mut header = [0_u8; 16];
+    let read = file.read_exact(&mut header);
+    read.map_err(|source| DiskError::Io { what: "read", path: path.display().to_string(), source })?;
+    if header[8..] != [0; 8] {
+        return Ok(());
+    }
+    let mut command = Command::new("qemu-img");
+    command
+        .args(["rebase", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "below"])
+        .arg(path)
+        .stdin(Stdio::null());
+    run_as(command, owner, path)
+}
+
 /// Runs the tool, which makes or changes the disk `path`.
 pub(super) fn run_as(mut command: Command, owner: (u32, u32), path: &Path) -> Result<(), DiskError> {
     if rustix::process::geteuid().is_root() && owner.0 != 0 {
@@ -210,6 +228,19 @@ mod tests {
             .unwrap();
         assert!(made.success());
         assert!(open_overlay(&disk).unwrap_err().to_string().contains("external data file"));
+    }
+
+    #[test]
+    fn a_disk_that_stands_alone_says_that_it_stands_on_something_once_asked() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = folder.path().join("d.qcow2");
+        create_empty(&disk, 1 << 20, (0, 0)).unwrap();
+        name_base(&disk, (0, 0)).unwrap();
+        let named = std::fs::read(&disk).unwrap();
+        assert!(named.windows(5).any(|word| word == b"below"));
+        name_base(&disk, (0, 0)).unwrap();
+        assert!(std::fs::read(&disk).unwrap() == named);
+        open_overlay(&disk).unwrap();
     }
 
     #[test]

@@ -150,6 +150,18 @@ pub fn debian(folder: &Path, kind: Kind, machine: Started) -> PathBuf {
     vmx(folder, &name, 384, machine)
 }
 
+/// The same, with something done to the disk before, which is given as it is.
+pub fn changed(folder: &Path, kind: Kind, machine: Started, change: impl FnOnce(&Path)) -> PathBuf {
+    fs::create_dir_all(folder).unwrap();
+    let raw = folder.join("raw.tmp");
+    run(Command::new("cp").args(["--sparse=always"]).arg(built().join("disk.raw")).arg(&raw));
+    change(&raw);
+    let name = format!("disk.{}", kind.ending());
+    convert(&raw, &folder.join(&name), kind);
+    fs::remove_file(&raw).unwrap();
+    vmx(folder, &name, 384, machine)
+}
+
 /// The private key of the user vagrant there.
 pub fn key() -> PathBuf {
     built().join("key")

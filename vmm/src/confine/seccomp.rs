@@ -29,10 +29,12 @@ pub enum Role {
     Share,
     /// The process that serves folders over a port.
     Folders,
+    /// The process that finds the kernel on a disk.
+    BootFiles,
 }
 
 /// All of them.
-pub const ROLES: [Role; 8] = [
+pub const ROLES: [Role; 9] = [
     Role::Main,
     Role::Control,
     Role::Vcpu,
@@ -41,6 +43,7 @@ pub const ROLES: [Role; 8] = [
     Role::Block,
     Role::Share,
     Role::Folders,
+    Role::BootFiles,
 ];
 
 /// A system call that is allowed: always, or only where an argument has one of these values.
@@ -318,6 +321,10 @@ const FOLDERS: &[Rule] = &[
     only(libc::SYS_ioctl, 1, &[FIONBIO], "clients do not block"),
 ];
 
+/// What reading a disk's images takes.
+const READ: &[Rule] =
+    &[any(libc::SYS_pread64, "tables of images"), any(libc::SYS_preadv, "data of images and their tables")];
+
 fn rules(role: Role) -> Vec<&'static [Rule]> {
     match role {
         Role::Main => vec![COMMON, MAIN],
@@ -328,6 +335,7 @@ fn rules(role: Role) -> Vec<&'static [Rule]> {
         Role::Block => vec![COMMON, REACTOR, BLOCK],
         Role::Share => vec![COMMON, REACTOR, SHARE],
         Role::Folders => vec![COMMON, SHARE, FOLDERS],
+        Role::BootFiles => vec![COMMON, SWITCH, READ],
     }
 }
 

@@ -1,7 +1,9 @@
 //! Engine `kvm`: our own monitor `catalyst-vmm` on `/dev/kvm`.
 
+mod boot_files;
 pub mod control;
 pub mod description;
+mod pc;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -13,6 +15,7 @@ use std::time::Duration;
 use catalyst_api::EngineName;
 use catalyst_images::digest::hex;
 use catalyst_vmm::control::protocol::{Cause, Command, RunState};
+use catalyst_vmm::description::Description;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sha2::{Digest, Sha256};
@@ -104,25 +107,29 @@ impl Engine for KvmEngine {
     fn start(&self, spec: StartSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
         async move {
             let (dir, program) = (spec.dir.clone(), self.program.clone());
-            let process = tokio::task::spawn_blocking(move || launch(spec, program))
-                .await
-                .map_err(|error| EngineError::Died(error.to_string()))??;
-            match begin(&process, &dir).await {
-                Ok(control) => {
-                    Ok(Arc::new(KvmVm { dir, process, control: Ok(control) }) as Arc<dyn VmProcess>)
-                }
-                Err(error) => {
-                    // Nobody would know of it any more.
-                    process.end().await?;
-                    Err(error)
-                }
-            }
+            begun(dir, joined(tokio::task::spawn_blocking(move || launch(spec, program)).await)?).await
         }
         .boxed()
     }
 
-    fn start_pc(&self, _: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
-        async { Err(EngineError::NoFirmware) }.boxed()
+    fn has_firmware(&self) -> bool {
+        false
+    }
+
+    fn start_pc(&self, spec: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
+        async move {
+            let (dir, program) = (spec.dir.clone(), self.program.clone());
+            boot_files::end_former(&spec).await?;
+            let searched = tokio::task::spawn_blocking(move || {
+                let search = boot_files::Search::begin(&spec, &program)?;
+                Ok::<_, EngineError>((search, spec, program))
+            });
+            let (search, spec, program) = joined(searched.await)?;
+            let found = search.found().await?;
+            begun(dir, joined(tokio::task::spawn_blocking(move || pc::launch(spec, found, program)).await)?)
+                .await
+        }
+        .boxed()
     }
 
     fn adopt(&self, dir: VmDir, user: u32) -> BoxFuture<'_, Result<Option<Arc<dyn VmProcess>>, EngineError>> {
@@ -140,9 +147,21 @@ impl Engine for KvmEngine {
     }
 }
 
+/// What a task of another thread came to.
+fn joined<T>(done: Result<Result<T, EngineError>, tokio::task::JoinError>) -> Result<T, EngineError> {
+    done.map_err(|error| EngineError::Died(error.to_string()))?
+}
+
 /// Waits until a monitor that was just started has built its machine, which stands.
-async fn begin(process: &Process, dir: &VmDir) -> Result<Control, EngineError> {
-    connect(process, dir, START_LIMIT).await.map(|(control, _)| control)
+async fn begun(dir: VmDir, process: Process) -> Result<Arc<dyn VmProcess>, EngineError> {
+    match connect(&process, &dir, START_LIMIT).await {
+        Ok((control, _)) => Ok(Arc::new(KvmVm { dir, process, control: Ok(control) })),
+        Err(error) => {
+            // Nobody would know of it any more.
+            process.end().await?;
+            Err(error)
+        }
+    }
 }
 
 /// Connects to the control socket and asks for the state: the monitor answers once it has one.
@@ -160,16 +179,25 @@ async fn connect(
     .await
 }
 
-fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
-    let program = Program::Open {
-        file: as_root(|| File::open(&program)).map_err(|source| EngineError::Program {
-            program: program.display().to_string(),
-            remedy: REMEDY,
-            source,
-        })?,
-        path: program,
-        title: format!("{PROGRAM} [{}]", spec.dir.id()),
-    };
+/// The monitor, open, for the VM in `dir`.
+fn program(path: PathBuf, dir: &VmDir) -> Result<Program, EngineError> {
+    let file = as_root(|| File::open(&path)).map_err(|source| EngineError::Program {
+        program: path.display().to_string(),
+        remedy: REMEDY,
+        source,
+    })?;
+    Ok(Program::Open { file, path, title: format!("{PROGRAM} [{}]", dir.id()) })
+}
+
+/// A description as the monitor reads it.
+fn described(description: &Description) -> Result<OwnedFd, EngineError> {
+    description.check()?;
+    let text = serde_json::to_vec(description).map_err(io::Error::from);
+    text.and_then(|text| in_memory(&text)).map_err(EngineError::io("write the description of the VM"))
+}
+
+fn launch(spec: StartSpec, path: PathBuf) -> Result<Process, EngineError> {
+    let program = program(path, &spec.dir)?;
     let kvm = open_kvm()?;
     let folder::Opened { log, console_log, agent, folders, console } = folder::open(&spec.dir)?;
     let control = folder::listen(&spec.dir, CONTROL_SOCKET)?;
@@ -183,12 +211,7 @@ fn launch(spec: StartSpec, program: PathBuf) -> Result<Process, EngineError> {
         console_log: console_log.as_raw_fd(),
         vsock: vsock.as_raw_fd(),
     };
-    let described = description::describe(&spec, descriptors);
-    described.check()?;
-    let described = serde_json::to_vec(&described).map_err(io::Error::from);
-    let described = described
-        .and_then(|text| in_memory(&text))
-        .map_err(EngineError::io("write the description of the VM"))?;
+    let described = described(&description::describe(&spec, descriptors))?;
     let launch = Launch {
         engine: EngineName::Kvm,
         program,

@@ -82,6 +82,10 @@ impl Engine for QemuEngine {
         .boxed()
     }
 
+    fn has_firmware(&self) -> bool {
+        true
+    }
+
     fn start_pc(&self, spec: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
         async move {
             let dir = spec.dir.clone();

@@ -15,17 +15,19 @@ use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use catalyst_api::PublishPort;
+use catalyst_vmm::description::Format;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
 use nix::unistd::{UnlinkatFlags, unlinkat};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::flatten::{self, Source};
 use super::{
     Store, StoreError, VmConfig, VmDir, VmId, Vmx, disk, files, io_error, parse_vmx, read_json, read_vmx, vmx,
 };
 use hardware::{Hardware, is_disk_name, is_plain_name};
-use image::Image;
+use image::{Image, Parts};
 
 /// The file.
 const FILE: &str = "registered.json";
@@ -177,22 +179,49 @@ impl VmDir {
         files::write_json(&path, record, 0o644).map_err(io_error("write", &path))
     }
 
-    /// Opens the disks that the VMX names, in their order, and makes overlays for those that are new.
-    pub fn open_disks(&self, hardware: &Hardware, owner: (u32, u32)) -> Result<Vec<Opened>, StoreError> {
+    /// Opens the disks that the VMX names, in their order, and makes overlays for those that are new. With `plain` each stands on
+    /// a qcow2 or on the disk as it is: a VMDK is copied into one in the VM's folder, once.
+    pub fn open_disks(
+        &self,
+        hardware: &Hardware,
+        owner: (u32, u32),
+        plain: bool,
+    ) -> Result<Vec<Opened>, StoreError> {
         let missing = || io::Error::from(io::ErrorKind::NotFound);
         let mut record =
             self.registered()?.ok_or_else(|| io_error("read", &self.registered_file())(missing()))?;
         let mut opened = Vec::new();
         for wanted in &hardware.disks {
-            let image = image::open(record.folder(), &wanted.file)?;
+            let mut image = image::open(record.folder(), &wanted.file)?;
             let name = match record.overlay_of(&wanted.file) {
                 Some(known) => known.overlay.clone(),
                 None => self.add_overlay(&mut record, &wanted.file, &image, owner)?,
             };
-            let overlay = disk::open_overlay(&self.path().join(name))?;
+            let path = self.path().join(&name);
+            if plain {
+                image.parts = self.plain(&name, image.parts, owner)?;
+                disk::name_base(&path, owner)?;
+            }
+            let overlay = disk::open_overlay(&path)?;
             opened.push(Opened { image, overlay });
         }
         Ok(opened)
+    }
+
+    /// What the overlay `name` stands on, as a qcow2 or as it is.
+    fn plain(&self, name: &str, parts: Parts, owner: (u32, u32)) -> Result<Parts, StoreError> {
+        if matches!(parts, Parts::Raw(_) | Parts::Qcow2(_)) {
+            return Ok(parts);
+        }
+        let path = self.path().join(format!("plain-{name}"));
+        if path.symlink_metadata().is_err() {
+            tracing::info!(vm = %self.id(), disk = name, "its VMDK is copied into a qcow2, once");
+            let aside = self.path().join(format!(".new-plain-{name}"));
+            let source = Source::of_parts(parts).map_err(io_error("name the files of", &path))?;
+            flatten::convert(&source, &aside, Format::Qcow2, owner)?;
+            fs::rename(&aside, &path).map_err(io_error("put into place", &path))?;
+        }
+        Ok(Parts::Qcow2(disk::open_qcow2(&path, false)?))
     }
 
     fn add_overlay(
