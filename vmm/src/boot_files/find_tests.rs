@@ -127,7 +127,7 @@ fn a_kernel_with_modules_gets_them_behind_its_initial_ram_disk() {
     assert_eq!(found.kernel, kernel(VERSION));
     assert_eq!(found.command_line, "root=UUID=1 ro quiet console=ttyS0 rdinit=/catalyst/init");
     let initrd = found.initrd.unwrap();
-    assert!(initrd.starts_with(b"070701 the guest's own\0\0070701"));
+    assert!(initrd.starts_with(b"070701 the guest's own\0\x00070701"));
     let at = |words: &str| initrd.windows(words.len()).position(|window| window == words.as_bytes()).unwrap();
     let order =
         ["00-virtio_ring.ko", "01-virtio.ko", "02-virtio_mmio.ko", "03-virtio_blk.ko", "04-virtio_net.ko"];
