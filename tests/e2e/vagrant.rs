@@ -9,6 +9,7 @@ use catalyst_tests::{Checks, World, skip};
 use serde_json::Value;
 
 use crate::common::vm;
+use crate::foreign::boxes;
 
 const DRIVER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../drivers/vagrant");
 /// Two machines that come up by themselves, and one that is a clone of the first.
@@ -39,6 +40,17 @@ Vagrant.configure("2") do |config|
   config.vm.define "three", autostart: false do |machine|
     machine.vm.network :forwarded_port, guest: 8000, host: 8000, auto_correct: false
   end
+end
+"#;
+
+/// A machine of a box whose key is not Vagrant's own.
+const BOX: &str = r#"
+Vagrant.configure("2") do |config|
+  config.vm.box = "small"
+  config.vm.boot_timeout = 280
+  config.vm.synced_folder ".", "/vagrant", disabled: true
+  config.ssh.private_key_path = "KEY"
+  config.ssh.insert_key = false
 end
 "#;
 
@@ -102,6 +114,7 @@ pub fn vagrant(checks: &mut Checks) {
     go_back(checks, &project);
     folder(checks, &project);
     port(checks, &project);
+    of_a_box(checks, &project);
     end(checks, &project);
 }
 
@@ -218,6 +231,27 @@ fn port(checks: &mut Checks, project: &Project) {
         assert_eq!(ports, ["2200", "8000"]);
         let ran = project.vagrant(&["up", "three"]);
         assert!(ran.code() == 1 && ran.stderr.contains("auto_correct: true"), "{}{}", ran.stdout, ran.stderr);
+        project.vagrant(&["destroy", "-f"]).ok();
+    });
+}
+
+/// A box of libvirt's has a disk that starts by its own loader, and no agent.
+fn of_a_box(checks: &mut Checks, project: &Project) {
+    checks.check("a box of libvirt's is added, comes up, is shut down by its guest, and goes", || {
+        let folder = project.world.path("box");
+        boxes::debian(&folder, boxes::Kind::Qcow2, boxes::Started::SATA);
+        fs::rename(folder.join("disk.qcow2"), folder.join("box.img")).unwrap();
+        let metadata = r#"{"provider": "libvirt", "format": "qcow2", "virtual_size": 2}"#;
+        fs::write(folder.join("metadata.json"), metadata).unwrap();
+        let packed = project.world.path("small.box");
+        let mut tar = Command::new("tar");
+        run(tar.arg("-C").arg(&folder).arg("-cf").arg(&packed).args(["metadata.json", "box.img"]));
+        project.vagrantfile(&BOX.replace("KEY", boxes::key().to_str().unwrap()));
+        project.vagrant(&["box", "add", "--name", "small", packed.to_str().unwrap()]).ok();
+        project.vagrant(&["up"]).ok();
+        assert_eq!(project.ssh("default", "hostname; id -un"), "box\nvagrant");
+        project.vagrant(&["halt"]).ok();
+        assert!(project.vagrant(&["status"]).ok().contains("powered off"));
         project.vagrant(&["destroy", "-f"]).ok();
     });
 }
