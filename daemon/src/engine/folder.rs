@@ -92,12 +92,17 @@ pub async fn first_answer<T, E: Display>(
     }
 }
 
+/// What a process or a disk says, as it is shown to people: 500 characters at most.
+pub fn printable(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(500).collect()
+}
+
 /// The last line of the process's log, or how it ended.
 pub fn last_words(dir: &VmDir, exit: &Exit) -> String {
     let log = read_bounded(&dir.engine_log(), 1 << 20).unwrap_or_default();
     let text = String::from_utf8_lossy(&log);
     match text.lines().rev().find(|line| !line.trim().is_empty()) {
-        Some(line) => line.chars().filter(|c| !c.is_control()).take(500).collect(),
+        Some(line) => printable(line),
         None => exit.to_string(),
     }
 }

@@ -141,7 +141,7 @@ impl Process {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(EngineError::io(format!("open {}", path.display()))(source)),
         };
-        let held = || rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err();
+        let held = || is_locked(&file);
         if !held() {
             return Ok(None);
         }
@@ -222,8 +222,11 @@ impl Process {
 
 /// Whether a process holds the lock in `run`.
 pub fn is_held(run: &Path) -> bool {
-    File::open(run.join("lock"))
-        .is_ok_and(|file| rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared).is_err())
+    File::open(run.join("lock")).is_ok_and(|file| is_locked(&file))
+}
+
+fn is_locked(file: &File) -> bool {
+    rustix::fs::flock(file, FlockOperation::NonBlockingLockShared).is_err()
 }
 
 /// Ends the process that holds the lock in `run`, if one does, and waits for its end; it must be one of a VM.

@@ -12,11 +12,11 @@ use catalyst_vmm::boot_files::{Answer, MAX_ANSWER, NicName, Request};
 use catalyst_vmm::description::{Format, Layer};
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use super::super::folder::printable;
 use super::super::pc::PcDisk;
-use super::super::process::{Exit, Launch, Process, Program};
+use super::super::process::{Exit, Launch, Process};
 use super::super::{EngineError, PcSpec, folder, sockets};
-use super::{PROGRAM, REMEDY};
-use crate::privilege::as_root;
+use super::REMEDY;
 use crate::saved::{in_memory, seal};
 use crate::store::VmDir;
 use crate::store::foreign::image::Parts;
@@ -61,7 +61,8 @@ impl Search {
         let Some(disk) = spec.disks.first() else {
             return Err(EngineError::Kernel("it has no disk".to_owned()));
         };
-        let layers = [read_only(disk)?, (base(disk)?, base_format(disk)?)];
+        let (file, format) = base(disk)?;
+        let layers = [read_only(disk)?, (file.try_clone().map_err(failed())?.into(), format)];
         let ([kernel, to_kernel], [initrd, to_initrd], [answer, to_answer]) =
             (memory()?, memory()?, memory()?);
         let request = Request {
@@ -115,37 +116,21 @@ fn failed() -> impl FnOnce(io::Error) -> EngineError {
     EngineError::io("look for the kernel on its disk")
 }
 
-/// What the disk says is shown to people.
-fn printable(text: &str) -> String {
-    text.chars().filter(|c| !c.is_control()).take(500).collect()
-}
-
 /// The overlay, opened anew for reading alone.
 fn read_only(disk: &PcDisk) -> Result<(OwnedFd, Format), EngineError> {
     let path = format!("/proc/self/fd/{}", disk.overlay.as_raw_fd());
     Ok((File::open(path).map_err(failed())?.into(), Format::Qcow2))
 }
 
-fn base(disk: &PcDisk) -> Result<OwnedFd, EngineError> {
+/// What a disk stands on, and its format as the monitor knows it.
+pub fn base(disk: &PcDisk) -> Result<(&File, Format), EngineError> {
     match &disk.parts {
-        Parts::Raw(file) | Parts::Qcow2(file) | Parts::Vmdk(file) => {
-            Ok(file.try_clone().map_err(failed())?.into())
+        Parts::Raw(file) => Ok((file, Format::Raw)),
+        Parts::Qcow2(file) => Ok((file, Format::Qcow2)),
+        Parts::Vmdk(_) | Parts::Extents(_) => {
+            Err(EngineError::Kernel("a disk of it is a VMDK that was not converted".to_owned()))
         }
-        Parts::Extents(_) => Err(not_readable()),
     }
-}
-
-/// The format of what a disk stands on, as the monitor knows it.
-pub fn base_format(disk: &PcDisk) -> Result<Format, EngineError> {
-    match &disk.parts {
-        Parts::Raw(_) => Ok(Format::Raw),
-        Parts::Qcow2(_) => Ok(Format::Qcow2),
-        Parts::Vmdk(_) | Parts::Extents(_) => Err(not_readable()),
-    }
-}
-
-fn not_readable() -> EngineError {
-    EngineError::Kernel("a disk of it is a VMDK that was not converted".to_owned())
 }
 
 fn launch(
@@ -159,20 +144,11 @@ fn launch(
         sockets::make_folder(folder)
             .map_err(EngineError::io(format!("make the folder {}", folder.display())))?;
     }
-    let file = as_root(|| File::open(program)).map_err(|source| EngineError::Program {
-        program: program.display().to_string(),
-        remedy: REMEDY,
-        source,
-    })?;
     let args: [OsString; 3] =
         ["boot-files".into(), "--request-fd".into(), request.as_raw_fd().to_string().into()];
     let launch = Launch {
         engine: EngineName::Kvm,
-        program: Program::Open {
-            file,
-            path: program.to_owned(),
-            title: format!("{PROGRAM} [boot files {}]", spec.dir.id()),
-        },
+        program: super::program(program.to_owned(), &format!("boot files {}", spec.dir.id()))?,
         remedy: REMEDY,
         args: args.into(),
         fds: fds.into_iter().chain([request]).collect(),

@@ -179,14 +179,14 @@ async fn connect(
     .await
 }
 
-/// The monitor, open, for the VM in `dir`.
-fn program(path: PathBuf, dir: &VmDir) -> Result<Program, EngineError> {
+/// The monitor, open; the process list shows it as `title`, and what it is for.
+pub fn program(path: PathBuf, title: &str) -> Result<Program, EngineError> {
     let file = as_root(|| File::open(&path)).map_err(|source| EngineError::Program {
         program: path.display().to_string(),
         remedy: REMEDY,
         source,
     })?;
-    Ok(Program::Open { file, path, title: format!("{PROGRAM} [{}]", dir.id()) })
+    Ok(Program::Open { file, path, title: format!("{PROGRAM} [{title}]") })
 }
 
 /// A description as the monitor reads it.
@@ -197,7 +197,7 @@ fn described(description: &Description) -> Result<OwnedFd, EngineError> {
 }
 
 fn launch(spec: StartSpec, path: PathBuf) -> Result<Process, EngineError> {
-    let program = program(path, &spec.dir)?;
+    let program = program(path, spec.dir.id().as_str())?;
     let kvm = open_kvm()?;
     let folder::Opened { log, console_log, agent, folders, console } = folder::open(&spec.dir)?;
     let control = folder::listen(&spec.dir, CONTROL_SOCKET)?;

@@ -11,7 +11,7 @@ use catalyst_vmm::description::{Boot, Console, Description, Disk, Format, Layer,
 
 use super::super::process::{Launch, Process};
 use super::super::{EngineError, PcSpec, folder};
-use super::boot_files::{Found, base_format};
+use super::boot_files::{Found, base};
 use super::{CONTROL_SOCKET, REMEDY, described, open_kvm, program};
 use crate::store::foreign::image::Parts;
 
@@ -31,12 +31,9 @@ pub struct Descriptors {
 /// Describes the VM of `spec`, which is started by `found`.
 pub fn describe(spec: &PcSpec, found: &Found, fd: Descriptors) -> Result<Description, EngineError> {
     let disks = spec.disks.iter().map(|disk| {
-        let base = match &disk.parts {
-            Parts::Raw(file) | Parts::Qcow2(file) | Parts::Vmdk(file) => file.as_raw_fd(),
-            Parts::Extents(_) => -1,
-        };
+        let (base, format) = base(disk)?;
         let own = Layer { fd: disk.overlay.as_raw_fd(), format: Format::Qcow2 };
-        let layers = vec![own, Layer { fd: base, format: base_format(disk)? }];
+        let layers = vec![own, Layer { fd: base.as_raw_fd(), format }];
         Ok(Disk { layers, read_only: false, queues: 1, serial: String::new() })
     });
     Ok(Description {
@@ -75,7 +72,7 @@ pub fn describe(spec: &PcSpec, found: &Found, fd: Descriptors) -> Result<Descrip
 
 /// Starts its monitor.
 pub fn launch(spec: PcSpec, found: Found, path: PathBuf) -> Result<Process, EngineError> {
-    let program = program(path, &spec.dir)?;
+    let program = program(path, spec.dir.id().as_str())?;
     let kvm = open_kvm()?;
     let folder::Opened { log, console_log, console, .. } = folder::open(&spec.dir)?;
     let control = folder::listen(&spec.dir, CONTROL_SOCKET)?;

@@ -16,7 +16,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 
 use super::super::Context;
-use crate::engine::process::{Launch, Process, Program};
+use crate::engine::process::{Launch, Process};
 use crate::engine::{EngineError, folder, kvm, sockets};
 use crate::privilege::as_root;
 use crate::saved;
@@ -244,12 +244,7 @@ fn launch(
     sockets::make_folder(&run).map_err(EngineError::io(format!("make the folder {}", run.display())))?;
     let control = sockets::listen(&run, CONTROL)
         .map_err(EngineError::io(format!("listen on {}", run.join(CONTROL).display())))?;
-    let path = sibling(kvm::PROGRAM);
-    let program = as_root(|| File::open(&path)).map_err(|source| EngineError::Program {
-        program: path.display().to_string(),
-        remedy: kvm::REMEDY,
-        source,
-    })?;
+    let program = kvm::program(sibling(kvm::PROGRAM), &format!("folders {}", dir.id()))?;
     let mut args: Vec<OsString> = vec!["folders".into()];
     let mut number = |option: &str, fd: &OwnedFd| {
         args.extend([option.into(), fd.as_raw_fd().to_string().into()]);
@@ -263,11 +258,7 @@ fn launch(
     }
     let launch = Launch {
         engine: catalyst_api::EngineName::Kvm,
-        program: Program::Open {
-            file: program,
-            path,
-            title: format!("{} [folders {}]", kvm::PROGRAM, dir.id()),
-        },
+        program,
         remedy: kvm::REMEDY,
         args,
         fds: [port, control].into_iter().chain(state).collect(),
