@@ -6,7 +6,6 @@
 
 pub mod access;
 pub mod access_keys;
-pub mod agent;
 pub mod doctor;
 pub mod engine;
 pub mod events;

@@ -4,12 +4,12 @@
 //! 64 KiB that is not all zeros, in order, the block's number (8 bytes, little endian) and its bytes (the last
 //! block may be short). So it does not matter which zeros the file system stores and which are holes.
 
-use std::fmt::Write as _;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+pub use catalyst_agent_protocol::hex;
 use nix::unistd::Whence;
 use sha2::{Digest, Sha256};
 
@@ -62,15 +62,6 @@ fn next_data(file: &File, offset: u64) -> io::Result<Option<u64>> {
         Err(nix::errno::Errno::ENXIO) => Ok(None),
         Err(error) => Err(error.into()),
     }
-}
-
-/// Bytes in lower-case hexadecimal.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a String does not fail.
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
 }
 
 #[cfg(test)]

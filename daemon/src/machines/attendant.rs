@@ -7,7 +7,7 @@ use catalyst_api::{GuestStatus, VmState};
 
 use super::shared::Shared;
 use super::{Context, folders, set_up};
-use crate::agent::{AgentLink, AgentStatus};
+use catalyst_agent_link::{AgentLink, AgentStatus};
 use crate::engine::{VmProcess, sockets};
 
 /// A link that fails at once, again and again, costs no more than this.

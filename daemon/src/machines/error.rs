@@ -6,7 +6,7 @@ use catalyst_api::{PowerOp, VmState};
 use catalyst_images::ImageError;
 use thiserror::Error;
 
-use crate::agent::AgentError;
+use catalyst_agent_link::AgentError;
 use crate::engine::EngineError;
 use crate::network::NetworkError;
 use crate::ports::error::PortError;

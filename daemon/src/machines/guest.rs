@@ -7,7 +7,7 @@ use catalyst_api::SshInfo;
 use super::error::GuestError;
 use super::shared::Shared;
 use super::{Machines, has_guest};
-use crate::agent::{AgentLink, ExecSession, ExecSpec};
+use catalyst_agent_link::{AgentLink, ExecSession, ExecSpec};
 use crate::store::identity::Identity;
 
 /// The login of the bundled image.

@@ -415,7 +415,7 @@ impl Machine {
     async fn ask_guest(&self) -> Result<(), crate::engine::EngineError> {
         if let Some(agent) = self.shared.agent()
             && self.shared.guest().agent
-            && agent.shutdown(crate::agent::ShutdownKind::PowerOff).await.is_ok()
+            && agent.shutdown(catalyst_agent_link::ShutdownKind::PowerOff).await.is_ok()
         {
             return Ok(());
         }

@@ -6,7 +6,7 @@ use catalyst_api::{CreateVm, SetUpInfo, SetUpStage};
 use super::Context;
 use super::error::CreateError;
 use super::shared::Shared;
-use crate::agent::{AgentError, AgentLink, ProblemKind};
+use catalyst_agent_link::{AgentError, AgentLink, ProblemKind};
 use crate::store::set_up::Kept;
 use crate::user_data::{UserData, host};
 

@@ -8,7 +8,7 @@ use catalyst_api::{EngineName, EventKind, GuestStatus, Vm, VmState};
 
 use super::folders::Folders;
 use super::set_up;
-use crate::agent::AgentLink;
+use catalyst_agent_link::AgentLink;
 use crate::events::Events;
 use crate::network::Lease;
 use crate::ports::Ports;

@@ -13,8 +13,8 @@ use super::Context;
 use super::error::PowerError;
 use super::freeze::Frozen;
 use super::shared::Shared;
-use crate::agent;
-use crate::engine::{EngineError, Layer, Saved, StartSpec, VmProcess, vm_cid, vm_user};
+use catalyst_agent_link as agent;
+use crate::engine::{EngineError, Layer, Nic, Saved, StartSpec, VmProcess, vm_cid, vm_user};
 use crate::privilege::as_root;
 use crate::saved::SavedDir;
 use crate::store::identity::{Identity, IdentityError};
@@ -252,11 +252,12 @@ async fn launch(
         command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
         kernel_hz: image.manifest.kernel_hz,
         layers: layers(&dir, image, chain)?,
-        tap: tap.fd,
-        mac: lease.mac.0,
+        nics: vec![Nic { tap: tap.fd, mac: lease.mac.0 }],
+        container: false,
         user: vm_user(lease.address),
         cid: vm_cid(lease.address),
         from,
+        cgroup_of: None,
         dir,
     };
     // A process that begins now has what the files say.

@@ -14,11 +14,11 @@ use catalyst_vmm::description::Format;
 use thiserror::Error;
 
 use super::{DISK, NEW, Warm, WarmStates};
-use crate::agent::{
+use catalyst_agent_link::{
     AgentError, AgentLink, AgentStatus, ExecEvent, ExecExit, ExecSpec, Identity, ShutdownKind,
 };
 use crate::engine::capture::Memory;
-use crate::engine::{EngineError, Layer, Saved, StartSpec, VmProcess, sockets, vm_cid, vm_user};
+use crate::engine::{EngineError, Layer, Nic, Saved, StartSpec, VmProcess, sockets, vm_cid, vm_user};
 use crate::machines::Context;
 use crate::machines::error::PowerError;
 use crate::network::{Lease, NetworkError};
@@ -232,11 +232,12 @@ impl Template {
             command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
             kernel_hz: image.manifest.kernel_hz,
             layers: begins.layers,
-            tap: context.network.loose_tap(lease)?.fd,
-            mac: lease.mac.0,
+            nics: vec![Nic { tap: context.network.loose_tap(lease)?.fd, mac: lease.mac.0 }],
+            container: false,
             user: vm_user(lease.address),
             cid: vm_cid(lease.address),
             from: begins.from,
+            cgroup_of: None,
             dir: dir.clone(),
         };
         let process = context.engines.chosen().start(spec).await?;

@@ -14,6 +14,7 @@
 //! A stream's receiver grants its sender bytes: [`INITIAL_CREDIT`] at first, more as they are
 //! consumed. A sender without credit waits; the other streams go on.
 
+pub mod container;
 pub mod frame;
 pub mod line;
 pub mod message;
@@ -25,7 +26,8 @@ pub use message::{
     Control, ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, Problem, ProblemKind, Reply, Request,
     ShutdownKind, Status, StreamChannel, Terminal, is_label,
 };
-pub use set_up::{SetUp, SetUpReport, SetUpState};
+pub use container::Container;
+pub use set_up::{Content, SetUp, SetUpReport, SetUpState};
 
 /// Version of the protocol. Sides of different versions say so and part.
 pub const VERSION: u32 = 1;
@@ -36,8 +38,21 @@ pub const PORT_NAME: &str = "org.catalyst.agent.0";
 /// Name of the port by which the guest reaches folders of the host: a [`Line`] that carries FUSE messages.
 pub const FOLDERS_PORT_NAME: &str = "org.catalyst.folders.0";
 
+/// Name of the port by which the runtime of a container speaks with the agent: the same protocol as on [`PORT_NAME`], by another host.
+pub const CONTAINER_PORT_NAME: &str = "org.catalyst.container.0";
+
 /// Bytes a sender may have on the way on each channel of a new stream.
 pub const INITIAL_CREDIT: u32 = 256 * 1024;
 
 /// Streams that may be open at once.
 pub const MAX_STREAMS: usize = 256;
+
+/// Bytes in lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a String does not fail.
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}

@@ -5,7 +5,7 @@ use std::net::Ipv4Addr;
 use serde::{Deserialize, Serialize};
 
 use crate::frame::Channel;
-use crate::set_up::SetUpReport;
+use crate::set_up::{Content, SetUpReport};
 
 /// Every control message.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,6 +48,17 @@ pub enum Control {
     Status(Status),
     /// Guest: how far its setting up is, when that changes; to a host that asked in this epoch.
     SetUp(SetUpReport),
+    /// Guest: a program in the container asks for a name; the host answers with [`Request::Resolved`], or never.
+    Resolve {
+        /// Comes back with the answer.
+        query: u32,
+        /// Whether it came by TCP; an answer by UDP is cut by whoever answers.
+        tcp: bool,
+        /// The DNS message, at most [`crate::container::MAX_QUERY`] bytes.
+        message: Content,
+    },
+    /// Guest: the kernel has ended a program of the container since memory was short.
+    OutOfMemory,
     /// Guest: a command has ended. Comes after the ends of its output.
     Exited {
         /// The stream.
@@ -149,6 +160,21 @@ pub enum Request {
         /// Its name.
         name: String,
     },
+    /// Make the container of the document ready: [`crate::container::DOCUMENT`]. Once. `not_found` and `denied` are about its program.
+    CreateContainer,
+    /// Start the container's program, once; the request's number is its stream. When it ends, so do all other programs.
+    StartContainer,
+    /// Run another program in the container; the request's number is its stream.
+    ExecContainer(Box<crate::container::Process>),
+    /// The container's network is this from now on.
+    SetNetwork(crate::container::Network),
+    /// The answer to [`Control::Resolve`].
+    Resolved {
+        /// Which.
+        query: u32,
+        /// The DNS message, at most [`crate::container::MAX_QUERY`] bytes.
+        message: Content,
+    },
     /// Say something.
     Ping,
     /// What this version does not know.
@@ -212,6 +238,8 @@ pub enum ProblemKind {
     Invalid,
     /// There is no such program, file, user or stream.
     NotFound,
+    /// The program may not be run.
+    Denied,
     /// Too much at once.
     Busy,
     /// The guest's system said no.

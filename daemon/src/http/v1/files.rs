@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 
 use super::super::App;
 use super::super::error::Refusal;
-use crate::agent::{AgentError, FileSpec, FileStream, ProblemKind};
+use catalyst_agent_link::{AgentError, FileSpec, FileStream, ProblemKind};
 
 const TAG: &str = "Guest";
 

@@ -15,7 +15,7 @@ use utoipa_axum::routes;
 use super::super::App;
 use super::super::body::JsonBody;
 use super::super::error::Refusal;
-use crate::agent::{ExecEvent, ExecExit, ExecSession, ExecSpec, ExecStdin, Terminal};
+use catalyst_agent_link::{ExecEvent, ExecExit, ExecSession, ExecSpec, ExecStdin, Terminal};
 
 const TAG: &str = "Guest";
 /// What a buffered command may write on each of stdout and stderr, in bytes.

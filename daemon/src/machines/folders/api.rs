@@ -11,7 +11,7 @@ use super::super::machine::Command;
 use super::super::shared::Shared;
 use super::super::{Machines, asked};
 use super::serving;
-use crate::agent::{AgentError, AgentLink, ProblemKind};
+use catalyst_agent_link::{AgentError, AgentLink, ProblemKind};
 use crate::store::folders::{Folder, MOST, is_name};
 
 /// The first user of a guest: lumen's `catalyst`.

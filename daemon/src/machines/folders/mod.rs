@@ -11,11 +11,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use catalyst_agent_link::{self as agent, AgentLink};
 use tokio::sync::{Notify, watch};
 
 use super::Context;
 use super::shared::Shared;
-use crate::agent::{self, AgentLink};
 use crate::http::error::chain;
 use crate::store::VmDir;
 use crate::store::folders::Folder;

@@ -265,6 +265,7 @@ fn launch(
         user: owner,
         may_mount: true,
         open_files: Some(most_open()),
+        cgroup_of: None,
         large_pages: false,
         log: folder::append(&dir.engine_log())?,
     };

@@ -8,7 +8,7 @@ use tokio::sync::{Semaphore, mpsc};
 
 /// What comes on a stream.
 #[derive(Debug)]
-pub(super) enum Arrival {
+pub(crate) enum Arrival {
     Output(Bytes),
     Errors(Bytes),
     OutputEnd,
@@ -18,7 +18,7 @@ pub(super) enum Arrival {
 
 /// The link's end of a stream. Arrivals need no bound of their own: the credit is one.
 #[derive(Debug)]
-pub(super) struct Stream {
+pub(crate) struct Stream {
     arrivals: mpsc::UnboundedSender<Arrival>,
     input: Arc<Semaphore>,
     output_credit: u32,
@@ -28,14 +28,14 @@ pub(super) struct Stream {
 
 /// What the user of a stream holds.
 #[derive(Debug)]
-pub(super) struct StreamEnd {
+pub(crate) struct StreamEnd {
     pub id: u32,
     pub arrivals: mpsc::UnboundedReceiver<Arrival>,
     pub input: Arc<Semaphore>,
 }
 
 impl Stream {
-    pub(super) fn new(id: u32) -> (Self, StreamEnd) {
+    pub(crate) fn new(id: u32) -> (Self, StreamEnd) {
         let (sender, arrivals) = mpsc::unbounded_channel();
         let input = Arc::new(Semaphore::new(INITIAL_CREDIT as usize));
         let stream = Self {
@@ -49,7 +49,7 @@ impl Stream {
     }
 
     /// Takes data of the guest; an error is more than it may send.
-    pub(super) fn data(&mut self, channel: StreamChannel, bytes: Vec<u8>) -> Result<(), &'static str> {
+    pub(crate) fn data(&mut self, channel: StreamChannel, bytes: Vec<u8>) -> Result<(), &'static str> {
         let credit = match channel {
             StreamChannel::Output => &mut self.output_credit,
             StreamChannel::Errors => &mut self.errors_credit,
@@ -74,7 +74,7 @@ impl Stream {
     }
 
     /// The guest may send this much more on `channel`.
-    pub(super) fn grant(&mut self, channel: StreamChannel, bytes: u32) {
+    pub(crate) fn grant(&mut self, channel: StreamChannel, bytes: u32) {
         let credit = match channel {
             StreamChannel::Output => &mut self.output_credit,
             StreamChannel::Errors => &mut self.errors_credit,
@@ -84,12 +84,12 @@ impl Stream {
     }
 
     /// The guest lets the host send this much more; never more than there was at first.
-    pub(super) fn credited(&self, bytes: u32) {
+    pub(crate) fn credited(&self, bytes: u32) {
         let room = (INITIAL_CREDIT as usize).saturating_sub(self.input.available_permits());
         self.input.add_permits(room.min(bytes as usize));
     }
 
-    pub(super) fn arrive(&self, arrival: Arrival) {
+    pub(crate) fn arrive(&self, arrival: Arrival) {
         // Whoever used the stream may have dropped it.
         let _ = self.arrivals.send(arrival);
     }

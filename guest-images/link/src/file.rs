@@ -5,10 +5,10 @@ use catalyst_agent_protocol::{FileSpec, Reply, Request, StreamChannel};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::sync::mpsc;
 
-use super::exec::{GRANT_AT, PIECE, send_with_credit};
-use super::link::accept;
-use super::streams::Arrival;
-use super::{AgentError, AgentLink};
+use crate::exec::{GRANT_AT, PIECE, send_with_credit};
+use crate::link::accept;
+use crate::streams::Arrival;
+use crate::{AgentError, AgentLink};
 
 /// A file that comes from the guest; dropped, it stops coming.
 #[derive(Debug)]

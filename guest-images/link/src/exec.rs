@@ -6,13 +6,13 @@ use bytes::Bytes;
 use catalyst_agent_protocol::{ExecExit, ExecSpec, INITIAL_CREDIT, Reply, Request, StreamChannel, Terminal};
 use tokio::sync::{Semaphore, mpsc};
 
-use super::streams::Arrival;
-use super::{AgentError, AgentLink};
+use crate::streams::Arrival;
+use crate::{AgentError, AgentLink};
 
 /// Data goes in pieces of at most this many bytes, so that streams take turns.
-pub(super) const PIECE: usize = 32 * 1024;
+pub(crate) const PIECE: usize = 32 * 1024;
 /// Credit is given back when this much was consumed.
-pub(super) const GRANT_AT: u32 = INITIAL_CREDIT / 4;
+pub(crate) const GRANT_AT: u32 = INITIAL_CREDIT / 4;
 
 /// What comes from a command.
 #[derive(Debug)]
@@ -64,7 +64,11 @@ pub struct ExecEvents {
 impl AgentLink {
     /// Starts a command; returns when it runs.
     pub async fn exec(&self, spec: ExecSpec) -> Result<ExecSession, AgentError> {
-        let (reply, end) = self.open(Request::Exec(spec)).await?;
+        self.run(Request::Exec(spec)).await
+    }
+
+    pub(crate) async fn run(&self, request: Request) -> Result<ExecSession, AgentError> {
+        let (reply, end) = self.open(request).await?;
         let Reply::Started { .. } = reply else {
             self.close(end.id);
             return Err(AgentError::Unexpected);
@@ -99,7 +103,7 @@ impl ExecStdin {
 
     /// Bytes that can be sent at once.
     #[cfg(test)]
-    pub(super) fn available_credit(&self) -> usize {
+    pub(crate) fn available_credit(&self) -> usize {
         self.credit.available_permits()
     }
 
@@ -118,7 +122,7 @@ impl Drop for ExecStdin {
     }
 }
 
-pub(super) async fn send_with_credit(
+pub(crate) async fn send_with_credit(
     link: &AgentLink,
     stream: u32,
     credit: &Semaphore,

@@ -1,12 +1,15 @@
-//! The host's side of the agent: one link a VM over its virtio-serial port.
+//! The host's side of the agent: one link to a virtio-serial port of a VM.
 //!
 //! What the guest sends is untrusted: frames are bounded by the protocol, data by the credit that
 //! was granted, texts by their length here; a guest that does otherwise loses its link.
 
+mod containers;
 mod exec;
 mod file;
 mod link;
+mod notices;
 mod requests;
+pub mod sockets;
 mod streams;
 
 use std::io;
@@ -14,9 +17,11 @@ use std::io;
 use catalyst_agent_protocol::SetUpReport;
 use thiserror::Error;
 
+pub use catalyst_agent_protocol::container;
 pub use catalyst_agent_protocol::{
     ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, ProblemKind, ShutdownKind, Terminal,
 };
+pub use crate::notices::Notice;
 pub use exec::{ExecControl, ExecEvent, ExecEvents, ExecSession, ExecStdin};
 pub use file::FileStream;
 pub use link::AgentLink;

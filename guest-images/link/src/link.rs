@@ -15,8 +15,9 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::streams::{Arrival, Stream, StreamEnd};
-use super::{AgentError, AgentStatus, HelloInfo, tame};
+use crate::notices::{Notice, Notices};
+use crate::streams::{Arrival, Stream, StreamEnd};
+use crate::{AgentError, AgentStatus, HelloInfo, tame};
 
 /// How long the agent may take for what it is asked. Generous: a software CPU with many VMs is slow.
 const ANSWER_LIMIT: Duration = Duration::from_mins(1);
@@ -28,12 +29,13 @@ const OUTBOX: usize = 32;
 pub struct AgentLink(Arc<Inner>);
 
 #[derive(Debug)]
-pub(super) struct Inner {
+pub(crate) struct Inner {
     epoch: AtomicU32,
     next_id: AtomicU32,
     outbox: mpsc::Sender<Vec<u8>>,
     state: Mutex<State>,
     status: watch::Sender<AgentStatus>,
+    notices: Notices,
 }
 
 #[derive(Debug, Default)]
@@ -55,6 +57,7 @@ impl AgentLink {
             outbox,
             state: Mutex::default(),
             status: watch::Sender::new(status),
+            notices: Notices::default(),
         });
         tokio::spawn(write_all(write, frames));
         let weak = Arc::downgrade(&inner);
@@ -69,7 +72,7 @@ impl AgentLink {
     }
 
     /// Notes that the guest has its identity, before its agent says so.
-    pub(super) fn note_identity(&self) {
+    pub(crate) fn note_identity(&self) {
         self.0.status.send_modify(|status| status.identity = true);
     }
 
@@ -78,11 +81,15 @@ impl AgentLink {
         self.0.status.subscribe()
     }
 
-    pub(super) async fn done(&self, request: Request) -> Result<(), AgentError> {
+    pub(crate) fn listen(&self) -> mpsc::Receiver<Notice> {
+        self.0.notices.listen()
+    }
+
+    pub(crate) async fn done(&self, request: Request) -> Result<(), AgentError> {
         self.done_within(request, ANSWER_LIMIT).await
     }
 
-    pub(super) async fn done_within(&self, request: Request, limit: Duration) -> Result<(), AgentError> {
+    pub(crate) async fn done_within(&self, request: Request, limit: Duration) -> Result<(), AgentError> {
         match self.request_within(self.0.new_id(), request, limit).await? {
             Reply::Done => Ok(()),
             _ => Err(AgentError::Unexpected),
@@ -90,7 +97,7 @@ impl AgentLink {
     }
 
     /// Opens a stream whose number is that of the request.
-    pub(super) async fn open(&self, request: Request) -> Result<(Reply, StreamEnd), AgentError> {
+    pub(crate) async fn open(&self, request: Request) -> Result<(Reply, StreamEnd), AgentError> {
         let id = self.0.new_id();
         let (stream, end) = Stream::new(id);
         self.0.state().add(id, stream)?;
@@ -106,7 +113,7 @@ impl AgentLink {
     }
 
     /// Opens a stream and sends its request, but leaves the reply for later.
-    pub(super) async fn open_upload(
+    pub(crate) async fn open_upload(
         &self,
         request: Request,
     ) -> Result<(oneshot::Receiver<Reply>, StreamEnd), AgentError> {
@@ -124,7 +131,7 @@ impl AgentLink {
     }
 
     /// Asks something that has an answer of its own.
-    pub(super) async fn ask(&self, request: Request, limit: Duration) -> Result<Reply, AgentError> {
+    pub(crate) async fn ask(&self, request: Request, limit: Duration) -> Result<Reply, AgentError> {
         self.request_within(self.0.new_id(), request, limit).await
     }
 
@@ -156,12 +163,12 @@ impl AgentLink {
     }
 
     /// Sends data on a stream, waiting for the guest's credit.
-    pub(super) async fn send_data(&self, stream: u32, bytes: &[u8]) -> Result<(), AgentError> {
+    pub(crate) async fn send_data(&self, stream: u32, bytes: &[u8]) -> Result<(), AgentError> {
         self.0.send(stream, Channel::Input, bytes).await
     }
 
     /// Lets the guest send more.
-    pub(super) fn grant(&self, stream: u32, channel: StreamChannel, bytes: u32) {
+    pub(crate) fn grant(&self, stream: u32, channel: StreamChannel, bytes: u32) {
         let Some(()) = self.0.state().streams.get_mut(&stream).map(|stream| stream.grant(channel, bytes))
         else {
             return;
@@ -173,7 +180,7 @@ impl AgentLink {
     }
 
     /// Ends the input of a stream, from where nothing can be waited for.
-    pub(super) fn end_input(&self, stream: u32) {
+    pub(crate) fn end_input(&self, stream: u32) {
         if self.0.state().streams.contains_key(&stream) {
             self.soon(|link| async move { drop(link.send_data(stream, &[]).await) });
         }
@@ -188,7 +195,7 @@ impl AgentLink {
     }
 
     /// Ends a stream on both sides, if it is still open; from where nothing can be waited for.
-    pub(super) fn close(&self, stream: u32) {
+    pub(crate) fn close(&self, stream: u32) {
         if self.0.state().streams.remove(&stream).is_none() {
             return;
         }
@@ -221,7 +228,7 @@ impl State {
     }
 }
 
-pub(super) fn accept(reply: Reply) -> Result<Reply, AgentError> {
+pub(crate) fn accept(reply: Reply) -> Result<Reply, AgentError> {
     match reply {
         Reply::Failed(Problem { kind, message }) => {
             Err(AgentError::Refused { kind, message: tame(&message, 500) })
@@ -231,7 +238,7 @@ pub(super) fn accept(reply: Reply) -> Result<Reply, AgentError> {
 }
 
 /// What a guest says of its setting up, as one line.
-pub(super) fn tamed(report: &SetUpReport) -> SetUpReport {
+pub(crate) fn tamed(report: &SetUpReport) -> SetUpReport {
     SetUpReport { state: report.state, message: tame(&report.message, 1000) }
 }
 
@@ -298,7 +305,7 @@ impl Inner {
             Control::Hello { version, agent } => {
                 if version != VERSION {
                     return Err(format!(
-                        "it speaks version {version} of the protocol, this daemon {VERSION}"
+                        "it speaks version {version} of the protocol, this program {VERSION}"
                     ));
                 }
                 let epoch = self.epoch.load(Ordering::Relaxed);
@@ -326,6 +333,10 @@ impl Inner {
             Control::SetUp(report) => {
                 self.status.send_modify(|status| status.set_up = Some(tamed(&report)));
             }
+            Control::Resolve { query, tcp, message } => {
+                self.notices.tell(Notice::Resolve { query, tcp, message: message.0 })?;
+            }
+            Control::OutOfMemory => self.notices.tell(Notice::OutOfMemory)?,
             Control::Exited { stream, exit } => {
                 if let Some(stream) = self.state().streams.remove(&stream) {
                     stream.arrive(Arrival::Exited(exit));
@@ -463,7 +474,7 @@ mod tests {
         (link, guest)
     }
 
-    async fn running() -> (AgentLink, Guest, super::super::ExecSession, u32) {
+    async fn running() -> (AgentLink, Guest, crate::ExecSession, u32) {
         let (link, mut guest) = greeted().await;
         let asking = tokio::spawn({
             let link = link.clone();
@@ -519,7 +530,7 @@ mod tests {
         }
         guest.send(id, Channel::Output, b"seen").await;
         let (stdin, _control, mut events) = session.split();
-        assert!(matches!(events.next().await, Some(super::super::ExecEvent::Stdout(_))));
+        assert!(matches!(events.next().await, Some(crate::ExecEvent::Stdout(_))));
         assert_eq!(stdin.available_credit(), INITIAL_CREDIT as usize);
     }
 
@@ -533,7 +544,7 @@ mod tests {
         assert_ne!(guest.epoch, before);
         assert!(link.status().borrow().hello.is_none());
         let (_stdin, _control, mut events) = session.split();
-        assert!(matches!(events.next().await, Some(super::super::ExecEvent::Lost(_))));
+        assert!(matches!(events.next().await, Some(crate::ExecEvent::Lost(_))));
     }
 
     #[tokio::test]

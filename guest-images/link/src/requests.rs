@@ -4,13 +4,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use catalyst_agent_protocol::set_up::DOCUMENT;
 use catalyst_agent_protocol::{
-    FileSpec, Folder, Identity, Reply, Request, SetUp, SetUpReport, SetUpState, ShutdownKind,
+    FileSpec, Folder, Identity, Reply, Request, SetUp, SetUpReport, SetUpState, ShutdownKind, hex,
 };
-use catalyst_images::digest::hex;
 use rand::RngCore;
 
-use super::link::tamed;
-use super::{AgentError, AgentLink};
+use crate::link::tamed;
+use crate::{AgentError, AgentLink};
 
 /// A clock that is set within this is near enough.
 const CLOCK_ERROR: Duration = Duration::from_millis(20);
@@ -115,13 +114,13 @@ impl AgentLink {
 }
 
 /// 32 random bytes in hexadecimal.
-fn seed() -> String {
+pub(crate) fn seed() -> String {
     let mut seed = [0_u8; 32];
     rand::rng().fill_bytes(&mut seed);
     hex(&seed)
 }
 
-fn unix_ns() -> u64 {
+pub(crate) fn unix_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,0 +1,50 @@
+//! What the agent of a VM that is one container is asked.
+
+use std::time::Duration;
+
+use catalyst_agent_protocol::container::{Container, DOCUMENT, Network, Process};
+use catalyst_agent_protocol::{Content, FileSpec, Request};
+use tokio::sync::mpsc;
+
+use crate::requests::{seed, unix_ns};
+use crate::{AgentError, AgentLink, ExecSession, Notice};
+
+/// How long a container may take until it is ready: its files come from the host.
+const CREATE_LIMIT: Duration = Duration::from_mins(2);
+
+impl AgentLink {
+    /// Makes a container ready, all but its program's start. Time and random bytes are filled in here.
+    pub async fn create_container(&self, container: &Container) -> Result<(), AgentError> {
+        let container = Container { unix_ns: unix_ns(), seed: seed(), ..container.clone() };
+        let text = serde_json::to_vec(&container).map_err(|error| AgentError::Io(error.into()))?;
+        let size = text.len() as u64;
+        let spec = FileSpec { path: DOCUMENT.to_owned(), mode: 0o600, owner: None, size };
+        self.put_file(spec, text.as_slice()).await?;
+        self.done_within(Request::CreateContainer, CREATE_LIMIT).await
+    }
+
+    /// Starts the container's program; returns when it runs.
+    pub async fn start_container(&self) -> Result<ExecSession, AgentError> {
+        self.run(Request::StartContainer).await
+    }
+
+    /// Runs another program in the container; returns when it runs.
+    pub async fn exec_container(&self, process: Process) -> Result<ExecSession, AgentError> {
+        self.run(Request::ExecContainer(Box::new(process))).await
+    }
+
+    /// Gives the container another network.
+    pub async fn set_network(&self, network: Network) -> Result<(), AgentError> {
+        self.done(Request::SetNetwork(network)).await
+    }
+
+    /// Answers [`Notice::Resolve`].
+    pub async fn resolved(&self, query: u32, message: Vec<u8>) -> Result<(), AgentError> {
+        self.done(Request::Resolved { query, message: Content(message) }).await
+    }
+
+    /// What the agent says without being asked, from now on.
+    pub fn notices(&self) -> mpsc::Receiver<Notice> {
+        self.listen()
+    }
+}
