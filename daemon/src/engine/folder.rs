@@ -26,12 +26,14 @@ pub struct Opened {
     pub agent: OwnedFd,
     /// Listening socket of the port for folders.
     pub folders: OwnedFd,
+    /// Listening socket of the port of containers, where there is one.
+    pub container: Option<OwnedFd>,
     /// Listening socket of the console.
     pub console: OwnedFd,
 }
 
-/// Opens the logs and listens on the sockets that every engine has.
-pub fn open(dir: &VmDir) -> Result<Opened, EngineError> {
+/// Opens the logs and listens on the sockets that every engine has, and on that of the port of containers if there is one.
+pub fn open(dir: &VmDir, container: bool) -> Result<Opened, EngineError> {
     let run = dir.run();
     sockets::make_folder(&run).map_err(EngineError::io(format!("make the folder {}", run.display())))?;
     Ok(Opened {
@@ -39,6 +41,7 @@ pub fn open(dir: &VmDir) -> Result<Opened, EngineError> {
         console_log: append(&dir.console_log())?.into(),
         agent: listen(dir, sockets::AGENT)?,
         folders: listen(dir, sockets::FOLDERS)?,
+        container: container.then(|| listen(dir, sockets::CONTAINER)).transpose()?,
         console: listen(dir, sockets::CONSOLE)?,
     })
 }

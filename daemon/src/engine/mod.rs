@@ -5,6 +5,7 @@
 //! above it there are no special cases.
 
 pub mod capture;
+pub mod cgroup;
 pub mod choice;
 pub mod fit;
 pub mod folder;
@@ -21,6 +22,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use catalyst_api::EngineName;
+pub use catalyst_vmm::description::MAX_NICS;
 use catalyst_vmm::description::{DescriptionError, Format};
 use futures_util::future::BoxFuture;
 use thiserror::Error;
@@ -51,18 +53,30 @@ pub struct StartSpec {
     pub command_line_software_cpu: String,
     /// Timer interrupts a second that the guest's kernel is built for; 0 if unknown.
     pub kernel_hz: u32,
-    /// The disk: the VM's own qcow2, for reading and writing, and below it what it stands on, read-only.
+    /// The disk: the VM's own qcow2, for reading and writing, and below it what it stands on, read-only. Empty for a VM without
+    /// a disk.
     pub layers: Vec<Layer>,
-    /// The tap, with `IFF_VNET_HDR`.
-    pub tap: OwnedFd,
-    /// MAC address of the NIC.
-    pub mac: [u8; 6],
+    /// NICs in the guest's order, at most [`MAX_NICS`]; the first is the VM's own.
+    pub nics: Vec<Nic>,
+    /// Whether it has the port of containers, [`sockets::CONTAINER`].
+    pub container: bool,
     /// User and group the process runs as.
     pub user: u32,
     /// Context ID of its vsock.
     pub cid: u32,
     /// What it goes on from; else it boots.
     pub from: Option<Saved>,
+    /// A process in whose cgroups it is from its first instruction on; else in the daemon's.
+    pub cgroup_of: Option<u32>,
+}
+
+/// A NIC.
+#[derive(Debug)]
+pub struct Nic {
+    /// The tap, with `IFF_VNET_HDR`.
+    pub tap: OwnedFd,
+    /// MAC address.
+    pub mac: [u8; 6],
 }
 
 /// A file of a disk.

@@ -14,6 +14,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use catalyst_api::EngineName;
@@ -23,6 +24,7 @@ use rustix::thread::{CapabilitySet, CapabilitySets};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::cgroup::Cgroups;
 use super::{EngineError, is_vm_user};
 use crate::store::files;
 
@@ -64,6 +66,8 @@ pub struct Launch {
     pub user: (u32, u32),
     /// How many files it may have open; else as many as the daemon.
     pub open_files: Option<u64>,
+    /// A process in whose cgroups it begins; else in the daemon's.
+    pub cgroup_of: Option<u32>,
     /// Let it have large pages (prctl(2), PR_SET_THP_DISABLE): quicker, but what it touches is rounded up.
     pub large_pages: bool,
     /// Leave it `CAP_SYS_ADMIN`, for a mount namespace of its own.
@@ -113,15 +117,22 @@ impl Process {
         }
         command.stdin(Stdio::null()).stdout(launch.log).stderr(errors);
         let (lock_fd, user) = (lock.as_raw_fd(), launch.user);
+        let cgroups = launch.cgroup_of.map(|pid| Cgroups::of_process(pid).map_err(no_cgroups(pid)));
+        let cgroups = Arc::new(cgroups.transpose()?);
+        let joining = Arc::clone(&cgroups);
         let may =
             May { mount: launch.may_mount, large_pages: launch.large_pages, open_files: launch.open_files };
         // SAFETY: prepare_child only makes system calls and allocates nothing, as what runs
         // between fork and exec of a threaded process must.
-        unsafe { command.pre_exec(move || prepare_child(&inherited, lock_fd, user, may)) };
-        let child = command.spawn().map_err(|source| EngineError::Program {
-            program: launch.program.to_string(),
-            remedy: launch.remedy,
-            source,
+        unsafe {
+            command.pre_exec(move || {
+                joining.as_ref().as_ref().map_or(Ok(()), Cgroups::join)?;
+                prepare_child(&inherited, lock_fd, user, may)
+            });
+        }
+        let child = command.spawn().map_err(|source| match (launch.cgroup_of, &*cgroups) {
+            (Some(pid), Some(cgroups)) if !cgroups.were_joined() => no_cgroups(pid)(source),
+            _ => EngineError::Program { program: launch.program.to_string(), remedy: launch.remedy, source },
         })?;
         let pid = Pid::from_child(&child);
         // The child is not reaped before its pidfd says it has ended, so the number is its own.
@@ -218,6 +229,10 @@ impl Process {
             _ => Exit::Unknown,
         }
     }
+}
+
+fn no_cgroups(of: u32) -> impl FnOnce(io::Error) -> EngineError {
+    EngineError::io(format!("put the VM process into the cgroups of process {of}"))
 }
 
 /// Whether a process holds the lock in `run`.
@@ -446,6 +461,7 @@ mod tests {
             user: (65534, 65534),
             may_mount: false,
             open_files: None,
+            cgroup_of: None,
             log: File::create(folder.join("log")).unwrap(),
         }
     }
@@ -525,6 +541,70 @@ mod tests {
             assert_eq!(sets.len(), 4, "{sets:?}");
             assert!(sets.iter().all(|(_, bits)| bits == wanted), "{may_mount}: {sets:?}");
         }
+    }
+
+    /// A folder in a hierarchy of cgroups, with a process in it.
+    struct Elsewhere {
+        folders: Vec<PathBuf>,
+        process: std::process::Child,
+    }
+
+    impl Elsewhere {
+        fn new() -> Self {
+            let process = Command::new("/bin/sleep").arg("60").spawn().unwrap();
+            let name = format!("catalyst-test-{}", process.id());
+            let roots = ["pids", "freezer", "systemd", "unified", ""]
+                .map(|name| Path::new("/sys/fs/cgroup").join(name));
+            let join = |root: PathBuf| {
+                let folder = root.join(&name);
+                let joined = root.join("cgroup.procs").exists()
+                    && fs::create_dir(&folder).is_ok()
+                    && fs::write(folder.join("cgroup.procs"), process.id().to_string()).is_ok();
+                joined.then_some(folder)
+            };
+            Self { folders: roots.into_iter().filter_map(join).collect(), process }
+        }
+    }
+
+    impl Drop for Elsewhere {
+        fn drop(&mut self) {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+            for folder in &self.folders {
+                let _ = fs::remove_dir(folder);
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn it_begins_in_the_cgroups_of_another_process() {
+        let elsewhere = Elsewhere::new();
+        if elsewhere.folders.is_empty() {
+            println!(
+                "SKIPPED: needs a hierarchy of cgroups below /sys/fs/cgroup in which folders can be made"
+            );
+            return;
+        }
+        let of = |pid: u32| fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap();
+        let run = tempfile::tempdir().unwrap();
+        let mut launch = launch(run.path(), &["/bin/cat", "/proc/self/cgroup"]);
+        launch.cgroup_of = Some(elsewhere.process.id());
+        let process = Process::spawn(launch, run.path()).unwrap();
+        assert_eq!(process.exited().await, Exit::Code(0));
+        let began = fs::read_to_string(run.path().join("log")).unwrap();
+        assert_eq!(began, of(elsewhere.process.id()));
+        assert_ne!(began, of(std::process::id()));
+    }
+
+    #[tokio::test]
+    async fn the_cgroups_of_a_process_that_is_gone_are_an_error_that_names_them() {
+        let run = tempfile::tempdir().unwrap();
+        let mut gone = Command::new("/bin/true").spawn().unwrap();
+        gone.wait().unwrap();
+        let launch = Launch { cgroup_of: Some(gone.id()), ..launch(run.path(), &["/bin/sleep", "60"]) };
+        let error = Process::spawn(launch, run.path()).unwrap_err();
+        assert!(error.to_string().contains("cgroups of process"), "{error}");
+        assert!(!is_held(run.path()));
     }
 
     #[tokio::test]

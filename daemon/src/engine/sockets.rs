@@ -19,6 +19,8 @@ use tokio::net::UnixStream;
 pub const AGENT: &str = "agent.sock";
 /// The port for folders of the host.
 pub const FOLDERS: &str = "folders.sock";
+/// The port of containers.
+pub const CONTAINER: &str = "container.sock";
 /// The serial console.
 pub const CONSOLE: &str = "console.sock";
 

@@ -155,6 +155,7 @@ fn launch(
         user: (spec.user, spec.user),
         may_mount: false,
         open_files: None,
+        cgroup_of: None,
         large_pages: false,
         log: folder::append(&spec.dir.engine_log())?,
     };

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 
-use catalyst_agent_protocol::{FOLDERS_PORT_NAME, PORT_NAME};
+use catalyst_agent_protocol::{CONTAINER_PORT_NAME, FOLDERS_PORT_NAME, PORT_NAME};
 use catalyst_vmm::description::{
     Boot, Console, Description, Disk, Layer, Nic, Port, Protocol, Serial, Share, VERSION, Vsock,
 };
@@ -23,6 +23,8 @@ pub struct Descriptors {
     pub agent: RawFd,
     /// Listening socket of the port for folders.
     pub folders: RawFd,
+    /// Listening socket of the port of containers, where there is one.
+    pub container: Option<RawFd>,
     /// Listening socket of the console.
     pub console: RawFd,
     /// Console log, open for appending.
@@ -41,6 +43,18 @@ pub fn describe(spec: &StartSpec, fd: Descriptors) -> Description {
         command_line: format!("{} pci=off", spec.command_line),
         protocol: Protocol::Auto,
     };
+    let layers: Vec<Layer> =
+        spec.layers.iter().map(|own| Layer { fd: own.file.as_raw_fd(), format: own.format }).collect();
+    let disk = Disk { layers, read_only: false, queues: 1, serial: String::new() };
+    let ports = [
+        (PORT_NAME, Some(fd.agent)),
+        (FOLDERS_PORT_NAME, Some(fd.folders)),
+        // Last: a guest knows ports by their numbers as well.
+        (CONTAINER_PORT_NAME, fd.container),
+    ];
+    let port = |(name, listener): (&str, Option<RawFd>)| {
+        listener.map(|listener| Port { name: name.to_owned(), listener })
+    };
     Description {
         version: VERSION,
         name: spec.dir.id().to_string(),
@@ -53,25 +67,14 @@ pub fn describe(spec: &StartSpec, fd: Descriptors) -> Description {
         boot: from.is_none().then(boot),
         restore: from.map(|saved| saved.state.as_raw_fd()),
         paused: true,
-        disks: vec![Disk {
-            layers: spec
-                .layers
-                .iter()
-                .map(|own| Layer { fd: own.file.as_raw_fd(), format: own.format })
-                .collect(),
-            read_only: false,
-            queues: 1,
-            serial: String::new(),
-        }],
-        nics: vec![Nic { tap: spec.tap.as_raw_fd(), mac: spec.mac, link_up: None }],
+        disks: if disk.layers.is_empty() { vec![] } else { vec![disk] },
+        nics: spec
+            .nics
+            .iter()
+            .map(|nic| Nic { tap: nic.tap.as_raw_fd(), mac: nic.mac, link_up: None })
+            .collect(),
         uart: Some(Console { listener: Some(fd.console), log: Some(fd.console_log) }),
-        serial: Some(Serial {
-            console: None,
-            ports: vec![
-                Port { name: PORT_NAME.to_owned(), listener: fd.agent },
-                Port { name: FOLDERS_PORT_NAME.to_owned(), listener: fd.folders },
-            ],
-        }),
+        serial: Some(Serial { console: None, ports: ports.into_iter().filter_map(port).collect() }),
         rng: true,
         balloon: true,
         vsock: Some(Vsock { cid: spec.cid, listener: Some(fd.vsock), upstream: None }),
@@ -106,11 +109,12 @@ mod tests {
             layers: [Format::Qcow2, Format::Raw]
                 .map(|format| super::super::super::Layer { file: null(), format })
                 .into(),
-            tap: null(),
-            mac: [2, 0xca, 0xa5, 1, 2, 3],
+            nics: vec![crate::engine::Nic { tap: null(), mac: [2, 0xca, 0xa5, 1, 2, 3] }],
+            container: false,
             user: 1_879_113_738,
             cid: 13,
             from: None,
+            cgroup_of: None,
         }
     }
 
@@ -119,6 +123,7 @@ mod tests {
         control: 1002,
         agent: 1003,
         folders: 1007,
+        container: None,
         console: 1004,
         console_log: 1005,
         vsock: 1006,
@@ -131,7 +136,7 @@ mod tests {
         let read = Description::from_json(&text).unwrap();
         let named: Vec<RawFd> = read.descriptors().into_iter().map(|(_, fd)| fd).collect();
         let [overlay, base] = [0, 1].map(|layer: usize| &spec.layers[layer].file);
-        let own = [&spec.kernel, &spec.initrd, base, overlay, &spec.tap].map(AsRawFd::as_raw_fd);
+        let own = [&spec.kernel, &spec.initrd, base, overlay, &spec.nics[0].tap].map(AsRawFd::as_raw_fd);
         for fd in own.into_iter().chain(1001..=1007) {
             assert!(named.contains(&fd), "{fd} in {named:?}");
         }
@@ -146,9 +151,24 @@ mod tests {
         assert_eq!((layers[0].fd, layers[0].format), (spec.layers[0].file.as_raw_fd(), Format::Qcow2));
         assert_eq!((layers[1].fd, layers[1].format), (spec.layers[1].file.as_raw_fd(), Format::Raw));
         assert_eq!(described.boot.as_ref().unwrap().command_line, "console=ttyS0 quiet pci=off");
-        assert_eq!(described.nics[0].mac, spec.mac);
+        assert_eq!(described.nics[0].mac, spec.nics[0].mac);
         assert_eq!(described.vsock.unwrap().cid, 13);
         assert!(described.confine && described.huge_pages);
+    }
+
+    #[test]
+    fn a_vm_of_a_container_has_no_disk_its_own_port_and_its_nics_in_order() {
+        let null = || OwnedFd::from(File::open("/dev/null").unwrap());
+        let nics =
+            (0..4).map(|last| crate::engine::Nic { tap: null(), mac: [2, 0, 0, 0, 0, last] }).collect();
+        let spec = StartSpec { layers: vec![], nics, container: true, ..spec() };
+        let described = describe(&spec, Descriptors { container: Some(1008), ..FD });
+        described.check().unwrap();
+        assert!(described.disks.is_empty());
+        assert_eq!(described.nics.iter().map(|nic| nic.mac[5]).collect::<Vec<_>>(), [0, 1, 2, 3]);
+        let ports = described.serial.unwrap().ports;
+        assert_eq!(ports.len(), 3);
+        assert_eq!(ports[2], Port { name: CONTAINER_PORT_NAME.to_owned(), listener: 1008 });
     }
 
     #[test]

@@ -199,7 +199,8 @@ fn described(description: &Description) -> Result<OwnedFd, EngineError> {
 fn launch(spec: StartSpec, path: PathBuf) -> Result<Process, EngineError> {
     let program = program(path, spec.dir.id().as_str())?;
     let kvm = open_kvm()?;
-    let folder::Opened { log, console_log, agent, folders, console } = folder::open(&spec.dir)?;
+    let folder::Opened { log, console_log, agent, folders, container, console } =
+        folder::open(&spec.dir, spec.container)?;
     let control = folder::listen(&spec.dir, CONTROL_SOCKET)?;
     let vsock = folder::listen(&spec.dir, VSOCK_SOCKET)?;
     let descriptors = Descriptors {
@@ -207,6 +208,7 @@ fn launch(spec: StartSpec, path: PathBuf) -> Result<Process, EngineError> {
         control: control.as_raw_fd(),
         agent: agent.as_raw_fd(),
         folders: folders.as_raw_fd(),
+        container: container.as_ref().map(AsRawFd::as_raw_fd),
         console: console.as_raw_fd(),
         console_log: console_log.as_raw_fd(),
         vsock: vsock.as_raw_fd(),
@@ -228,9 +230,10 @@ fn launch(spec: StartSpec, path: PathBuf) -> Result<Process, EngineError> {
             vsock,
             spec.kernel,
             spec.initrd,
-            spec.tap,
         ]
         .into_iter()
+        .chain(container)
+        .chain(spec.nics.into_iter().map(|nic| nic.tap))
         .chain(spec.layers.into_iter().map(|layer| layer.file))
         .chain(spec.from.into_iter().flat_map(|saved| [saved.memory.into(), saved.state]))
         .collect(),
@@ -238,6 +241,7 @@ fn launch(spec: StartSpec, path: PathBuf) -> Result<Process, EngineError> {
         // The folder of shares lies in a mount namespace of the monitor's own.
         may_mount: true,
         open_files: None,
+        cgroup_of: spec.cgroup_of,
         large_pages: true,
         log,
     };

@@ -74,7 +74,7 @@ pub fn describe(spec: &PcSpec, found: &Found, fd: Descriptors) -> Result<Descrip
 pub fn launch(spec: PcSpec, found: Found, path: PathBuf) -> Result<Process, EngineError> {
     let program = program(path, spec.dir.id().as_str())?;
     let kvm = open_kvm()?;
-    let folder::Opened { log, console_log, console, .. } = folder::open(&spec.dir)?;
+    let folder::Opened { log, console_log, console, .. } = folder::open(&spec.dir, false)?;
     let control = folder::listen(&spec.dir, CONTROL_SOCKET)?;
     let descriptors = Descriptors {
         kvm: kvm.as_raw_fd(),
@@ -106,6 +106,7 @@ pub fn launch(spec: PcSpec, found: Found, path: PathBuf) -> Result<Process, Engi
         user,
         may_mount: true,
         open_files: None,
+        cgroup_of: None,
         large_pages: true,
         log,
     };

@@ -6,7 +6,7 @@
 use std::ffi::OsString;
 use std::os::fd::RawFd;
 
-use catalyst_agent_protocol::{FOLDERS_PORT_NAME, PORT_NAME};
+use catalyst_agent_protocol::{CONTAINER_PORT_NAME, FOLDERS_PORT_NAME, PORT_NAME};
 use catalyst_vmm::description::Format;
 
 use crate::store::config::format_mac;
@@ -18,12 +18,12 @@ pub struct Descriptors {
     pub kernel: RawFd,
     /// Initial RAM disk.
     pub initrd: RawFd,
-    /// Tap.
-    pub tap: RawFd,
     /// Listening socket of the agent's port.
     pub agent: RawFd,
     /// Listening socket of the port for folders.
     pub folders: RawFd,
+    /// Listening socket of the port of containers, where there is one.
+    pub container: Option<RawFd>,
     /// Listening socket of the console.
     pub console: RawFd,
     /// Console log, open for appending.
@@ -43,9 +43,9 @@ pub struct Machine<'a> {
     pub memory_mib: u64,
     /// Kernel command line.
     pub command_line: &'a str,
-    /// MAC address of the NIC.
-    pub mac: [u8; 6],
-    /// The files of the disk, its own first.
+    /// Taps and MAC addresses of the NICs, in the guest's order.
+    pub nics: &'a [(RawFd, [u8; 6])],
+    /// The files of the disk, its own first; none for a machine without a disk.
     pub layers: &'a [(RawFd, Format)],
     /// Where its memory is.
     pub memory: Memory,
@@ -64,7 +64,7 @@ pub enum Memory {
 
 /// What the disk is called.
 pub const DISK: &str = "disk0";
-/// What the host's end of the NIC's cable is called.
+/// What the host's end of the first NIC's cable is called.
 pub const CABLE: &str = "net0";
 /// What QEMU keeps itself from.
 pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
@@ -85,8 +85,7 @@ pub fn console(fd: RawFd) -> String {
 
 /// The arguments of `qemu-system-x86_64`.
 pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
-    let Machine { name, cpus, memory_mib, command_line, mac, layers, memory } = machine;
-    let mac = format_mac(*mac);
+    let Machine { name, cpus, memory_mib, command_line, nics, layers, memory } = machine;
     let mut args: Vec<String> = Vec::new();
     let mut arg = |option: &str, value: String| args.extend([option.to_owned(), value]);
 
@@ -155,16 +154,27 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
         arg("-blockdev", format!("driver=file,node-name={node}-file,filename=/dev/fdset/{disk}{options}"));
         arg("-blockdev", format!("driver={format},node-name={node},file={node}-file{rest}"));
     }
-    arg("-device", format!("virtio-blk-device,drive=disk,id={DISK}"));
+    if !layers.is_empty() {
+        arg("-device", format!("virtio-blk-device,drive=disk,id={DISK}"));
+    }
 
-    arg("-netdev", format!("tap,id={CABLE},fd={},vhost=off", fd.tap));
-    arg("-device", format!("virtio-net-device,netdev={CABLE},id=nic0,mac={mac}"));
+    // Each device takes the highest place that is free, and the guest counts from the lowest.
+    for (at, (tap, mac)) in nics.iter().enumerate().rev() {
+        let cable = if at == 0 { CABLE.to_owned() } else { format!("net{at}") };
+        arg("-netdev", format!("tap,id={cable},fd={tap},vhost=off"));
+        let mac = format_mac(*mac);
+        arg("-device", format!("virtio-net-device,netdev={cable},id=nic{at},mac={mac}"));
+    }
 
     arg("-device", "virtio-serial-device,id=serial0".into());
     arg("-chardev", format!("socket,id=agent,fd={},server=on,wait=off", fd.agent));
     arg("-device", format!("virtserialport,chardev=agent,name={PORT_NAME}"));
     arg("-chardev", format!("socket,id=folders,fd={},server=on,wait=off", fd.folders));
     arg("-device", format!("virtserialport,chardev=folders,name={FOLDERS_PORT_NAME}"));
+    if let Some(container) = fd.container {
+        arg("-chardev", format!("socket,id=container,fd={container},server=on,wait=off"));
+        arg("-device", format!("virtserialport,chardev=container,name={CONTAINER_PORT_NAME}"));
+    }
 
     arg("-chardev", console(fd.console));
     arg("-serial", "chardev:console".into());
@@ -191,9 +201,9 @@ mod tests {
         let fd = Descriptors {
             kernel: 101,
             initrd: 102,
-            tap: 105,
             agent: 106,
             folders: 110,
+            container: Some(111),
             console: 107,
             console_log: 108,
             qmp: 109,
@@ -203,13 +213,13 @@ mod tests {
             cpus: 2,
             memory_mib: 1024,
             command_line: "console=ttyS0",
-            mac: [0x52, 0x54, 0, 0, 0, 1],
+            nics: &[(105, [0x52, 0x54, 0, 0, 0, 1]), (112, [0x52, 0x54, 0, 0, 0, 2])],
             layers: &[(103, Format::Qcow2), (104, Format::Raw)],
             memory: Memory::New,
         };
         let args = arguments(&machine, fd);
         let text = args.join(std::ffi::OsStr::new(" ")).into_string().unwrap();
-        for number in 101..=110 {
+        for number in 101..=112 {
             assert!(text.contains(&number.to_string()), "descriptor {number} in {text}");
         }
         assert!(text.contains("mac=52:54:00:00:00:01"));

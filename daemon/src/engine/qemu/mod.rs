@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 use catalyst_api::EngineName;
-use catalyst_vmm::description::Format;
+use catalyst_vmm::description::{DescriptionError, Format, MAX_NICS};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::OnceCell;
@@ -156,7 +156,7 @@ impl Launched {
 }
 
 fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
-    let folder::Opened { log, console_log, console, .. } = folder::open(&spec.dir)?;
+    let folder::Opened { log, console_log, console, .. } = folder::open(&spec.dir, false)?;
     let qmp = folder::listen(&spec.dir, QMP_SOCKET)?;
     let (run, user) = (spec.dir.run(), (spec.user, spec.user));
     let descriptors = pc::Descriptors {
@@ -176,6 +176,7 @@ fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
         user,
         may_mount: false,
         open_files: None,
+        cgroup_of: None,
         large_pages: true,
         log,
     };
@@ -183,6 +184,10 @@ fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
 }
 
 fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
+    if spec.nics.len() > MAX_NICS {
+        let (field, why) = ("nics".to_owned(), format!("at most {MAX_NICS}"));
+        return Err(DescriptionError::Value { field, why }.into());
+    }
     let (mut memory, mut shared, mut kept) = (command::Memory::New, None, Vec::new());
     let mut state = None;
     if let Some(saved) = spec.from {
@@ -203,14 +208,16 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
     }
     let layers: Vec<(RawFd, Format)> =
         spec.layers.iter().map(|layer| (layer.file.as_raw_fd(), layer.format)).collect();
-    let folder::Opened { log, console_log, agent, folders, console } = folder::open(&spec.dir)?;
+    let nics: Vec<(RawFd, [u8; 6])> = spec.nics.iter().map(|nic| (nic.tap.as_raw_fd(), nic.mac)).collect();
+    let folder::Opened { log, console_log, agent, folders, container, console } =
+        folder::open(&spec.dir, spec.container)?;
     let qmp = folder::listen(&spec.dir, QMP_SOCKET)?;
     let descriptors = command::Descriptors {
         kernel: spec.kernel.as_raw_fd(),
         initrd: spec.initrd.as_raw_fd(),
-        tap: spec.tap.as_raw_fd(),
         agent: agent.as_raw_fd(),
         folders: folders.as_raw_fd(),
+        container: container.as_ref().map(AsRawFd::as_raw_fd),
         console: console.as_raw_fd(),
         console_log: console_log.as_raw_fd(),
         qmp: qmp.as_raw_fd(),
@@ -225,12 +232,13 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
             spec.command_line_software_cpu,
             tsc::arguments(tsc::khz(), spec.kernel_hz)
         ),
-        mac: spec.mac,
+        nics: &nics,
         layers: &layers,
         memory,
     };
     let args = command::arguments(&machine, descriptors);
-    kept.extend([spec.kernel, spec.initrd, spec.tap, agent, folders, console, console_log, qmp]);
+    kept.extend([spec.kernel, spec.initrd, agent, folders, console, console_log, qmp]);
+    kept.extend(spec.nics.into_iter().map(|nic| nic.tap).chain(container));
     kept.extend(spec.layers.into_iter().map(|layer| layer.file));
     let launch = Launch {
         engine: EngineName::Qemu,
@@ -241,6 +249,7 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
         user: (spec.user, spec.user),
         may_mount: false,
         open_files: None,
+        cgroup_of: spec.cgroup_of,
         // A clone is to cost little: most of what is QEMU's own is room for translated code, used here and there.
         large_pages: memory == command::Memory::New,
         log,

@@ -196,7 +196,7 @@ impl Qmp {
         };
         let block = answer.as_array().and_then(|blocks| blocks.iter().find(of_device));
         let node = block.and_then(|block| block.get("inserted")?.get("node-name")?.as_str());
-        node.map(str::to_owned).ok_or_else(|| QmpError::Malformed(format!("query-block without {device}")))
+        node.map(str::to_owned).ok_or_else(|| QmpError::Refused(format!("the machine has no disk {device}")))
     }
 
     /// `migrate-incoming`: loads the state from an inherited descriptor into a QEMU that waits for it.
