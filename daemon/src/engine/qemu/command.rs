@@ -158,8 +158,8 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
         arg("-device", format!("virtio-blk-device,drive=disk,id={DISK}"));
     }
 
-    // Each device takes the highest place that is free, and the guest counts from the lowest.
-    for (at, (tap, mac)) in nics.iter().enumerate().rev() {
+    // Each device takes the highest place that is free, and ACPI names the places to the guest from the highest on (QEMU 7.2).
+    for (at, (tap, mac)) in nics.iter().enumerate() {
         let cable = if at == 0 { CABLE.to_owned() } else { format!("net{at}") };
         arg("-netdev", format!("tap,id={cable},fd={tap},vhost=off"));
         let mac = format_mac(*mac);
