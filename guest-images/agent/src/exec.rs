@@ -3,13 +3,13 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
-use std::process::Child;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use catalyst_agent_protocol::{Control, ExecExit, ExecSpec, ProblemKind, Reply, StreamChannel, Terminal};
+use catalyst_agent_protocol::{
+    Control, ExecExit, ExecSpec, Problem, ProblemKind, Reply, StreamChannel, Terminal,
+};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
@@ -34,8 +34,18 @@ const EOT: u8 = 4;
 /// A running command, as long as its process id is surely its own.
 #[derive(Debug)]
 pub struct Handle {
-    group: i32,
+    pid: i32,
+    manner: Manner,
     terminal: Option<OwnedFd>,
+}
+
+/// Whose a program is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Manner {
+    /// The host's that asked for it: it ends with that, and all of its group.
+    Command,
+    /// A container's: it alone is meant by signals, and it goes on when the host is gone.
+    Contained,
 }
 
 /// What the threads of one command share.
@@ -44,37 +54,79 @@ struct Running {
     stream: Arc<Stream>,
     /// Readable once the process has exited.
     exited: EventFd,
+    manner: Manner,
 }
 
 /// Starts a command as the stream's.
 pub fn start(session: &Arc<Session>, stream: &Arc<Stream>, spec: &ExecSpec) -> Result<(), Reply> {
-    let system = |error: Errno| failed(ProblemKind::Failed, format!("a command cannot be watched: {error}"));
-    let exited = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK).map_err(system)?;
-    let mut spawned = spawn(&session.config.root, spec)?;
-    let pid = spawned.child.id();
-    let group = i32::try_from(pid).unwrap_or(i32::MAX);
-    let watch = pidfd(group).map_err(|error| {
+    let spawned = spawn(&session.config.root, spec)?;
+    run(session, stream, spawned, spec.timeout_ms, Manner::Command)
+        .map_err(|problem| failed(problem.kind, problem.message))
+}
+
+/// Checks what is asked for, wherever it is to run.
+pub fn check(spec: &ExecSpec) -> Result<(), Problem> {
+    crate::spawn::check(spec).map_err(|reply| match reply {
+        Reply::Failed(problem) => problem,
+        other => Problem { kind: ProblemKind::Invalid, message: format!("{other:?}") },
+    })
+}
+
+/// Stays with a program that was started, as the stream's.
+pub fn run(
+    session: &Arc<Session>,
+    stream: &Arc<Stream>,
+    mut spawned: Spawned,
+    timeout_ms: Option<u64>,
+    manner: Manner,
+) -> Result<(), Problem> {
+    let pid = spawned.pid;
+    let problem = |error: &dyn std::fmt::Display| {
         // It could not be ended at its time: better not at all.
-        let _ = spawned.child.kill();
-        let _ = spawned.child.wait();
-        system(error)
-    })?;
-    *stream.command() = Some(Handle { group, terminal: spawned.terminal.take() });
-    let running = Running { session: Arc::clone(session), stream: Arc::clone(stream), exited };
-    let timeout = spec.timeout_ms.map(Duration::from_millis);
+        end(pid);
+        Problem { kind: ProblemKind::Failed, message: format!("a command cannot be watched: {error}") }
+    };
+    let exited = EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map_err(|error| problem(&error))?;
+    let watch = pidfd(pid).map_err(|error| problem(&error))?;
+    *stream.command() = Some(Handle { pid, manner, terminal: spawned.terminal.take() });
+    let running = Running { session: Arc::clone(session), stream: Arc::clone(stream), exited, manner };
+    let timeout = timeout_ms.map(Duration::from_millis);
     let supervised = thread::Builder::new().spawn(move || {
         // Before its output, which only this thread's children send.
+        let pid = u32::try_from(pid).unwrap_or(0);
         running.session.reply(running.stream.epoch, running.stream.id, Reply::Started { pid });
         running.supervise(spawned, &watch, timeout);
     });
     supervised.map(drop).map_err(|error| {
-        kill(stream, libc::SIGKILL);
-        failed(ProblemKind::Failed, format!("a command cannot be watched: {error}"))
-    })?;
-    Ok(())
+        *stream.command() = None;
+        problem(&error)
+    })
 }
 
-fn pidfd(pid: i32) -> Result<OwnedFd, Errno> {
+/// Ends a process that nobody else waits for.
+fn end(pid: i32) {
+    // SAFETY: kill takes two numbers; the process is not reaped yet.
+    unsafe { libc::kill(pid, libc::SIGKILL) };
+    let _ = wait_for(pid);
+}
+
+/// Waits for the end of a child.
+fn wait_for(pid: i32) -> Result<ExecExit, Errno> {
+    let mut status = 0;
+    loop {
+        // SAFETY: it writes one number.
+        match Errno::result(unsafe { libc::waitpid(pid, &raw mut status, 0) }) {
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+            Ok(_) if libc::WIFEXITED(status) => return Ok(ExecExit::Code(libc::WEXITSTATUS(status))),
+            Ok(_) => return Ok(ExecExit::Signal(libc::WTERMSIG(status))),
+        }
+    }
+}
+
+/// A descriptor that is readable when the process has ended.
+pub fn pidfd(pid: i32) -> Result<OwnedFd, Errno> {
     // SAFETY: pidfd_open takes two numbers and returns a new descriptor, close-on-exec.
     let fd = Errno::result(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
     let fd = i32::try_from(fd).map_err(|_| Errno::EBADF)?;
@@ -94,7 +146,7 @@ pub fn resize(stream: &Stream, terminal: &Terminal) -> Reply {
     }
 }
 
-/// Sends a command's process group a signal.
+/// Sends a command's process group a signal, or a container's program.
 pub fn signal(stream: &Stream, signal: i32) -> Reply {
     if !(1..=64).contains(&signal) {
         return failed(ProblemKind::Invalid, format!("{signal} is no signal: 1 to 64 are"));
@@ -109,17 +161,18 @@ pub fn signal(stream: &Stream, signal: i32) -> Reply {
 /// `None` once the process is reaped: its number may be another's then.
 fn kill(stream: &Stream, signal: i32) -> Option<Result<i32, Errno>> {
     let command = stream.command();
-    let group = command.as_ref()?.group;
-    // SAFETY: kill takes two numbers; the group's leader is not reaped while the lock is held.
-    Some(Errno::result(unsafe { libc::kill(-group, signal) }))
+    let Handle { pid, manner, .. } = command.as_ref()?;
+    let whom = if *manner == Manner::Command { -pid } else { *pid };
+    // SAFETY: kill takes two numbers; the process, the leader of its group, is not reaped while the lock is held.
+    Some(Errno::result(unsafe { libc::kill(whom, signal) }))
 }
 
 impl Running {
     /// Stays with the command from its start to the word of its end.
     fn supervise(&self, spawned: Spawned, watch: &OwnedFd, timeout: Option<Duration>) {
-        let Spawned { mut child, input, output, errors, .. } = spawned;
+        let Spawned { pid, input, output, errors, .. } = spawned;
         let terminal = errors.is_none();
-        thread::scope(|scope| {
+        let exit = thread::scope(|scope| {
             if let Some(input) = input {
                 scope.spawn(move || self.feed(input, terminal));
             }
@@ -127,6 +180,8 @@ impl Running {
             let pumps =
                 pumps.map(|(file, channel)| file.map(|file| scope.spawn(move || self.pump(file, channel))));
             self.wait(watch, timeout);
+            // The end of a container waits for all of its processes to be reaped, and that must not wait for output.
+            let early = (self.manner == Manner::Contained).then(|| self.reap(pid));
             // It fails only when the counter is full, and then it is readable already.
             let _ = self.exited.write(1);
             for pump in pumps.into_iter().flatten() {
@@ -134,8 +189,14 @@ impl Running {
             }
             // Input is waited for no more.
             self.stream.close();
+            early
         });
-        let exit = self.reap(&mut child);
+        let exit = exit.unwrap_or_else(|| self.reap(pid));
+        if let Some(keeper) = self.session.config.keeper.as_ref().filter(|_| self.manner == Manner::Contained)
+        {
+            // What has ended it is told before its end.
+            keeper.look_for_kills();
+        }
         self.session.finish(&self.stream);
         let message = Control::Exited { stream: self.stream.id, exit };
         self.session.outbox.control(self.stream.epoch, &message);
@@ -155,6 +216,9 @@ impl Running {
             }
             if !closing && is_ready(&fds[1]) {
                 closing = true;
+                if self.is_left() {
+                    continue;
+                }
                 kill(&self.stream, libc::SIGHUP);
                 until = Some(Instant::now() + HANGUP_GRACE);
             } else if until.is_some_and(|until| until <= Instant::now()) {
@@ -166,25 +230,24 @@ impl Running {
         }
         // The leader is gone but not reaped, so that the group is still its own. What of the
         // group outlived the hangup or the timeout does not outlive this.
-        if ending || closing || self.stream.is_closed() {
+        if (ending || closing || self.stream.is_closed()) && self.manner == Manner::Command {
             kill(&self.stream, libc::SIGKILL);
         }
     }
 
-    fn reap(&self, child: &mut Child) -> ExecExit {
-        // Nobody signals the group after this.
+    /// Whether a container's program has lost its host, and goes on.
+    fn is_left(&self) -> bool {
+        self.manner == Manner::Contained && self.stream.is_lost()
+    }
+
+    fn reap(&self, pid: i32) -> ExecExit {
+        // Nobody signals it or its group after this.
         let mut command = self.stream.command();
         *command = None;
-        match child.wait() {
-            Ok(status) => match (status.code(), status.signal()) {
-                (Some(code), _) => ExecExit::Code(code),
-                (None, signal) => ExecExit::Signal(signal.unwrap_or(libc::SIGKILL)),
-            },
-            Err(error) => {
-                eprintln!("catalyst-agent: the end of process {} is unknown: {error}", child.id());
-                ExecExit::Code(255)
-            }
-        }
+        wait_for(pid).unwrap_or_else(|error| {
+            eprintln!("catalyst-agent: the end of process {pid} is unknown: {error}");
+            ExecExit::Code(255)
+        })
     }
 
     /// Sends output as credit allows, then its end.
@@ -228,6 +291,33 @@ impl Running {
             }
         }
         self.session.outbox.data(self.stream.epoch, self.stream.id, channel.into(), &[]);
+        if self.is_left() {
+            self.drain(file);
+        }
+    }
+
+    fn wait_for_exit(&self) {
+        while !is_exited(&self.exited) {
+            let _ = poll(&mut [readable(self.exited.as_fd())], PollTimeout::NONE);
+        }
+    }
+
+    /// Reads what nobody wants any more, so that the program neither waits nor ends for want of a reader.
+    fn drain(&self, mut file: File) {
+        let mut buffer = vec![0; PIECE];
+        loop {
+            match self.wait_for_output(file.as_fd(), None) {
+                Waited::Ready => match file.read(&mut buffer) {
+                    Ok(0) => return,
+                    Err(error) if !matches!(error.kind(), ErrorKind::Interrupted | ErrorKind::WouldBlock) => {
+                        return;
+                    }
+                    _ => {}
+                },
+                Waited::Exited if !is_exited(&self.exited) => {}
+                _ => return,
+            }
+        }
     }
 
     fn wait_for_output(&self, file: BorrowedFd<'_>, exit: Option<Instant>) -> Waited {
@@ -251,7 +341,13 @@ impl Running {
         let mut line_open = false;
         loop {
             match self.stream.input() {
-                Input::Closed => return,
+                Input::Closed => {
+                    if self.is_left() {
+                        // No end of its input: it may go on when it meets one.
+                        self.wait_for_exit();
+                    }
+                    return;
+                }
                 Input::End => {
                     // In the middle of a line one EOT only hands over the line.
                     let ends = if line_open { [EOT; 2].as_slice() } else { &[EOT] };

@@ -110,7 +110,7 @@ mod tests {
         fs::write(&other, "stays").unwrap();
         std::os::unix::fs::symlink(&other, root.join("home/ann/.bash_history")).unwrap();
         let mut held = fs::File::open(&key).unwrap();
-        forget(&Config { root: root.to_owned(), network: false }).unwrap();
+        forget(&Config::of_files(root)).unwrap();
         let mut text = String::new();
         io::Read::read_to_string(&mut held, &mut text).unwrap();
         assert_eq!(text, "\0\0\0\0\0\0");

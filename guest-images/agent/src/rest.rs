@@ -21,7 +21,8 @@ const PAGE: usize = 4096;
 /// Has sshd wait for the keys of the next guest, writes out what is held back, and fills free memory with zeros. The next guest's
 /// agent comes first in it.
 pub fn rest(config: &Config) -> io::Result<()> {
-    if !config.files_only() {
+    // A VM that is a container has no sshd, and no other service to go before.
+    if !config.files_only() && config.keeper.is_none() {
         host_keys::park()?;
         cpu_share::go_first();
     }

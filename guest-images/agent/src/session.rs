@@ -6,10 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use catalyst_agent_protocol::{
-    Channel, Control, Frame, MAX_STREAMS, Problem, ProblemKind, Reply, Request, SetUpReport, Status,
-    StreamChannel, VERSION,
+    Channel, Control, ExecSpec, Frame, MAX_STREAMS, Problem, ProblemKind, Reply, Request, SetUpReport,
+    Status, StreamChannel, VERSION,
 };
 
+use crate::container::{Keeper, Step};
+use crate::exec::Manner;
 use crate::folders::Folders;
 use crate::forget;
 use crate::outbox::Outbox;
@@ -25,9 +27,19 @@ pub struct Config {
     pub root: PathBuf,
     /// Whether an identity sets up the network.
     pub network: bool,
+    /// What keeps the container of a VM that is one.
+    pub keeper: Option<Arc<Keeper>>,
+    /// Whether the host of this session is the container's runtime.
+    pub runtime: bool,
 }
 
 impl Config {
+    /// That of a test, which changes nothing but files below a folder.
+    #[cfg(test)]
+    pub fn of_files(root: &std::path::Path) -> Self {
+        Self { root: root.to_owned(), network: false, keeper: None, runtime: false }
+    }
+
     /// Whether this is a test's folder, not the guest's own system.
     pub fn files_only(&self) -> bool {
         self.root != std::path::Path::new("/")
@@ -61,6 +73,11 @@ pub fn failed(kind: ProblemKind, message: impl Into<String>) -> Reply {
     // One line, whatever a path or a name in it holds.
     let message = message.into().replace(['\n', '\r'], " ");
     Reply::Failed(Problem { kind, message: message.chars().take(1000).collect() })
+}
+
+/// The answer to a request that was not done.
+fn refused(problem: Problem) -> Reply {
+    failed(problem.kind, problem.message)
 }
 
 impl Session {
@@ -133,7 +150,7 @@ impl Session {
         let streams = std::mem::take(&mut state.streams);
         drop(state);
         for stream in streams.values() {
-            stream.close();
+            stream.lose();
         }
     }
 
@@ -143,7 +160,7 @@ impl Session {
         }
         let reply = match request {
             Request::Identify(identity) => self.identify(&identity),
-            Request::Exec(spec) => return self.open(epoch, id, |stream| exec::start(self, stream, &spec)),
+            Request::Exec(spec) => return self.exec(epoch, id, spec),
             Request::PutFile(spec) => return self.open(epoch, id, |stream| files::put(self, stream, spec)),
             Request::GetFile { path } => {
                 return self.open(epoch, id, |stream| files::get(self, stream, &path));
@@ -187,12 +204,86 @@ impl Session {
                 Ok(()) => Reply::Done,
                 Err(error) => failed(ProblemKind::Failed, format!("coming to rest failed: {error}")),
             },
+            Request::CreateContainer
+            | Request::StartContainer
+            | Request::ExecContainer(_)
+            | Request::SetNetwork(_)
+            | Request::Resolved { .. } => return self.contain(epoch, id, request),
             Request::Ping => Reply::Done,
             Request::Unknown => {
                 failed(ProblemKind::Unsupported, format!("this agent does not know request {id}"))
             }
         };
         self.reply(epoch, id, reply);
+    }
+
+    /// A command; where the VM is a container that runs, in that.
+    fn exec(self: &Arc<Self>, epoch: u32, id: u32, spec: ExecSpec) {
+        match self.config.keeper.clone().filter(|keeper| keeper.is_running()) {
+            Some(keeper) => self.open_later(epoch, id, move |session, stream| {
+                exec::check(&spec)?;
+                let timeout = spec.timeout_ms;
+                exec::run(session, stream, keeper.guest_exec(spec)?, timeout, Manner::Command)
+            }),
+            None => self.open(epoch, id, |stream| exec::start(self, stream, &spec)),
+        }
+    }
+
+    /// What a runtime asks of the VM that is its container. Most of it waits for others, and keeps nobody else waiting.
+    fn contain(self: &Arc<Self>, epoch: u32, id: u32, request: Request) {
+        let Some(keeper) = self.config.keeper.clone().filter(|_| self.config.runtime) else {
+            let problem = "containers are asked for over a port of their own";
+            return self.reply(epoch, id, failed(ProblemKind::Unsupported, problem));
+        };
+        match request {
+            Request::CreateContainer => self.later(epoch, id, move |session| keeper.create(session)),
+            Request::StartContainer => {
+                self.open_later(epoch, id, move |session, stream| keeper.start(session, stream));
+            }
+            Request::ExecContainer(process) => {
+                self.open_later(epoch, id, move |session, stream| keeper.exec(session, stream, *process));
+            }
+            Request::SetNetwork(network) => self.later(epoch, id, move |_| keeper.set_network(&network)),
+            Request::Resolved { query, message } => {
+                keeper.resolved(query, &message.0);
+                self.reply(epoch, id, Reply::Done);
+            }
+            _ => {}
+        }
+    }
+
+    /// Does something in a thread of its own and answers when it is done.
+    fn later(
+        self: &Arc<Self>,
+        epoch: u32,
+        id: u32,
+        act: impl FnOnce(&Arc<Self>) -> Step<()> + Send + 'static,
+    ) {
+        let session = Arc::clone(self);
+        thread::spawn(move || {
+            let reply = act(&session).map_or_else(refused, |()| Reply::Done);
+            session.reply(epoch, id, reply);
+        });
+    }
+
+    /// Opens a stream and begins what it is for in a thread of its own, which answers.
+    fn open_later(
+        self: &Arc<Self>,
+        epoch: u32,
+        id: u32,
+        start: impl FnOnce(&Arc<Self>, &Arc<Stream>) -> Step<()> + Send + 'static,
+    ) {
+        let stream = match self.insert(epoch, id) {
+            Ok(stream) => stream,
+            Err(reply) => return self.reply(epoch, id, reply),
+        };
+        let session = Arc::clone(self);
+        thread::spawn(move || {
+            if let Err(problem) = start(&session, &stream) {
+                session.finish(&stream);
+                session.reply(epoch, id, refused(problem));
+            }
+        });
     }
 
     /// What waits for the host's side of folders, or for programs' files, keeps nobody else waiting.
@@ -202,17 +293,20 @@ impl Session {
         id: u32,
         act: impl FnOnce(&Arc<Folders>) -> Result<(), Problem> + Send + 'static,
     ) {
-        let session = Arc::clone(self);
-        thread::spawn(move || {
-            let reply = match act(&session.folders) {
-                Ok(()) => Reply::Done,
-                Err(Problem { kind, message }) => failed(kind, message),
-            };
-            session.reply(epoch, id, reply);
-        });
+        self.later(epoch, id, move |session| act(&session.folders));
     }
 
     fn identify(self: &Arc<Self>, identity: &catalyst_agent_protocol::Identity) -> Reply {
+        if self.config.keeper.is_some() {
+            // Name and network are the container's, and nobody logs in.
+            return match identity::go_on(&self.config, identity.unix_ns, &identity.seed) {
+                Ok(()) => {
+                    self.set_status(|status| status.identity = true);
+                    Reply::Done
+                }
+                Err(problem) => Reply::Failed(problem),
+            };
+        }
         match identity::apply(&self.config, identity) {
             Ok(restarting) => {
                 if let Some(sshd) = restarting {
@@ -309,6 +403,12 @@ impl Session {
         let bytes = u32::try_from(consumed).unwrap_or(u32::MAX);
         let credit = Control::Credit { stream: stream.id, channel: StreamChannel::Input, bytes };
         self.outbox.control(stream.epoch, &credit);
+    }
+
+    /// Says something to the host, if one is there.
+    pub fn tell(&self, message: &Control) -> bool {
+        let epoch = self.lock().epoch;
+        epoch.is_some_and(|epoch| self.outbox.control(epoch, message))
     }
 
     /// Changes the status and tells the host; false if it was so already.

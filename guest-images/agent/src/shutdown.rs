@@ -19,13 +19,18 @@ pub fn shut_down(session: &Session, kind: ShutdownKind) {
     ask_init(kind);
 }
 
-/// Asks pid 1 to shut down.
-pub fn ask_init(kind: ShutdownKind) {
-    // systemd(1), "Signals": SIGRTMIN+4 starts poweroff.target, SIGRTMIN+5 reboot.target.
-    let signal = match kind {
+/// What pid 1 is asked by. systemd(1), "Signals": SIGRTMIN+4 starts poweroff.target, SIGRTMIN+5 reboot.target; in a VM without systemd
+/// the first process takes the same (`init`).
+pub fn signal_of(kind: ShutdownKind) -> i32 {
+    match kind {
         ShutdownKind::PowerOff => libc::SIGRTMIN() + 4,
         ShutdownKind::Reboot => libc::SIGRTMIN() + 5,
-    };
+    }
+}
+
+/// Asks pid 1 to shut down.
+pub fn ask_init(kind: ShutdownKind) {
+    let signal = signal_of(kind);
     // SAFETY: kill takes two numbers.
     if unsafe { libc::kill(1, signal) } != 0 {
         let error = std::io::Error::last_os_error();

@@ -24,8 +24,8 @@ pub const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 /// A command's process and the near ends of its input and output.
 #[derive(Debug)]
 pub struct Spawned {
-    /// The process, leader of a session of its own.
-    pub child: Child,
+    /// The process, leader of a session of its own. Whoever has this reaps it.
+    pub pid: i32,
     /// Its stdin, if input will come.
     pub input: Option<File>,
     /// Its stdout, or its terminal.
@@ -61,7 +61,8 @@ pub fn spawn(root: &Path, spec: &ExecSpec) -> Result<Spawned, Reply> {
     })
 }
 
-fn check(spec: &ExecSpec) -> Result<(), Reply> {
+/// Checks what a command is to be.
+pub fn check(spec: &ExecSpec) -> Result<(), Reply> {
     let invalid = |message: &str| Err(failed(ProblemKind::Invalid, message));
     if spec.argv.first().is_none_or(String::is_empty) {
         return invalid("a command needs a program: argv is empty");
@@ -175,7 +176,11 @@ fn with_pipes(mut command: Command, stdin: bool) -> io::Result<Spawned> {
     if let Some(input) = &input {
         set_nonblocking(input)?;
     }
-    Ok(Spawned { child, input, output, errors, terminal: None })
+    Ok(Spawned { pid: pid(&child)?, input, output, errors, terminal: None })
+}
+
+fn pid(child: &Child) -> io::Result<i32> {
+    i32::try_from(child.id()).map_err(io::Error::other)
 }
 
 fn with_terminal(mut command: Command, terminal: &Terminal, user: &User) -> io::Result<Spawned> {
@@ -188,10 +193,11 @@ fn with_terminal(mut command: Command, terminal: &Terminal, user: &User) -> io::
     let output = File::from(master.try_clone()?);
     set_nonblocking(&output)?;
     let input = Some(File::from(master.try_clone()?));
-    Ok(Spawned { child, input, output, errors: None, terminal: Some(master) })
+    Ok(Spawned { pid: pid(&child)?, input, output, errors: None, terminal: Some(master) })
 }
 
-fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
+/// Both ends of a new terminal: the near one, and that of programs.
+pub fn open_terminal() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = OFlag::O_RDWR | OFlag::O_NOCTTY | OFlag::O_CLOEXEC;
     let master: PtyMaster = posix_openpt(flags)?;
     grantpt(&master)?;
@@ -212,7 +218,8 @@ pub fn set_size(master: &OwnedFd, terminal: &Terminal) -> io::Result<()> {
     call(unsafe { libc::ioctl(master.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) }.into())
 }
 
-fn set_nonblocking(file: &File) -> io::Result<()> {
+/// Has reads and writes of a file never wait.
+pub fn set_nonblocking(file: &File) -> io::Result<()> {
     // SAFETY: numbers alone.
     unsafe {
         let flags = libc::fcntl(file.as_raw_fd(), libc::F_GETFL);

@@ -33,6 +33,7 @@ struct State {
     input_credit: u64,
     input_ended: bool,
     closed: bool,
+    lost: bool,
 }
 
 /// What the sender of input did.
@@ -56,6 +57,7 @@ impl Stream {
             input_credit: INITIAL_CREDIT.into(),
             input_ended: false,
             closed: false,
+            lost: false,
         };
         Ok(Self {
             epoch,
@@ -149,6 +151,17 @@ impl Stream {
         self.changed.notify_all();
         // It fails only when the counter is full, and then it is readable already.
         let _ = self.closed.write(1);
+    }
+
+    /// The same where the host that had it is gone, without a word about it.
+    pub fn lose(&self) {
+        self.lock().lost = true;
+        self.close();
+    }
+
+    /// Whether it is closed since its host is gone.
+    pub fn is_lost(&self) -> bool {
+        self.lock().lost
     }
 
     /// Whether [`Self::close`] was called.

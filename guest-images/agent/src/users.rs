@@ -36,6 +36,11 @@ pub fn find(root: &Path, name: &str) -> Option<User> {
     Some(user)
 }
 
+/// The user of a number.
+pub fn find_number(root: &Path, uid: u32) -> Option<User> {
+    read(root, "passwd").lines().filter_map(parse).find(|user| user.uid == uid)
+}
+
 /// The number of a group, by its name or by itself.
 pub fn find_group(root: &Path, name: &str) -> Option<u32> {
     let text = read(root, "group");

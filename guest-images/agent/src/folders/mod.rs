@@ -27,6 +27,8 @@ const READY_WITHIN: Duration = Duration::from_secs(20);
 /// The guest's folders.
 #[derive(Debug, Default)]
 pub struct Folders {
+    /// They are a container's own trees: its programs and devices are what they are on the host.
+    of_container: bool,
     relay: Mutex<Option<Arc<Relay>>>,
     wanted: Mutex<Vec<Folder>>,
 }
@@ -36,6 +38,20 @@ fn problem(message: String) -> Problem {
 }
 
 impl Folders {
+    /// The trees of a VM that is a container.
+    pub fn of_container() -> Arc<Self> {
+        Arc::new(Self { of_container: true, ..Self::default() })
+    }
+
+    /// Waits until the host serves the trees of the container.
+    pub fn wait_for_trees(self: &Arc<Self>) -> Result<(), Problem> {
+        if self.relay()?.wait(READY_WITHIN) {
+            Ok(())
+        } else {
+            Err(problem("the host does not serve the container's trees".into()))
+        }
+    }
+
     /// Mounts a folder that the host has made ready. One that is mounted so already is left as it is.
     pub fn mount(self: &Arc<Self>, folder: &Folder) -> Result<(), Problem> {
         check(folder)?;
@@ -75,11 +91,12 @@ impl Folders {
         let path = path.ok_or_else(|| problem("this machine has no port for folders".into()))?;
         let folders = Arc::downgrade(self);
         let again = move || {
-            if let Some(folders) = folders.upgrade() {
+            // A container whose trees are gone has nothing that others could be bound to.
+            if let Some(folders) = folders.upgrade().filter(|folders| !folders.of_container) {
                 thread::spawn(move || folders.bind_again());
             }
         };
-        let begun = Relay::begin(&path, again)
+        let begun = Relay::begin(&path, self.of_container, again)
             .map_err(|error| problem(format!("the port for folders cannot be opened: {error}")))?;
         Ok(Arc::clone(relay.insert(begun)))
     }

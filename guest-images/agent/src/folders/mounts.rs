@@ -35,14 +35,14 @@ struct Mount {
     at: PathBuf,
 }
 
-/// Mounts the file system whose messages come over `device`.
-pub fn mount(device: &File) -> io::Result<()> {
+/// Mounts the file system whose messages come over `device`. Where it is `trusted`, its programs with set-uid and its devices count.
+pub fn mount(device: &File, trusted: bool) -> io::Result<()> {
     fs::create_dir_all(ROOT)?;
     let options = format!(
         "fd={},rootmode=40755,user_id=0,group_id=0,allow_other,default_permissions,max_read={MAX_READ}",
         device.as_raw_fd()
     );
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
+    let flags = if trusted { MsFlags::empty() } else { MsFlags::MS_NOSUID | MsFlags::MS_NODEV };
     Ok(mount_at(Some(SOURCE), ROOT, Some("fuse.catalyst"), flags, Some(options.as_str()))?)
 }
 

@@ -30,6 +30,8 @@ pub struct Relay {
     state: Mutex<State>,
     changed: Condvar,
     out: Sender<Vec<u8>>,
+    /// Programs with set-uid and devices are what they are.
+    trusted: bool,
     /// Called when the file system was mounted anew.
     again: Box<dyn Fn() + Send + Sync>,
 }
@@ -52,13 +54,17 @@ impl std::fmt::Debug for Relay {
 
 impl Relay {
     /// Opens the port and begins. `again` is called when the file system was mounted, and each time that it was anew.
-    pub fn begin(path: &Path, again: impl Fn() + Send + Sync + 'static) -> io::Result<Arc<Self>> {
+    pub fn begin(
+        path: &Path,
+        trusted: bool,
+        again: impl Fn() + Send + Sync + 'static,
+    ) -> io::Result<Arc<Self>> {
         let mut port = Port::open(path)?;
         let writer = port.writer()?;
         let (out, queue) = channel();
         thread::spawn(move || write_out(writer, &queue));
         let state = Mutex::default();
-        let relay = Arc::new(Self { state, changed: Condvar::new(), out, again: Box::new(again) });
+        let relay = Arc::new(Self { state, changed: Condvar::new(), out, trusted, again: Box::new(again) });
         // The host's side may have greeted an agent that is no more.
         relay.tell(0, LineControl::Hello { session: 0, received: 0 });
         let reader = Arc::clone(&relay);
@@ -142,7 +148,7 @@ impl Relay {
         let mut number = [0; 8];
         random::fill(&mut number)?;
         let device = Arc::new(open_fuse()?);
-        mounts::mount(&device)?;
+        mounts::mount(&device, self.trusted)?;
         state.session = u64::from_le_bytes(number).max(1);
         state.line = Line::default();
         state.fuse = Some(Arc::clone(&device));

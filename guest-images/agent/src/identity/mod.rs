@@ -3,7 +3,7 @@
 pub mod clock;
 mod cloned;
 pub mod host_keys;
-mod netlink;
+pub mod netlink;
 mod network;
 pub mod random;
 
@@ -107,7 +107,8 @@ fn check(identity: &Identity) -> Result<Checked, &'static str> {
     Ok(Checked { mac, gateway_mac, seed })
 }
 
-fn parse_mac(text: &str) -> Option<[u8; 6]> {
+/// A host's MAC address, as `52:54:00:…`.
+pub fn parse_mac(text: &str) -> Option<[u8; 6]> {
     let separated = text.len() == 17 && text.bytes().skip(2).step_by(3).all(|byte| byte == b':');
     let digits: String = text.split(':').collect();
     let mac: [u8; 6] = random::from_hex(&digits).filter(|_| separated)?;

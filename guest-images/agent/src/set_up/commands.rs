@@ -112,7 +112,7 @@ mod tests {
     fn ran(commands: &[&str]) -> (Vec<String>, String) {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("run")).unwrap();
-        let config = Config { root: root.path().to_owned(), network: false };
+        let config = Config::of_files(root.path());
         let commands: Vec<String> = commands.iter().map(|&command| command.to_owned()).collect();
         let problems = run(&config, &["Y=6".to_owned(), "test $Y = 6".to_owned()], &commands);
         (problems, fs::read_to_string(root.path().join(LOG)).unwrap())

@@ -206,7 +206,7 @@ mod tests {
     use crate::outbox::Outbox;
 
     fn session(root: &Path) -> Arc<Session> {
-        Session::new(Config { root: root.to_owned(), network: false }, Arc::new(Outbox::default()))
+        Session::new(Config::of_files(root), Arc::new(Outbox::default()))
     }
 
     fn lay(root: &Path, document: &SetUp) {

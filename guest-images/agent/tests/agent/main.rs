@@ -4,5 +4,6 @@
 #![allow(clippy::unwrap_used)]
 
 mod commands;
+mod containers;
 mod support;
 mod talk;

@@ -20,6 +20,8 @@ pub struct Host {
     pub epoch: u32,
     pub port: UnixStream,
     agent: Child,
+    /// Where the agent of a container is asked by the daemon.
+    pub daemon: UnixListener,
     decoder: Decoder,
     /// Frames that came while another was waited for.
     seen: VecDeque<Frame>,
@@ -54,19 +56,31 @@ impl Host {
     }
 
     pub fn start_with(env: &[(&str, &str)]) -> Self {
+        Self::start_as("--port", env)
+    }
+
+    /// Starts an agent of a container, made of the trees in the folder `trees`, and greets it as the runtime.
+    pub fn runtime() -> Self {
+        let mut host = Self::start_as("--container-port", &[]);
+        host.hello(7);
+        host
+    }
+
+    fn start_as(option: &str, env: &[(&str, &str)]) -> Self {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let folder = std::env::temp_dir().join(format!("catalyst-agent-{}-{number}", std::process::id()));
         std::fs::create_dir_all(folder.join("root")).unwrap();
         let path = folder.join("port");
         let listener = UnixListener::bind(&path).unwrap();
-        let agent = Command::new(env!("CARGO_BIN_EXE_catalyst-agent"))
-            .args(["--no-network", "--port"])
-            .arg(&path)
-            .arg("--root")
-            .arg(folder.join("root"))
-            .envs(env.iter().copied())
-            .spawn()
-            .unwrap();
+        let mut agent = Command::new(env!("CARGO_BIN_EXE_catalyst-agent"));
+        agent.args(["--no-network", option]).arg(&path).arg("--root").arg(folder.join("root"));
+        // The daemon's port is another's; nobody is asked over it here.
+        let daemon = UnixListener::bind(folder.join("daemon")).unwrap();
+        if option == "--container-port" {
+            std::fs::create_dir_all(folder.join("root/run/catalyst")).unwrap();
+            agent.arg("--port").arg(folder.join("daemon")).arg("--trees").arg(folder.join("trees"));
+        }
+        let agent = agent.envs(env.iter().copied()).spawn().unwrap();
         let port = listener.accept().unwrap().0;
         port.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
         let mut host = Self {
@@ -74,6 +88,7 @@ impl Host {
             epoch: 0,
             port,
             agent,
+            daemon,
             decoder: Decoder::new(),
             seen: VecDeque::new(),
             last_id: 0,

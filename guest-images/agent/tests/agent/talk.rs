@@ -89,7 +89,7 @@ fn a_file_goes_there_and_comes_back() {
     }
     assert!(got == bytes);
     let left = std::fs::read_dir(&host.folder).unwrap().count();
-    assert_eq!(left, 3, "port, root and the file; nothing temporary");
+    assert_eq!(left, 4, "two ports, root and the file; nothing temporary");
 }
 
 #[test]

@@ -1,0 +1,308 @@
+//! The one container of a VM that is one (docs/CONTAINERS.md).
+//!
+//! ```text
+//! agent ── keeper (here) ── launch ──► the agent's program anew, in the container's namespaces (stage)
+//!                                        root: trees, mounts, devices │ credentials │ program ── exec ──► the program
+//! ```
+//! Its network is the VM's, its processes, mounts, IPC, names and cgroup are its own.
+
+pub mod plan;
+pub mod resolver;
+pub mod stage;
+
+mod cgroup;
+mod credentials;
+mod devices;
+mod inside;
+mod launch;
+mod network;
+mod options;
+mod program;
+mod root;
+
+use std::fmt::Display;
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use catalyst_agent_protocol::container::{Capabilities, Container, DOCUMENT, Network, Process};
+use catalyst_agent_protocol::{ExecSpec, Problem, ProblemKind};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
+
+use self::cgroup::Watch;
+use self::launch::{Launched, Shape, launch};
+use self::network::Nics;
+use self::plan::{Plan, Task};
+use self::resolver::Resolver;
+use crate::exec::{self, Manner};
+use crate::folders::Folders;
+use crate::identity;
+use crate::session::Session;
+use crate::spawn::Spawned;
+use crate::stream::Stream;
+
+/// Longest document, in bytes.
+const MAX_DOCUMENT: u64 = 8 * 1024 * 1024;
+
+/// What was done, or why not.
+pub type Step<T> = Result<T, Problem>;
+
+/// A problem of a kind.
+pub fn problem(kind: ProblemKind, message: impl Into<String>) -> Problem {
+    Problem { kind, message: message.into() }
+}
+
+/// Turns an error into a problem that says what was tried.
+fn doing<E: Display>(what: impl Display) -> impl FnOnce(E) -> Problem {
+    move |error| problem(ProblemKind::Failed, format!("{what}: {error}"))
+}
+
+/// What a VM has for its container.
+#[derive(Debug, Default)]
+pub struct Place {
+    /// The folder of the trees that the host serves.
+    trees: PathBuf,
+    /// The top of the cgroups.
+    cgroups: Option<PathBuf>,
+    /// Its NICs, and with them that the clock and names of the system are the container's.
+    nics: Option<Nics>,
+    /// The host's trees, if they come over a port.
+    folders: Option<Arc<Folders>>,
+}
+
+impl Place {
+    /// A folder of trees, in a system that is left as it is: for tests.
+    pub fn of_folder(trees: PathBuf) -> Self {
+        Self { trees, ..Self::default() }
+    }
+
+    /// The VM's own, when it has just booted.
+    pub fn of_vm() -> Self {
+        let nics = Nics::now().unwrap_or_else(|error| {
+            eprintln!("catalyst-agent: the NICs cannot be counted: {error}");
+            Nics::default()
+        });
+        let cgroups = PathBuf::from("/sys/fs/cgroup");
+        cgroup::enable(&cgroups);
+        Self {
+            trees: crate::folders::ROOT.into(),
+            cgroups: Some(cgroups),
+            nics: Some(nics),
+            folders: Some(Folders::of_container()),
+        }
+    }
+}
+
+/// Keeps the container.
+#[derive(Debug)]
+pub struct Keeper {
+    place: Place,
+    state: Mutex<State>,
+    resolver: Mutex<Option<Arc<Resolver>>>,
+    watch: Mutex<Option<Arc<Watch>>>,
+}
+
+#[derive(Debug, Default)]
+enum State {
+    #[default]
+    None,
+    Making,
+    Ready(Box<Ready>),
+    Begun(Arc<Begun>),
+}
+
+/// A container whose program has not begun.
+#[derive(Debug)]
+struct Ready {
+    launched: Launched,
+    begun: Begun,
+}
+
+/// What others need to know to go into the container.
+#[derive(Debug)]
+struct Begun {
+    /// Its first process.
+    init: OwnedFd,
+    cgroup: Option<PathBuf>,
+    capabilities: Capabilities,
+}
+
+impl Begun {
+    fn is_running(&self) -> bool {
+        let mut fds = [PollFd::new(self.init.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Keeper {
+    /// No container yet.
+    pub fn new(place: Place) -> Arc<Self> {
+        Arc::new(Self { place, state: Mutex::default(), resolver: Mutex::default(), watch: Mutex::default() })
+    }
+
+    /// Makes the container of the document that lies ready.
+    pub fn create(&self, session: &Arc<Session>) -> Step<()> {
+        {
+            let mut state = lock(&self.state);
+            if !matches!(*state, State::None) {
+                return Err(problem(ProblemKind::Invalid, "the VM has its container already"));
+            }
+            *state = State::Making;
+        }
+        let made = self.make(session);
+        let (state, result) = match made {
+            Ok(ready) => (State::Ready(Box::new(ready)), Ok(())),
+            Err(problem) => (State::None, Err(problem)),
+        };
+        *lock(&self.state) = state;
+        result
+    }
+
+    fn make(&self, session: &Arc<Session>) -> Step<Ready> {
+        let container = read_document(&session.config.root.join(DOCUMENT.trim_start_matches('/')))?;
+        if container.unix_ns > 0 {
+            identity::go_on(&session.config, container.unix_ns, &container.seed)?;
+        }
+        if self.place.nics.is_some() && !container.hostname.is_empty() {
+            nix::unistd::sethostname(&container.hostname).map_err(doing("setting the host name"))?;
+        }
+        self.set_network(&container.network)?;
+        if container.resolver {
+            let telling = Arc::clone(session);
+            let begun =
+                Resolver::begin(resolver::ADDRESS.into(), Box::new(move |control| telling.tell(control)));
+            *lock(&self.resolver) = Some(begun.map_err(doing("listening for questions about names"))?);
+        }
+        if let Some(folders) = &self.place.folders {
+            folders.wait_for_trees()?;
+        }
+        let cgroup = match &self.place.cgroups {
+            Some(top) => Some(cgroup::make(top, container.pids_limit).map_err(doing("making a cgroup"))?),
+            None => None,
+        };
+        if let Some(cgroup) = &cgroup {
+            *lock(&self.watch) = Some(Watch::begin(cgroup, session));
+        }
+        self.launch_first(container, cgroup)
+    }
+
+    fn launch_first(&self, container: Container, cgroup: Option<PathBuf>) -> Step<Ready> {
+        let own = CloneFlags::CLONE_NEWPID
+            | CloneFlags::CLONE_NEWNS
+            | CloneFlags::CLONE_NEWIPC
+            | CloneFlags::CLONE_NEWUTS;
+        let Process { ref terminal, stdin, capabilities, .. } = container.process;
+        let shape = Shape { own, init: None, terminal: terminal.is_some(), stdin };
+        let trees = self.place.trees.clone();
+        let task = Task::Create { container: Box::new(container), trees };
+        let launched = launch(&Plan { cgroup: cgroup.clone(), task }, shape)?;
+        match exec::pidfd(launched.spawned.pid) {
+            Ok(init) => Ok(Ready { launched, begun: Begun { init, cgroup, capabilities } }),
+            Err(error) => {
+                launched.give_up();
+                Err(doing("watching the container's first process")(error))
+            }
+        }
+    }
+
+    /// Starts the container's program as the stream's.
+    pub fn start(&self, session: &Arc<Session>, stream: &Arc<Stream>) -> Step<()> {
+        let ready = {
+            let mut state = lock(&self.state);
+            match std::mem::take(&mut *state) {
+                State::Ready(ready) => {
+                    *state = State::Making;
+                    ready
+                }
+                other => {
+                    *state = other;
+                    return Err(problem(ProblemKind::Invalid, "no container is ready to be started"));
+                }
+            }
+        };
+        let Ready { launched, begun } = *ready;
+        let spawned = launched.begin();
+        // Also where it could not begin: a VM has one container in its life.
+        *lock(&self.state) = State::Begun(Arc::new(begun));
+        exec::run(session, stream, spawned?, None, Manner::Contained)
+    }
+
+    /// Runs another program in the container, as the stream's.
+    pub fn exec(&self, session: &Arc<Session>, stream: &Arc<Stream>, process: Process) -> Step<()> {
+        let (terminal, stdin) = (process.terminal.is_some(), process.stdin);
+        let spawned = self.join(Task::Join(process), terminal, stdin)?;
+        exec::run(session, stream, spawned, None, Manner::Contained)
+    }
+
+    /// Whether commands of whoever has the VM run in the container.
+    pub fn is_running(&self) -> bool {
+        matches!(&*lock(&self.state), State::Begun(begun) if begun.is_running())
+    }
+
+    /// Runs a command of whoever has the VM in the container.
+    pub fn guest_exec(&self, spec: ExecSpec) -> Step<Spawned> {
+        let capabilities = self.begun()?.capabilities;
+        let (terminal, stdin) = (spec.terminal.is_some(), spec.stdin);
+        self.join(Task::Guest { spec, capabilities }, terminal, stdin)
+    }
+
+    fn begun(&self) -> Step<Arc<Begun>> {
+        match &*lock(&self.state) {
+            State::Begun(begun) if begun.is_running() => Ok(Arc::clone(begun)),
+            _ => Err(problem(ProblemKind::Invalid, "the container is not running")),
+        }
+    }
+
+    fn join(&self, task: Task, terminal: bool, stdin: bool) -> Step<Spawned> {
+        let begun = self.begun()?;
+        let shape = Shape { own: CloneFlags::empty(), init: Some(begun.init.as_fd()), terminal, stdin };
+        launch(&Plan { cgroup: begun.cgroup.clone(), task }, shape)?.begin()
+    }
+
+    /// Makes the network so.
+    pub fn set_network(&self, network: &Network) -> Step<()> {
+        let Some(nics) = &self.place.nics else { return Ok(()) };
+        let wanted = nics.check(network).map_err(|message| problem(ProblemKind::Invalid, message))?;
+        nics.apply(&wanted).map_err(doing("setting up the network"))
+    }
+
+    /// Passes an answer of the host's on.
+    pub fn resolved(&self, query: u32, message: &[u8]) {
+        let resolver = lock(&self.resolver).clone();
+        if let Some(resolver) = resolver {
+            resolver.answer(query, message);
+        }
+    }
+
+    /// Has told what the kernel has ended until now.
+    pub fn look_for_kills(&self) {
+        let watch = lock(&self.watch).clone();
+        if let Some(watch) = watch {
+            watch.look();
+        }
+    }
+}
+
+/// Reads the document, which may hold secrets and so does not stay.
+fn read_document(path: &Path) -> Step<Container> {
+    let read = || -> std::io::Result<Vec<u8>> {
+        let mut text = Vec::new();
+        File::open(path)?.take(MAX_DOCUMENT + 1).read_to_end(&mut text)?;
+        fs::remove_file(path)?;
+        Ok(text)
+    };
+    let text = read().map_err(doing(format_args!("reading {}", path.display())))?;
+    if text.len() as u64 > MAX_DOCUMENT {
+        let message = format!("the container's document is longer than {MAX_DOCUMENT} bytes");
+        return Err(problem(ProblemKind::Invalid, message));
+    }
+    serde_json::from_slice(&text)
+        .map_err(|error| problem(ProblemKind::Invalid, format!("the container's document is none: {error}")))
+}

@@ -1,0 +1,64 @@
+//! What the agent tells the first process of a program in a container, and what that tells it.
+//!
+//! The process is the agent's own program, begun anew in the container's namespaces ([`super::stage`]). It gets its plan as a file and
+//! says how far it is over a socket, whose end without a word is that the program runs.
+
+use std::path::PathBuf;
+
+use catalyst_agent_protocol::container::{Capabilities, Container, Process};
+use catalyst_agent_protocol::{ExecSpec, Problem};
+use serde::{Deserialize, Serialize};
+
+/// The argument with which the program is such a process.
+pub const STAGE: &str = "--container-stage";
+/// The process's end of the socket.
+pub const SOCKET: i32 = 3;
+/// Its plan.
+pub const PLAN: i32 = 4;
+/// The first process of the container that it goes into, if there is one.
+pub const INIT: i32 = 5;
+/// What the agent says when the program is to begin.
+pub const START: &[u8] = b"start";
+/// Longest word over the socket, in bytes.
+pub const MAX_TOLD: usize = 16 * 1024;
+
+/// What is to be done.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Plan {
+    /// The cgroup of the container, as a folder of the agent's.
+    pub cgroup: Option<PathBuf>,
+    /// What in it.
+    pub task: Task,
+}
+
+/// What is to be done in a container.
+#[derive(Debug, Serialize, Deserialize)]
+pub enum Task {
+    /// Make it, and be its first process.
+    Create {
+        /// It.
+        container: Box<Container>,
+        /// The folder of all trees.
+        trees: PathBuf,
+    },
+    /// Be another process of it.
+    Join(Process),
+    /// Be a command of whoever has the VM.
+    Guest {
+        /// The command.
+        spec: ExecSpec,
+        /// What the container's own program may do.
+        capabilities: Capabilities,
+    },
+}
+
+/// What the process says.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Told {
+    /// The near end of its terminal comes with this.
+    Terminal,
+    /// All is ready for the program to begin.
+    Ready,
+    /// It will not be.
+    Failed(Problem),
+}
