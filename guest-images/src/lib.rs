@@ -1,4 +1,4 @@
-//! The bundled image lumen: its recipe, the builder, and the store that keeps built images.
+//! The bundled images lumen and micro: their recipe, the builder, and the store that keeps built images.
 //!
 //! The daemon reads images through [`ImageStore`]; the program `catalyst-image` builds them (and is the one
 //! that needs root). A version of an image never changes once it is in the store, since the disks of VMs are

@@ -1,4 +1,4 @@
-//! `catalyst-image`: builds the bundled image and looks after the store of images.
+//! `catalyst-image`: builds the bundled images and looks after the store of images.
 
 use std::error::Error;
 use std::io::{IsTerminal, Write};
@@ -7,11 +7,11 @@ use std::process::ExitCode;
 
 use catalyst_images::{
     BuildOptions, BuildOutcome, ImageError, ImageInfo, ImageState, ImageStore, Progress, VerifyProgress,
-    build,
+    build, recipe,
 };
 use clap::{Args, Parser, Subcommand};
 
-/// Builds the image lumen and looks after the store of images.
+/// Builds the images lumen and micro and looks after the store of images.
 #[derive(Parser)]
 #[command(version, about)]
 struct Cli {
@@ -31,7 +31,7 @@ struct StoreArgs {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Build the image, or go on with a build that was interrupted (needs root)
+    /// Build the images, or go on with a build that was interrupted (needs root)
     Build {
         #[command(flatten)]
         store: StoreArgs,
@@ -131,7 +131,7 @@ fn build_image(store: &StoreArgs, agent: Option<PathBuf>, force: bool) -> Result
     })?;
     let (BuildOutcome::Built(version) | BuildOutcome::UpToDate(version)) = &outcome;
     let what = if matches!(outcome, BuildOutcome::Built(_)) { "built" } else { "up to date" };
-    let message = format!("lumen {version} {what}");
+    let message = format!("{} and {} {version} {what}", recipe::NAME, recipe::MICRO);
     if store.json {
         let name = "done".to_owned();
         json_line(&Progress { step: last.of, of: last.of, name, percent: Some(100), message })?;
@@ -210,6 +210,9 @@ fn show(store: &StoreArgs, name: &str, version: Option<&str>) -> Result<(), Box<
     println!("folder:       {}", image.dir.display());
     println!("debian:       {}\nkernel:       {}", manifest.suite, manifest.kernel);
     println!("command line: {}", manifest.command_line);
+    if manifest.diskless {
+        println!("disk:         none: it is for containers");
+    }
     for (file, entry) in &manifest.files {
         println!("{:<13} {} bytes, sha256 {}", format!("{file}:"), entry.size, entry.sha256);
     }

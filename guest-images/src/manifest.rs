@@ -90,6 +90,9 @@ pub struct Manifest {
     /// The machine that its guest starts on by its own loader; a kernel of ours starts it if there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub machine: Option<Machine>,
+    /// Its VMs have no disk: all that it is comes with the kernel. It is for containers.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub diskless: bool,
     /// The files, by name.
     pub files: BTreeMap<String, FileEntry>,
     /// All packages, sorted by name.
@@ -146,13 +149,49 @@ impl Manifest {
         }
         let manifest: Self = serde_json::from_slice(text).map_err(ManifestError::Parse)?;
         // What starts by its own loader has its kernel on its disk.
-        let files: &[_] =
-            if manifest.machine.is_some() { &[DISK_FILE] } else { &[DISK_FILE, KERNEL_FILE, INITRD_FILE] };
+        let files: &[_] = match (manifest.machine, manifest.diskless) {
+            (Some(_), _) => &[DISK_FILE],
+            (None, true) => &[KERNEL_FILE, INITRD_FILE],
+            (None, false) => &[DISK_FILE, KERNEL_FILE, INITRD_FILE],
+        };
         for &name in files {
             if !manifest.files.contains_key(name) {
                 return Err(ManifestError::Unlisted(name));
             }
         }
         Ok(manifest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A manifest that lists these files.
+    fn text(files: &[&str], more: &str) -> String {
+        let entry = r#"{"size":1,"allocated":1,"mtime_ns":1,"sha256":"","sparse":false}"#;
+        let files: Vec<String> = files.iter().map(|file| format!("\"{file}\":{entry}")).collect();
+        format!(
+            r#"{{"format":1,"name":"n","version":"v","recipe_key":"k","created":0,"build_command":[],"suite":"","sources":[],
+            "kernel":"","kernel_package":{{"name":"","version":""}},"command_line":"","command_line_software_cpu":"",
+            "packages":[],"files":{{{}}}{more}}}"#,
+            files.join(",")
+        )
+    }
+
+    #[test]
+    fn an_image_lists_what_its_vms_start_from() {
+        let parse = |files: &[&str], more: &str| Manifest::parse(text(files, more).as_bytes());
+        let (all, started) = ([DISK_FILE, KERNEL_FILE, INITRD_FILE], [KERNEL_FILE, INITRD_FILE]);
+        assert!(!parse(&all, "").unwrap().diskless);
+        assert!(matches!(parse(&started, ""), Err(ManifestError::Unlisted(DISK_FILE))));
+        let diskless = parse(&started, r#","diskless":true"#).unwrap();
+        assert!(diskless.diskless);
+        assert!(serde_json::to_string(&diskless).unwrap().contains("diskless"));
+        assert!(matches!(
+            parse(&[KERNEL_FILE], r#","diskless":true"#),
+            Err(ManifestError::Unlisted(INITRD_FILE))
+        ));
+        assert!(parse(&[DISK_FILE], r#","machine":"bios""#).is_ok());
     }
 }

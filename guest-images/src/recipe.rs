@@ -1,4 +1,5 @@
-//! The recipe of lumen: the files below `lumen/`, carried inside the program so that it needs nothing beside it.
+//! The recipe of lumen and of micro: the files below `lumen/` and `micro/`, carried inside the program so that it needs nothing
+//! beside it. Both are made in one build, of one kernel and one agent, and have one key.
 
 use sha2::{Digest, Sha256};
 
@@ -9,6 +10,8 @@ use crate::sources::Sources;
 pub const BUILDER_FORMAT: u32 = 2;
 /// Name of the image.
 pub const NAME: &str = "lumen";
+/// Name of the image for containers, which has no disk.
+pub const MICRO: &str = "micro";
 /// Hexadecimal digits of the recipe's key that make a version.
 const VERSION_DIGITS: usize = 12;
 
@@ -33,6 +36,13 @@ const COMMAND_LINE: &str = include_str!("../lumen/cmdline.txt");
 /// Arguments of the kernel where the CPU is emulated in software, one a line.
 const COMMAND_LINE_SOFTWARE_CPU: &str = include_str!("../lumen/cmdline-software-cpu.txt");
 
+/// Modules that micro's first process loads.
+pub const MICRO_MODULES: &str = include_str!("../micro/modules.txt");
+/// Arguments of micro's kernel, one a line.
+const MICRO_COMMAND_LINE: &str = include_str!("../micro/cmdline.txt");
+/// Arguments of micro's kernel where the CPU is emulated in software, one a line.
+const MICRO_COMMAND_LINE_SOFTWARE_CPU: &str = include_str!("../micro/cmdline-software-cpu.txt");
+
 /// A file that the image gets as it is.
 #[derive(Debug)]
 pub struct RecipeFile {
@@ -43,13 +53,13 @@ pub struct RecipeFile {
 }
 
 macro_rules! files {
-    ($($path:literal),* $(,)?) => {
-        &[$(RecipeFile { path: $path, content: include_str!(concat!("../lumen/files/", $path)) }),*]
+    ($folder:literal: $($path:literal),* $(,)?) => {
+        &[$(RecipeFile { path: $path, content: include_str!(concat!("../", $folder, "/files/", $path)) }),*]
     };
 }
 
 /// The files that the image gets as they are.
-pub const FILES: &[RecipeFile] = files![
+pub const FILES: &[RecipeFile] = files!["lumen":
     "etc/apt/apt.conf.d/90catalyst",
     "etc/containerd/config.toml",
     "etc/docker/daemon.json",
@@ -71,6 +81,9 @@ pub const FILES: &[RecipeFile] = files![
     "usr/bin/vmhgfs-fuse",
 ];
 
+/// The files that micro's initial RAM disk gets as they are.
+pub const MICRO_FILES: &[RecipeFile] = files!["micro": "etc/group", "etc/passwd"];
+
 /// The kernel's command line that the recipe asks for.
 pub fn command_line() -> String {
     joined(COMMAND_LINE)
@@ -79,6 +92,16 @@ pub fn command_line() -> String {
 /// What to add to it where the CPU is emulated in software.
 pub fn command_line_software_cpu() -> String {
     joined(COMMAND_LINE_SOFTWARE_CPU)
+}
+
+/// The command line of micro's kernel.
+pub fn micro_command_line() -> String {
+    joined(MICRO_COMMAND_LINE)
+}
+
+/// What to add to it where the CPU is emulated in software.
+pub fn micro_command_line_software_cpu() -> String {
+    joined(MICRO_COMMAND_LINE_SOFTWARE_CPU)
 }
 
 fn joined(list: &str) -> String {
@@ -107,11 +130,17 @@ pub fn key(agent: &[u8], sources: &Sources) -> String {
         ("containers", CONTAINERS),
         ("cmdline", COMMAND_LINE),
         ("cmdline-software-cpu", COMMAND_LINE_SOFTWARE_CPU),
+        ("micro/modules", MICRO_MODULES),
+        ("micro/cmdline", MICRO_COMMAND_LINE),
+        ("micro/cmdline-software-cpu", MICRO_COMMAND_LINE_SOFTWARE_CPU),
     ] {
         part(name, content.as_bytes());
     }
     for file in FILES {
         part(file.path, file.content.as_bytes());
+    }
+    for file in MICRO_FILES {
+        part(&format!("micro/{}", file.path), file.content.as_bytes());
     }
     part("agent", agent_key(agent));
     part("suite", sources.suite.as_bytes());
@@ -156,10 +185,8 @@ mod tests {
         assert_eq!(version(&first).len(), VERSION_DIGITS);
     }
 
-    #[test]
-    fn every_file_of_the_recipe_is_carried() {
-        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("lumen/files");
-        let mut folders = vec![root.clone()];
+    fn files_below(root: &std::path::Path) -> Vec<String> {
+        let mut folders = vec![root.to_owned()];
         let mut found = Vec::new();
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder).unwrap() {
@@ -167,13 +194,21 @@ mod tests {
                 if path.is_dir() {
                     folders.push(path);
                 } else {
-                    found.push(path.strip_prefix(&root).unwrap().to_str().unwrap().to_owned());
+                    found.push(path.strip_prefix(root).unwrap().to_str().unwrap().to_owned());
                 }
             }
         }
         found.sort();
-        let carried: Vec<_> = FILES.iter().map(|file| file.path).collect();
-        assert_eq!(carried, found);
+        found
+    }
+
+    #[test]
+    fn every_file_of_the_recipe_is_carried() {
+        let top = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        for (image, files) in [(NAME, FILES), (MICRO, MICRO_FILES)] {
+            let carried: Vec<_> = files.iter().map(|file| file.path).collect();
+            assert_eq!(carried, files_below(&top.join(image).join("files")));
+        }
     }
 
     #[test]
@@ -182,5 +217,14 @@ mod tests {
         assert_eq!(line.matches("root=/dev/vda").count(), 1);
         assert_eq!(line.matches("console=ttyS0").count(), 1);
         assert!(!line.contains('#') && !line.contains('\n'));
+    }
+
+    #[test]
+    fn a_container_has_no_root_disk_and_does_not_outlive_its_kernel() {
+        let line = micro_command_line();
+        assert!(!line.contains("root="), "{line}");
+        for word in ["console=ttyS0", "panic=-1", "oops=panic"] {
+            assert_eq!(line.split(' ').filter(|one| *one == word).count(), 1, "{word}");
+        }
     }
 }

@@ -135,7 +135,7 @@ pub struct Image {
     pub version: String,
     /// Its folder.
     pub dir: PathBuf,
-    /// The root disk: raw, ext4 without a partition table, never to be written.
+    /// The root disk: raw, ext4 without a partition table, never to be written. A diskless image has none there.
     pub disk: PathBuf,
     /// The kernel: an ELF file with a PVH entry point.
     pub vmlinux: PathBuf,

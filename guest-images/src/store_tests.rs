@@ -25,6 +25,7 @@ fn store(versions: &[&str]) -> (tempfile::TempDir, ImageStore) {
         let manifest = Manifest {
             made_from: None,
             machine: None,
+            diskless: false,
             format: MANIFEST_FORMAT,
             name: "lumen".into(),
             version: (*version).into(),

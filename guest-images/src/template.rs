@@ -50,7 +50,7 @@ impl ImageStore {
         check_name(name)?;
         let own = self.own().ok_or_else(|| ImageError::BadName(name.to_owned()))?;
         let exists = || ImageError::Exists(name.to_owned());
-        if name == recipe::NAME || self.root().join(name).exists() {
+        if [recipe::NAME, recipe::MICRO].contains(&name) || self.root().join(name).exists() {
             return Err(exists());
         }
         DirBuilder::new()
@@ -181,6 +181,7 @@ fn foreign(machine: Machine, file: &str) -> Manifest {
         command_line_software_cpu: String::new(),
         made_from: Some(file.to_owned()),
         machine: Some(machine),
+        diskless: false,
         files: std::collections::BTreeMap::new(),
         packages: Vec::new(),
     }
@@ -211,7 +212,9 @@ mod tests {
         let mode = folder.path().join(".of-7").metadata().unwrap().mode();
         assert_eq!(mode & 0o777, 0o700);
         assert!(matches!(made(&store, "base"), Err(ImageError::Exists(_))));
-        assert!(matches!(made(&store, "lumen"), Err(ImageError::Exists(_))));
+        for bundled in ["lumen", "micro"] {
+            assert!(matches!(made(&store, bundled), Err(ImageError::Exists(_))));
+        }
         for bad in ["", "..", "a/b", "A", ".of-8"] {
             assert!(matches!(store.begin_template(bad), Err(ImageError::BadName(_))), "{bad}");
         }

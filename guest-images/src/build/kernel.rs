@@ -1,4 +1,4 @@
-//! The step that takes from Debian's kernel package what lumen needs: the kernel, its modules, an initrd.
+//! What is taken from Debian's kernel package: for lumen the kernel, its modules, an initrd; for micro an initrd of the agent.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -30,7 +30,7 @@ pub(super) fn kernel(build: &mut Build<'_>) -> Result<(), BuildError> {
     let from = modules_folder(&build.work).join(&release);
     let dependencies = Dependencies::parse(&read_text(&from.join("modules.dep"))?);
     let built_in = read_text(&from.join("modules.builtin"))?;
-    let list = format!("{}\n{}", recipe::MODULES_INITRD, recipe::MODULES_ROOT);
+    let list = [recipe::MODULES_INITRD, recipe::MODULES_ROOT, recipe::MICRO_MODULES].join("\n");
     let chosen = dependencies.select(&list, &built_in)?;
     build.say(&format!("{} modules", chosen.len()), None);
     let modules = build.work.join("root/usr/lib/modules");
@@ -92,15 +92,48 @@ fn depmod(build: &mut Build<'_>, folder: &str, release: &str) -> Result<(), Buil
     build.command(depmod)
 }
 
+/// Writes micro's initrd: the agent is its first program.
+pub(super) fn micro_initrd(build: &mut Build<'_>, path: &Path) -> Result<(), BuildError> {
+    let from = modules_folder(&build.work).join(release(&build.work)?);
+    let dependencies = Dependencies::parse(&read_text(&from.join("modules.dep"))?);
+    let order = dependencies.load_order(recipe::MICRO_MODULES, &read_text(&from.join("modules.builtin"))?)?;
+    let failed = |source| io_error("write", path)(source);
+    let mut archive = new_archive(path, &["dev", "etc", "modules", "proc", "root", "run", "sys"])?;
+    archive.file("init", 0o755, &build.agent).map_err(failed)?;
+    for file in recipe::MICRO_FILES {
+        archive.file(file.path, 0o644, file.content.as_bytes()).map_err(failed)?;
+    }
+    let modules = build.work.join("root/usr/lib/modules").join(release(&build.work)?);
+    end_archive(archive, path, &modules, &order)
+}
+
 fn write_initrd(path: &Path, busybox: &Path, modules: &Path, order: &[String]) -> Result<(), BuildError> {
     let failed = |source| io_error("write", path)(source);
-    let file = File::create(path).map_err(failed)?;
-    let mut archive = CpioWriter::new(BufWriter::new(file));
-    for folder in ["bin", "dev", "modules", "root"] {
-        archive.folder(folder, 0o755).map_err(failed)?;
-    }
+    let mut archive = new_archive(path, &["bin", "dev", "modules", "root"])?;
     archive.file("init", 0o755, recipe::INITRD_INIT.as_bytes()).map_err(failed)?;
     archive.file("bin/busybox", 0o755, &read(busybox)?).map_err(failed)?;
+    end_archive(archive, path, modules, order)
+}
+
+type Archive = CpioWriter<BufWriter<File>>;
+
+fn new_archive(path: &Path, folders: &[&str]) -> Result<Archive, BuildError> {
+    let failed = |source| io_error("write", path)(source);
+    let mut archive = CpioWriter::new(BufWriter::new(File::create(path).map_err(failed)?));
+    for folder in folders {
+        archive.folder(folder, 0o755).map_err(failed)?;
+    }
+    Ok(archive)
+}
+
+/// Adds the modules and the file that says in which order they are loaded.
+fn end_archive(
+    mut archive: Archive,
+    path: &Path,
+    modules: &Path,
+    order: &[String],
+) -> Result<(), BuildError> {
+    let failed = |source| io_error("write", path)(source);
     let mut names = String::new();
     for module in order {
         let name = module.rsplit('/').next().unwrap_or(module);

@@ -1,8 +1,9 @@
-//! Builds an image, step by step, so that an interrupted build goes on with the step that was interrupted.
+//! Builds the images, step by step, so that an interrupted build goes on with the step that was interrupted.
 //!
 //! All happens in `<store>/lumen/.build-<version>/`:
 //! `steps` names the completed steps, `root/` becomes the root disk, `kernel/` is Debian's kernel package, and
-//! `out/` becomes the version by one rename when everything in it is on disk.
+//! `out/` becomes the version by one rename when everything in it is on disk. `micro/` becomes that of the image for containers
+//! before it.
 
 mod command;
 mod kernel;
@@ -137,7 +138,7 @@ pub(crate) struct Build<'a> {
     report: &'a mut dyn FnMut(&Progress),
 }
 
-/// Builds the image lumen as `options` says and makes it the current version. `report` hears of progress.
+/// Builds the images lumen and micro as `options` says and makes them the current versions. `report` hears of progress.
 /// Another build in the same store is waited for.
 pub fn build(options: &BuildOptions, report: &mut dyn FnMut(&Progress)) -> Result<BuildOutcome, BuildError> {
     if !nix::unistd::geteuid().is_root() {
@@ -148,17 +149,21 @@ pub fn build(options: &BuildOptions, report: &mut dyn FnMut(&Progress)) -> Resul
     let key = recipe::key(&agent, &sources);
     let store = ImageStore::open(&options.store);
     let dir = store.image_dir(recipe::NAME);
-    for folder in [options.store.as_path(), &dir] {
+    let micro = store.image_dir(recipe::MICRO);
+    for folder in [options.store.as_path(), &dir, &micro] {
         fs::create_dir_all(folder).map_err(io_error("create", folder))?;
         set_mode(folder, 0o755)?;
     }
     let _lock = lock(&dir, report)?;
-    let versions = versions_of(&store, &key)?;
-    if let (false, Some(version)) = (options.force, good_version(&store, &versions)) {
+    let good = |name| good_version(&store, name, &key);
+    if !options.force
+        && let (Some(version), Some(of_micro)) = (good(recipe::NAME)?, good(recipe::MICRO)?)
+    {
+        switch_current(&micro, &of_micro)?;
         switch_current(&dir, &version)?;
         return Ok(BuildOutcome::UpToDate(version));
     }
-    let version = free_version(&dir, recipe::version(&key));
+    let version = free_version(&[&dir, &micro], recipe::version(&key));
     let work = dir.join(format!("{BUILD_PREFIX}{version}"));
     remove_other_builds(&dir, &work)?;
     let cache = options.store.join(".cache/packages");
@@ -168,6 +173,7 @@ pub fn build(options: &BuildOptions, report: &mut dyn FnMut(&Progress)) -> Resul
     let mut build =
         Build { options, sources, agent, key, version, work, cache, step: 0, name: "packages", report };
     build.run()?;
+    place(&build.work.join(recipe::MICRO), &micro, &build.version)?;
     publish(&dir, &build.work, &build.version)?;
     Ok(BuildOutcome::Built(build.version))
 }
@@ -228,29 +234,22 @@ fn lock(dir: &Path, report: &mut dyn FnMut(&Progress)) -> Result<Flock<File>, Bu
     Flock::lock(open()?, FlockArg::LockExclusive).map_err(|(_, error)| io_error("lock", &path)(error.into()))
 }
 
-/// Versions that were built by the recipe with this key, the newest first.
-fn versions_of(store: &ImageStore, key: &str) -> Result<Vec<String>, BuildError> {
-    let infos = store.list()?;
+/// The newest version of an image that was built by the recipe with this key and is well.
+fn good_version(store: &ImageStore, name: &str, key: &str) -> Result<Option<String>, BuildError> {
     let of_key = |version: &str| {
-        Manifest::read(&store.image_dir(recipe::NAME).join(version))
-            .is_ok_and(|manifest| manifest.recipe_key == key)
+        Manifest::read(&store.image_dir(name).join(version)).is_ok_and(|manifest| manifest.recipe_key == key)
     };
-    Ok(infos
-        .into_iter()
-        .filter(|info| info.name == recipe::NAME && of_key(&info.version))
-        .map(|info| info.version)
-        .collect())
+    let versions = store.list()?.into_iter().filter(|info| info.name == name).map(|info| info.version);
+    let mut good = versions.filter(|version| of_key(version) && store.version(name, version).is_ok());
+    Ok(good.next())
 }
 
-fn good_version(store: &ImageStore, versions: &[String]) -> Option<String> {
-    versions.iter().find(|version| store.version(recipe::NAME, version).is_ok()).cloned()
-}
-
-/// `base`, or `base-2`, `base-3`, … where the earlier ones are taken: a version never changes.
-fn free_version(dir: &Path, base: &str) -> String {
+/// `base`, or `base-2`, `base-3`, … where the earlier ones are taken in one of the folders: a version never changes.
+fn free_version(dirs: &[&Path], base: &str) -> String {
     let numbered = (2..).map(|number: u64| format!("{base}-{number}"));
     let mut names = std::iter::once(base.to_owned()).chain(numbered);
-    names.find(|name| !dir.join(name).exists()).unwrap_or_else(|| base.to_owned())
+    let is_free = |name: &String| !dirs.iter().any(|dir| dir.join(name).exists());
+    names.find(is_free).unwrap_or_else(|| base.to_owned())
 }
 
 /// Removes what builds of other recipes left.
@@ -287,15 +286,20 @@ fn record(work: &Path, done: &[String]) -> Result<(), BuildError> {
     folder.sync_all().map_err(io_error("sync", work))
 }
 
-/// Moves the finished version into the store and makes it the current one.
+/// Moves the finished version into the store, makes it the current one, and removes what is left of its build.
 fn publish(dir: &Path, work: &Path, version: &str) -> Result<(), BuildError> {
-    let target = dir.join(version);
-    fs::rename(work.join("out"), &target).map_err(io_error("create", &target))?;
-    sync_folder(dir)?;
-    switch_current(dir, version)?;
+    place(&work.join("out"), dir, version)?;
     steps::refuse_mounts(work)?;
     remove_folder(dir, &format!("{BUILD_PREFIX}{version}"))?;
     Ok(())
+}
+
+/// Moves a finished version into its image's folder and makes it the current one.
+fn place(finished: &Path, dir: &Path, version: &str) -> Result<(), BuildError> {
+    let target = dir.join(version);
+    fs::rename(finished, &target).map_err(io_error("create", &target))?;
+    sync_folder(dir)?;
+    switch_current(dir, version)
 }
 
 /// Makes `version` the one that new VMs get.

@@ -1,5 +1,6 @@
 //! The steps of a build. Each leaves its result in the build's folder and may run again on its own leftovers.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -33,6 +34,7 @@ pub(super) const STEPS: &[(&str, Step)] = &[
     ("kernel", kernel::kernel),
     ("disk", disk),
     ("manifest", manifest),
+    ("micro", micro),
 ];
 
 /// Installs Debian in `root/`.
@@ -183,17 +185,52 @@ fn disk(build: &mut Build<'_>) -> Result<(), BuildError> {
 /// Writes the manifest with the digest of every file and puts all on disk.
 fn manifest(build: &mut Build<'_>) -> Result<(), BuildError> {
     let out = build.work.join("out");
-    let mut files = std::collections::BTreeMap::new();
-    for name in [DISK_FILE, KERNEL_FILE, INITRD_FILE] {
-        build.say(&format!("digest of {name}"), None);
-        files.insert(name.to_owned(), file_entry(&out.join(name), name == DISK_FILE)?);
-    }
-    let kernel_package = kernel::package(&build.work)?;
+    let files = entries(build, &out, &[DISK_FILE, KERNEL_FILE, INITRD_FILE])?;
     let mut packages = installed(build)?;
     packages.sort_by(|a, b| a.name.cmp(&b.name));
+    let manifest = Manifest { files, packages, ..common(build)? };
+    write_manifest(&out, &manifest)
+}
+
+/// Makes the image for containers, of the same kernel and the agent.
+fn micro(build: &mut Build<'_>) -> Result<(), BuildError> {
+    let micro = build.work.join(recipe::MICRO);
+    remove_tree(&micro)?;
+    fs::create_dir(&micro).map_err(io_error("create", &micro))?;
+    let kernel = micro.join(KERNEL_FILE);
+    fs::hard_link(build.work.join("out").join(KERNEL_FILE), &kernel).map_err(io_error("create", &kernel))?;
+    kernel::micro_initrd(build, &micro.join(INITRD_FILE))?;
+    let files = entries(build, &micro, &[KERNEL_FILE, INITRD_FILE])?;
     let manifest = Manifest {
+        name: recipe::MICRO.to_owned(),
+        command_line: recipe::micro_command_line(),
+        command_line_software_cpu: recipe::micro_command_line_software_cpu(),
+        diskless: true,
+        files,
+        ..common(build)?
+    };
+    write_manifest(&micro, &manifest)
+}
+
+fn entries(
+    build: &mut Build<'_>,
+    folder: &Path,
+    names: &[&str],
+) -> Result<BTreeMap<String, FileEntry>, BuildError> {
+    let mut files = BTreeMap::new();
+    for &name in names {
+        build.say(&format!("digest of {name}"), None);
+        files.insert(name.to_owned(), file_entry(&folder.join(name), name == DISK_FILE)?);
+    }
+    Ok(files)
+}
+
+/// What the manifests of all images of this build have in common; the rest is lumen's, without files.
+fn common(build: &Build<'_>) -> Result<Manifest, BuildError> {
+    Ok(Manifest {
         made_from: None,
         machine: None,
+        diskless: false,
         format: MANIFEST_FORMAT,
         name: recipe::NAME.to_owned(),
         version: build.version.clone(),
@@ -204,17 +241,20 @@ fn manifest(build: &mut Build<'_>) -> Result<(), BuildError> {
         sources: build.sources.entries.iter().map(|source| source.line(false)).collect(),
         kernel: kernel::release(&build.work)?,
         kernel_hz: kernel::ticks(&build.work)?,
-        kernel_package,
+        kernel_package: kernel::package(&build.work)?,
         command_line: recipe::command_line(),
         command_line_software_cpu: recipe::command_line_software_cpu(),
-        files,
-        packages,
-    };
-    let path = out.join(MANIFEST_FILE);
+        files: BTreeMap::new(),
+        packages: Vec::new(),
+    })
+}
+
+fn write_manifest(folder: &Path, manifest: &Manifest) -> Result<(), BuildError> {
+    let path = folder.join(MANIFEST_FILE);
     let text =
-        serde_json::to_vec_pretty(&manifest).map_err(io::Error::from).map_err(io_error("write", &path))?;
+        serde_json::to_vec_pretty(manifest).map_err(io::Error::from).map_err(io_error("write", &path))?;
     put(&path, &text, 0o644)?;
-    set_mode(&out, 0o755)
+    set_mode(folder, 0o755)
 }
 
 fn file_entry(path: &Path, sparse: bool) -> Result<FileEntry, BuildError> {

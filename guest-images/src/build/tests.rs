@@ -9,12 +9,13 @@ fn completed_steps_survive_and_an_empty_folder_has_none() {
 }
 
 #[test]
-fn a_taken_version_gets_a_number() {
-    let dir = tempfile::tempdir().unwrap();
-    assert_eq!(free_version(dir.path(), "abc"), "abc");
-    fs::create_dir(dir.path().join("abc")).unwrap();
-    fs::create_dir(dir.path().join("abc-2")).unwrap();
-    assert_eq!(free_version(dir.path(), "abc"), "abc-3");
+fn a_version_that_either_image_has_gets_a_number() {
+    let (lumen, micro) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let free = || free_version(&[lumen.path(), micro.path()], "abc");
+    assert_eq!(free(), "abc");
+    fs::create_dir(lumen.path().join("abc")).unwrap();
+    fs::create_dir(micro.path().join("abc-2")).unwrap();
+    assert_eq!(free(), "abc-3");
 }
 
 #[test]
@@ -92,9 +93,10 @@ fn interrupted_steps_run_again_and_completed_ones_do_not() {
     };
     build.run().unwrap();
     // With the last step missing, only that one runs; here it fails, since there is nothing to describe.
-    record(store.path(), &["packages", "system", "containers", "kernel", "disk"].map(str::to_owned)).unwrap();
+    let all_but_last = ["packages", "system", "containers", "kernel", "disk", "manifest"];
+    record(store.path(), &all_but_last.map(str::to_owned)).unwrap();
     assert!(build.run().is_err());
     let before = |said: &&(u32, String)| said.1 == "done before";
-    assert_eq!(said.iter().filter(before).count(), 6 + 5);
-    assert!(said.contains(&(6, "begun".to_owned())));
+    assert_eq!(said.iter().filter(before).count(), 7 + 6);
+    assert!(said.contains(&(7, "begun".to_owned())));
 }
