@@ -31,8 +31,8 @@ pub use snapshot::{CreateSnapshot, RestoreSnapshot, Snapshot};
 pub use system::{NetworkInfo, Version};
 pub use template::{CreateTemplate, ExportVm, ImportImage, TemplateInfo, WarmInfo, WarmRequest};
 pub use vm::{
-    Address, CloneVm, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest, Proxy, SetUpInfo,
-    SetUpStage, SshInfo, StartMode, UpdateVm, Vm, VmState,
+    Address, CloneVm, ContainerInfo, CreateVm, EngineName, GuestStatus, MemoryInfo, PowerOp, PowerRequest,
+    Proxy, SetUpInfo, SetUpStage, SshInfo, StartMode, UpdateVm, Vm, VmState,
 };
 
 /// The port the daemon listens on where nothing else is said, as AppCatalyst did.

@@ -1,5 +1,6 @@
 //! Virtual machines: what is asked for, what is told.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -279,6 +280,35 @@ pub struct Vm {
     /// The VMX that was registered in place, if it was.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
+    /// The container that the VM is, if it is one. It goes when the container goes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerInfo>,
+}
+
+/// The container that a VM is, as its engine knows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ContainerInfo {
+    /// The process that is the container to its engine; the VM is deleted when it ends.
+    pub pid: u32,
+    /// The engine's id of it.
+    pub id: String,
+    /// Its name, if the engine tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The image it was made from, if the engine tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Its program, with arguments.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
+    /// Its labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Its address, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub address: Option<std::net::IpAddr>,
 }
 
 /// Body of `POST /v1/vms`.
@@ -335,6 +365,9 @@ pub struct CreateVm {
     /// Certificates of authorities that the new guest trusts, each text one or several in PEM.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub ca_certificates: Vec<String>,
+    /// The container that the VM is to be, of the template `micro`: for `catalyst-oci`, which asks as root by the Unix socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerInfo>,
 }
 
 /// Proxies of the host. One that it has on its loopback alone is refused; one that listens on its other addresses too is

@@ -52,6 +52,11 @@ pub fn disk_gib(image: &Image) -> u64 {
     image.manifest.files.get(DISK_FILE).map_or(0, |disk| disk.size.div_ceil(1 << 30))
 }
 
+/// Whether VMs of it have no disk: it is for containers.
+pub fn is_diskless(image: &Image) -> bool {
+    !image.manifest.files.contains_key(DISK_FILE)
+}
+
 impl Images {
     /// The images in `store`, used by the daemon of `state_dir`.
     pub fn new(store: ImageStore, tasks: Tasks, state_dir: PathBuf) -> Self {

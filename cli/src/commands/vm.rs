@@ -65,6 +65,7 @@ fn create(context: &Context, asked: args::Create) -> Outcome {
         publish: asked.publish,
         user_data: asked.user_data.as_deref().map(|path| text("user-data", path)).transpose()?,
         proxy,
+        container: None,
         ca_certificates: asked.ca.iter().map(|path| text("certificates", path)).collect::<Result<_, _>>()?,
     };
     let mut vm = client.create(&body)?;
@@ -338,6 +339,7 @@ mod tests {
 
     fn vm() -> Vm {
         Vm {
+            container: None,
             id: "web1".to_owned(),
             name: "Web \x1b[2Jserver".to_owned(),
             state: VmState::PoweredOff,

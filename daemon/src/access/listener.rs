@@ -150,7 +150,9 @@ impl LocalStream {
                 policy.accept_tcp(local, remote)
             }
             Self::Unix(stream) => {
-                policy.accept_unix(stream.peer_cred().map_err(|_| PeerError::Closed)?.uid())
+                let peer = stream.peer_cred().map_err(|_| PeerError::Closed)?;
+                let pid = peer.pid().and_then(|pid| u32::try_from(pid).ok()).filter(|pid| *pid != 0);
+                policy.accept_unix(peer.uid(), pid)
             }
         }
     }

@@ -24,6 +24,8 @@ pub enum Peer {
     Unix {
         /// The user who connected (unix(7), `SO_PEERCRED`).
         uid: u32,
+        /// The process that did, as it is numbered here; `None` where it has no number here.
+        pid: Option<u32>,
     },
 }
 
@@ -68,16 +70,16 @@ impl Policy {
     }
 
     /// Judges a connection to the Unix socket by its `SO_PEERCRED`.
-    pub fn accept_unix(&self, uid: u32) -> Result<Peer, PeerError> {
+    pub fn accept_unix(&self, uid: u32, pid: Option<u32>) -> Result<Peer, PeerError> {
         self.admit(uid)?;
-        Ok(Peer::Unix { uid })
+        Ok(Peer::Unix { uid, pid })
     }
 
     /// Looks at the connection again, which must be done before each request is acted on. Costs some 20 µs and never
     /// waits.
     pub fn verify(&self, peer: &Peer) -> Result<(), PeerError> {
         match *peer {
-            Peer::Unix { uid } => self.admit(uid),
+            Peer::Unix { uid, .. } => self.admit(uid),
             Peer::Tcp { local, remote, inode } => match self.accept_tcp(local, remote)? {
                 Peer::Tcp { inode: now, .. } if now == inode => Ok(()),
                 _ => Err(PeerError::Changed),
@@ -122,9 +124,9 @@ mod tests {
         assert_eq!(judge(ESTABLISHED, 0, 7).unwrap(), 7);
         for uid in [1, 999, 1001, 65534, u32::MAX] {
             assert!(matches!(judge(ESTABLISHED, uid, 7), Err(PeerError::OtherUser { .. })));
-            assert!(Policy::new(OWNER).accept_unix(uid).is_err());
+            assert!(Policy::new(OWNER).accept_unix(uid, None).is_err());
         }
-        assert!(Policy::new(OWNER).accept_unix(OWNER).is_ok());
+        assert!(Policy::new(OWNER).accept_unix(OWNER, None).is_ok());
     }
 
     #[test]

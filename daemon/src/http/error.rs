@@ -236,12 +236,14 @@ impl Failure for CreateError {
             | Self::DiskTooSmall { .. }
             | Self::UserData(_)
             | Self::Host(_)
-            | Self::UserDataNoAgent => ErrorCode::InvalidRequest,
+            | Self::UserDataNoAgent
+            | Self::Container
+            | Self::NoRuntime(_) => ErrorCode::InvalidRequest,
             Self::Unknown(_) => ErrorCode::VmNotFound,
             Self::Template { source, .. } => image_code(source),
             Self::ParentState { .. } => ErrorCode::WrongState,
             Self::Register(error) => register_code(error),
-            Self::Registered(_) => ErrorCode::NotYet,
+            Self::Special(..) => ErrorCode::NotYet,
             Self::Freeze(freeze) => freeze.code(),
             Self::Start(power) => power.code(),
             Self::Port(port) => port.code(),
@@ -255,7 +257,7 @@ impl Failure for CreateError {
 impl Failure for FreezeError {
     fn code(&self) -> ErrorCode {
         match self {
-            Self::Registered(_) => ErrorCode::NotYet,
+            Self::Special(..) => ErrorCode::NotYet,
             Self::State { .. } | Self::Unsettled(_) | Self::Layers { .. } => ErrorCode::WrongState,
             Self::Power(power) => power.code(),
             Self::Engine(engine) => engine_code(engine),
@@ -270,7 +272,7 @@ impl Failure for FolderError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Vm(_) => ErrorCode::VmNotFound,
-            Self::Registered(_) => ErrorCode::NotYet,
+            Self::Special(..) => ErrorCode::NotYet,
             Self::Unknown { .. } => ErrorCode::FolderNotFound,
             Self::Exists { .. } => ErrorCode::FolderExists,
             Self::Name | Self::HostPath | Self::GuestPath | Self::Host { .. } => ErrorCode::InvalidRequest,
@@ -291,7 +293,7 @@ impl Failure for SnapshotError {
             Self::Exists { .. } => ErrorCode::SnapshotExists,
             Self::Name { .. } | Self::Description { .. } => ErrorCode::InvalidRequest,
             Self::TooMany { .. } | Self::State { .. } => ErrorCode::WrongState,
-            Self::Registered(_) => ErrorCode::NotYet,
+            Self::Special(..) => ErrorCode::NotYet,
             Self::Template { source, .. } => image_code(source),
             Self::Freeze(freeze) => freeze.code(),
             Self::Saved(saved) => saved_code(saved),
@@ -338,14 +340,16 @@ impl Failure for PowerError {
     fn code(&self) -> ErrorCode {
         match self {
             Self::Unknown(_) => ErrorCode::VmNotFound,
-            Self::State { .. } | Self::Overtaken(_) | Self::Off(_) => ErrorCode::WrongState,
+            Self::State { .. } | Self::Overtaken(_) | Self::Off(_) | Self::ContainerEnded { .. } => {
+                ErrorCode::WrongState
+            }
             Self::GuestTimeout { .. } => ErrorCode::GuestTimeout,
             Self::Template { source, .. } => image_code(source),
             Self::Open { source, .. } => io_code(source),
             Self::Store(store) => store_code(store),
             Self::Identity(_) | Self::Stopping => ErrorCode::Internal,
             Self::Misfit { .. } | Self::Network(_) | Self::Firmware { .. } => ErrorCode::HostUnfit,
-            Self::Registered(_) => ErrorCode::NotYet,
+            Self::Special(..) => ErrorCode::NotYet,
             Self::Engine { source, .. } | Self::Look { source, .. } => engine_code(source),
             Self::Saved { source, .. } => saved_code(source),
         }

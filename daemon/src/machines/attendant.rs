@@ -7,8 +7,8 @@ use catalyst_api::{GuestStatus, VmState};
 
 use super::shared::Shared;
 use super::{Context, folders, set_up};
-use catalyst_agent_link::{AgentLink, AgentStatus};
 use crate::engine::{VmProcess, sockets};
+use catalyst_agent_link::{AgentLink, AgentStatus};
 
 /// A link that fails at once, again and again, costs no more than this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
@@ -58,6 +58,14 @@ async fn follow(context: &Context, shared: &Arc<Shared>, process: &dyn VmProcess
             (now.identity, now.ssh, now.docker) = (false, false, false);
         }
         if let Some(hello) = &now.hello
+            && shared.container().is_some()
+        {
+            // Its engine tells it who it is, by another port.
+            if told.replace(hello.epoch) != Some(hello.epoch) {
+                set_clock(shared, link.clone());
+            }
+            now.identity = true;
+        } else if let Some(hello) = &now.hello
             && !now.identity
             && told.as_ref() != Some(&hello.epoch)
         {

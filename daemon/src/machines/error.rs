@@ -1,26 +1,47 @@
 //! Why something could not be done with a VM, one enum per kind of operation.
 
-use std::io;
+use std::{fmt, io};
 
 use catalyst_api::{PowerOp, VmState};
 use catalyst_images::ImageError;
 use thiserror::Error;
 
-use catalyst_agent_link::AgentError;
 use crate::engine::EngineError;
 use crate::network::NetworkError;
 use crate::ports::error::PortError;
 use crate::saved::SavedError;
+use crate::store::config::MICRO;
 use crate::store::foreign::{RegisterError, RegisterFailed};
 use crate::store::identity::IdentityError;
 use crate::store::{ConfigError, IdError, StoreError, VmId};
 use crate::user_data::UserDataError;
 use crate::user_data::host::HostError;
+use catalyst_agent_link::AgentError;
 
 /// No such VM.
 #[derive(Debug, Error)]
 #[error("There is no VM '{0}'; see: catalyst vm list")]
 pub struct UnknownVm(pub String);
+
+/// What a VM is that has not all that a VM of a template has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Special {
+    /// Its guest has no agent of ours.
+    Foreign,
+    /// It is a container, and as its engine made it.
+    Container,
+}
+
+impl fmt::Display for Special {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Foreign => {
+                "was registered in place, or is of an imported image: it has no agent of Catalyst's"
+            }
+            Self::Container => "is a container",
+        })
+    }
+}
 
 /// Why a VM could not be made.
 #[derive(Debug, Error)]
@@ -96,10 +117,16 @@ pub enum CreateError {
     )]
     UserDataNoAgent,
     /// Its disks are not ours.
+    #[error("The VM '{0}' {1}, and cannot be cloned")]
+    Special(VmId, Special),
+    /// Containers are the engine's.
     #[error(
-        "The VM '{0}' was registered in place, or is of an imported image, and cannot be cloned: it has no agent of Catalyst's"
+        "A VM that is a container is made by catalyst-oci, as root and by the daemon's Unix socket, of the template '{MICRO}'"
     )]
-    Registered(VmId),
+    Container,
+    /// Its engine's process is not there.
+    #[error("There is no process {0} that could be a container")]
+    NoRuntime(u32),
     /// No address is left.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -142,10 +169,8 @@ pub enum FolderError {
         most: usize,
     },
     /// Its guest has no agent.
-    #[error(
-        "The VM '{0}' was registered in place, or is of an imported image: its guest has no agent that could mount folders"
-    )]
-    Registered(VmId),
+    #[error("The VM '{0}' {1}, and has no folders of the host")]
+    Special(VmId, Special),
     /// Not a name.
     #[error("A folder's name is 1 to 80 bytes without '/' and control characters")]
     Name,
@@ -211,10 +236,8 @@ pub enum FreezeError {
         state: VmState,
     },
     /// Its machine is none of ours.
-    #[error(
-        "The VM '{0}' was registered in place, or is of an imported image, and cannot be cloned: it has no agent of Catalyst's"
-    )]
-    Registered(VmId),
+    #[error("The VM '{0}' {1}, and cannot be cloned")]
+    Special(VmId, Special),
     /// It was being frozen when its daemon was killed.
     #[error(
         "The disk of '{0}' was being laid over when the daemon ended; power it off and on before it is cloned"
@@ -268,8 +291,8 @@ pub enum SnapshotError {
         name: String,
     },
     /// Its disks are not ours.
-    #[error("The VM '{0}' was registered in place, or is of an imported image, and has no snapshots")]
-    Registered(VmId),
+    #[error("The VM '{0}' {1}, and has no snapshots")]
+    Special(VmId, Special),
     /// No name.
     #[error(
         "A snapshot's name has 1 to {most} characters, none of them '/' or a control character, and is not '.' or '..'"
@@ -371,10 +394,17 @@ pub enum PowerError {
         op: PowerOp,
     },
     /// It has no machine that could be saved.
-    #[error(
-        "The VM '{0}' was registered in place, or is of an imported image, and cannot be suspended; pause it, or shut it down: catalyst vmpower shutdown {0}"
-    )]
-    Registered(VmId),
+    #[error("The VM '{0}' {1}, and cannot be suspended; pause it: catalyst vmpower pause {0}")]
+    Special(VmId, Special),
+    /// What the container's engine had made ready for it is not there any more.
+    #[error("The VM '{id}' is a container that has ended")]
+    ContainerEnded {
+        /// The VM.
+        id: VmId,
+        /// What was looked for.
+        #[source]
+        source: io::Error,
+    },
     /// There is no UEFI.
     #[error("The VM '{id}' wants UEFI, and {path} is not there; install it: sudo apt-get install ovmf")]
     Firmware {

@@ -7,8 +7,8 @@ use catalyst_api::SshInfo;
 use super::error::GuestError;
 use super::shared::Shared;
 use super::{Machines, has_guest};
-use catalyst_agent_link::{AgentLink, ExecSession, ExecSpec};
 use crate::store::identity::Identity;
+use catalyst_agent_link::{AgentLink, ExecSession, ExecSpec};
 
 /// The login of the bundled image.
 pub const USER: &str = "catalyst";
@@ -29,6 +29,14 @@ impl Machines {
         let shared = self.guest(id)?;
         let lease = shared.lease();
         let guest = shared.guest();
+        if let Some(container) = shared.container() {
+            let not_ready = |missing| GuestError::NotReady { id: shared.dir().id().clone(), missing };
+            return match container.info.address {
+                Some(std::net::IpAddr::V4(address)) if guest.agent => Ok(address),
+                Some(std::net::IpAddr::V4(_)) => Err(not_ready("its agent has not said hello yet")),
+                _ => Err(not_ready("it is a container that has no IPv4 address")),
+            };
+        }
         // An agent that ends says so; of other guests it is known only that they had it once.
         let holds = (guest.identity && guest.agent)
             || (!guest.agent && self.context().network.answers_arp(lease.address, lease.mac).await);
@@ -43,7 +51,7 @@ impl Machines {
     /// What `ssh` needs, once sshd answers.
     pub async fn ssh(&self, id: &str) -> Result<SshInfo, GuestError> {
         let shared = self.guest(id)?;
-        if shared.is_foreign() {
+        if shared.special().is_some() {
             return Err(GuestError::NoAgent(shared.dir().id().clone()));
         }
         let address = self.address(id).await?.to_string();

@@ -26,6 +26,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::Instrument;
 
 pub(super) use self::ports::PortsCommand;
+use super::container::Runtime;
 use super::error::{ChangeError, FolderError, FreezeError, PowerError, SnapshotError};
 use super::freeze::Frozen;
 use super::resets::Resets;
@@ -115,6 +116,8 @@ pub(super) struct Machine {
     process: Option<Running>,
     shutdown: Option<Shutdown>,
     resets: Resets,
+    /// The process that the VM goes with, if it is a container.
+    runtime: Option<Runtime>,
 }
 
 struct Running {
@@ -137,6 +140,7 @@ struct Shutdown {
 }
 
 enum Happening {
+    RuntimeEnded,
     Command(Option<Asked>),
     Exited(Exit),
     NoRoom,
@@ -153,7 +157,8 @@ impl Machine {
         commands: mpsc::Receiver<Asked>,
         adopted: Option<oneshot::Sender<()>>,
     ) {
-        let machine = Self { context, shared, process: None, shutdown: None, resets: Resets::default() };
+        let resets = Resets::default();
+        let machine = Self { context, shared, process: None, shutdown: None, resets, runtime: None };
         tokio::spawn(machine.run(commands, adopted));
     }
 
@@ -162,6 +167,16 @@ impl Machine {
             self.adopt().await;
         }
         drop(adopted);
+        if let Some(container) = self.shared.container().cloned() {
+            match Runtime::of(&container) {
+                Ok(Some(runtime)) => self.runtime = Some(runtime),
+                Ok(None) if self.runtime_ended().await => return,
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::error!(vm = %self.shared.dir().id(), %error, "the container's end is not seen");
+                }
+            }
+        }
         let mut log_check = tokio::time::interval(LOG_CHECK);
         log_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -170,6 +185,7 @@ impl Machine {
                 exit = exited(self.process.as_ref()) => Happening::Exited(exit),
                 () = no_room(self.process.as_ref()), if self.shared.state() == VmState::PoweredOn => Happening::NoRoom,
                 () = too_slow(self.shutdown.as_ref()) => Happening::TooSlow,
+                () = runtime_ended(self.runtime.as_ref()) => Happening::RuntimeEnded,
                 _ = log_check.tick(), if self.process.is_some() => Happening::LogCheck,
             };
             match happening {
@@ -187,7 +203,15 @@ impl Machine {
                     }
                 }
                 Happening::Command(Some((command, span))) => self.obey(command).instrument(span).await,
-                Happening::Exited(Exit::Reset) if self.shutdown.is_none() => self.reset().await,
+                Happening::RuntimeEnded => {
+                    if self.runtime_ended().await {
+                        return;
+                    }
+                }
+                // A container is started by its engine alone.
+                Happening::Exited(Exit::Reset) if self.shutdown.is_none() && self.runtime.is_none() => {
+                    self.reset().await;
+                }
                 Happening::Exited(exit) => self.ended(&exit.to_string()),
                 Happening::NoRoom => self.stopped_for_room().await,
                 Happening::TooSlow => self.shutdown_failed(),
@@ -241,6 +265,22 @@ impl Machine {
                 let _ = reply.send(result);
             }
             Command::Delete { .. } => {}
+        }
+    }
+
+    /// The process that is the container to its engine has ended, and with it the VM goes; false if that fails.
+    async fn runtime_ended(&mut self) -> bool {
+        self.runtime = None;
+        let id = self.shared.dir().id().clone();
+        match self.delete(true).await {
+            Ok(()) => {
+                self.context.forget(&id).await;
+                true
+            }
+            Err(error) => {
+                tracing::error!(vm = %id, reason = crate::http::error::chain(&error).join(": "), "a container's VM stays");
+                false
+            }
         }
     }
 
@@ -569,6 +609,13 @@ impl Machine {
 async fn exited(running: Option<&Running>) -> Exit {
     match running {
         Some(running) => running.process.exited().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn runtime_ended(runtime: Option<&Runtime>) {
+    match runtime {
+        Some(runtime) => runtime.ended().await,
         None => std::future::pending().await,
     }
 }

@@ -6,6 +6,7 @@
 mod attendant;
 mod boot;
 mod clones;
+pub(crate) mod container;
 mod disks;
 pub mod error;
 mod folders;
@@ -37,11 +38,11 @@ use crate::access::owner::Owner;
 use crate::access_keys::AccessKeys;
 use crate::engine::{Engines, process};
 use crate::events::Events;
-use crate::images::disk_gib;
+use crate::images::{disk_gib, is_diskless};
 use crate::network::{Lease, Mac, Network, NetworkError};
 use crate::ports::Ports;
 use crate::privilege::as_root;
-use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE, pc};
+use crate::store::config::{DEFAULT_CPUS, DEFAULT_DISK_GIB, DEFAULT_MEMORY_MIB, DEFAULT_TEMPLATE, MICRO, pc};
 use crate::store::foreign::hardware::Firmware;
 use crate::store::{Chain, Store, StoreError, VmConfig, VmDir, VmId, disk, files};
 use crate::tasks::Tasks;
@@ -341,18 +342,27 @@ impl Machines {
         request: CreateVm,
         lease: &Lease,
     ) -> Result<VmDir, CreateError> {
-        let template = request.template.clone().unwrap_or_else(|| DEFAULT_TEMPLATE.to_owned());
+        let container = match request.container.clone() {
+            Some(info) => Some(container::check(&request, info)?),
+            None => None,
+        };
+        let usual = if container.is_some() { MICRO } else { DEFAULT_TEMPLATE };
+        let template = request.template.clone().unwrap_or_else(|| usual.to_owned());
         let set_up = set_up::asked(&self.0, &request)?;
         let (context, id, lease) = (Arc::clone(&self.0), id.clone(), lease.clone());
         blocking(move || {
             let image = as_root(|| context.images.current(&template))
                 .map_err(|source| CreateError::Template { name: template.clone(), source })?;
+            if is_diskless(&image) != container.is_some() {
+                return Err(CreateError::Container);
+            }
             let hardware = image.manifest.machine.map(|machine| pc(firmware(machine))).transpose()?;
             if hardware.is_some() && set_up.is_some() {
                 return Err(CreateError::UserDataNoAgent);
             }
             let least = disk_gib(&image);
-            let usual = if hardware.is_some() { least } else { DEFAULT_DISK_GIB.max(least) };
+            let as_is = hardware.is_some() || container.is_some();
+            let usual = if as_is { least } else { DEFAULT_DISK_GIB.max(least) };
             let base = VmConfig {
                 name: id.to_string(),
                 cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1),
@@ -369,7 +379,7 @@ impl Machines {
             };
             let config = with_lease(with_request(base, request), &lease);
             config.check()?;
-            if config.disk_gib < least {
+            if config.disk_gib < least || (config.disk_gib == 0 && container.is_none()) {
                 return Err(CreateError::DiskTooSmall {
                     asked: config.disk_gib,
                     name: config.template,
@@ -380,6 +390,9 @@ impl Machines {
             let made = context.store.create(&id, &config, |dir| {
                 dir.write_chain(&Chain { fresh: true, ..Chain::default() })?;
                 set_up.iter().try_for_each(|kept| dir.write_set_up(kept))?;
+                if let Some(container) = &container {
+                    return dir.write_container(container);
+                }
                 Ok(disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), config.disk_gib, owner)?)
             });
             Ok(made?)
@@ -399,8 +412,8 @@ impl Machines {
         }
         let (parent, commands) = self.find(parent)?;
         let (_, inherited) = parent.dir().read()?;
-        if inherited.hardware.is_some() {
-            return Err(CreateError::Registered(parent.dir().id().clone()));
+        if let Some(special) = parent.special() {
+            return Err(CreateError::Special(parent.dir().id().clone(), special));
         }
         let set_up = set_up::asked(&self.0, &request)?;
         let base = VmConfig { name: id.to_string(), autostart: false, ..inherited };

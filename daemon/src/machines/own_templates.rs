@@ -52,6 +52,12 @@ impl Machines {
             );
             return Err(Refusal::new(ErrorCode::NotYet, message));
         }
+        if let Some(special) = shared.special() {
+            return Err(Refusal::new(
+                ErrorCode::NotYet,
+                format!("The VM '{id}' {special}, and becomes no template"),
+            ));
+        }
         if !shared.dir().folders()?.is_empty() {
             let message = format!(
                 "The VM '{id}' has folders of this machine; remove them first: catalyst folder list {id}"

@@ -6,9 +6,9 @@ use catalyst_api::{CreateVm, SetUpInfo, SetUpStage};
 use super::Context;
 use super::error::CreateError;
 use super::shared::Shared;
-use catalyst_agent_link::{AgentError, AgentLink, ProblemKind};
 use crate::store::set_up::Kept;
 use crate::user_data::{UserData, host};
+use catalyst_agent_link::{AgentError, AgentLink, ProblemKind};
 
 /// What a request asks to set up in the new guest.
 pub(super) fn asked(context: &Context, request: &CreateVm) -> Result<Option<Kept>, CreateError> {

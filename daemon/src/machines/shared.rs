@@ -4,15 +4,17 @@ use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use catalyst_agent_protocol::SetUpReport;
-use catalyst_api::{EngineName, EventKind, GuestStatus, Vm, VmState};
+use catalyst_api::{ContainerInfo, EngineName, EventKind, GuestStatus, Vm, VmState};
 
+use super::error::Special;
 use super::folders::Folders;
 use super::set_up;
-use catalyst_agent_link::AgentLink;
 use crate::events::Events;
 use crate::network::Lease;
 use crate::ports::Ports;
+use crate::store::container::Container;
 use crate::store::{Began, VmConfig, VmDir};
+use catalyst_agent_link::AgentLink;
 
 /// The state of one VM.
 #[derive(Debug)]
@@ -25,6 +27,7 @@ pub struct Shared {
     pub(super) folders: Folders,
     /// The VMX that was registered in place.
     source: Option<std::path::PathBuf>,
+    container: Option<Container>,
 }
 
 /// See [`Shared`].
@@ -65,7 +68,12 @@ impl Shared {
         let source = dir.registered().ok().flatten().map(|record| record.vmx);
         let console = Arc::new(tokio::sync::Semaphore::new(1));
         let folders = Folders::default();
-        Self { dir, events, ports, facts: Mutex::new(facts), console, folders, source }
+        let container = dir.container().unwrap_or_else(|error| {
+            // Its file alone says so: the VM is no other for that, and goes with its process.
+            tracing::error!(vm = %dir.id(), reason = crate::http::error::chain(&error).join(": "), "container");
+            Some(Container { info: ContainerInfo::default(), started: 0 })
+        });
+        Self { dir, events, ports, facts: Mutex::new(facts), console, folders, source, container }
     }
 
     /// The VM's folder.
@@ -97,6 +105,17 @@ impl Shared {
     pub fn is_foreign(&self) -> bool {
         self.dir.is_registered()
             || self.facts().config.as_ref().is_some_and(|config| config.hardware.is_some())
+    }
+
+    /// The container that it is, if it is one.
+    pub fn container(&self) -> Option<&Container> {
+        self.container.as_ref()
+    }
+
+    /// What it is, if it has not all that a VM of a template has.
+    pub fn special(&self) -> Option<Special> {
+        let container = self.container.is_some().then_some(Special::Container);
+        container.or_else(|| self.is_foreign().then_some(Special::Foreign))
     }
 
     /// The VM's fixed address.
@@ -219,7 +238,12 @@ impl Shared {
             template: config.map(|config| config.template.clone()).unwrap_or_default(),
             engine: facts.engine,
             mac: facts.lease.mac.to_string(),
-            address: facts.lease.address.to_string(),
+            address: match &self.container {
+                Some(container) => {
+                    container.info.address.map(|address| address.to_string()).unwrap_or_default()
+                }
+                None => facts.lease.address.to_string(),
+            },
             guest: facts.guest.clone(),
             pid: facts.pid,
             started: facts.started,
@@ -229,6 +253,7 @@ impl Shared {
             vmx: self.dir.vmx().display().to_string(),
             foreign: config.is_some_and(|config| config.hardware.is_some()),
             source: self.source.as_ref().map(|path| path.display().to_string()),
+            container: self.container.as_ref().map(|container| container.info.clone()),
             id,
         }
     }

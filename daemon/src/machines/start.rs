@@ -13,13 +13,15 @@ use super::Context;
 use super::error::PowerError;
 use super::freeze::Frozen;
 use super::shared::Shared;
-use catalyst_agent_link as agent;
 use crate::engine::{EngineError, Layer, Nic, Saved, StartSpec, VmProcess, vm_cid, vm_user};
+use crate::images::is_diskless;
+use crate::network::{Lease, Tap};
 use crate::privilege::as_root;
 use crate::saved::SavedDir;
 use crate::store::identity::{Identity, IdentityError};
 use crate::store::{Began, Chain, StoreError, VmConfig, VmDir, disk, files};
 use crate::warm::{Warm, WarmStates};
+use catalyst_agent_link as agent;
 
 /// A VM process that stands, and how it came to be.
 pub(super) struct Started {
@@ -180,11 +182,16 @@ async fn start_warm(
     let dir = shared.dir();
     let saved = warm.open().map_err(|source| PowerError::Saved { id: dir.id().clone(), source })?;
     // An overlay that was never written: another one is as good.
-    overlay(context, dir, config, (&WarmStates::of(image).disk(&warm.name), Format::Qcow2))?;
+    if !is_diskless(image) {
+        overlay(context, dir, config, (&WarmStates::of(image).disk(&warm.name), Format::Qcow2))?;
+    }
     let chain = Chain { warm: Some(warm.name.clone()), at: dir.chain()?.at, ..Chain::default() };
     // Before it can run, so that no later start takes what it wrote for empty.
     dir.write_chain(&chain)?;
-    files::write_atomically(&dir.unnamed(), b"", 0o600).map_err(StoreError::write(dir.unnamed()))?;
+    // A container is told who it is by its engine.
+    if shared.container().is_none() {
+        files::write_atomically(&dir.unnamed(), b"", 0o600).map_err(StoreError::write(dir.unnamed()))?;
+    }
     let began = sized(StartMode::Warm, config);
     let started = launch(context, shared, config, image, &chain, (began, Some(saved))).await;
     if started.is_err() {
@@ -205,7 +212,7 @@ fn settle(
     if !chain.fresh {
         return Ok(chain);
     }
-    if chain.warm.is_some() {
+    if chain.warm.is_some() && !is_diskless(image) {
         overlay(context, dir, config, (&image.disk, Format::Raw))?;
     }
     let chain = Chain { at: chain.at, ..Chain::default() };
@@ -233,31 +240,33 @@ async fn launch(
     (began, from): (Began, Option<Saved>),
 ) -> Result<Started, PowerError> {
     let dir = shared.dir().clone();
-    let identity = Identity::load_or_generate(&dir.identity())?;
     let lease = shared.lease();
-    context.network.up().await?;
-    let tap = if dir.unnamed().exists() {
-        context.network.forget_neighbour(&lease).await;
-        context.network.loose_tap(&lease)?
-    } else {
-        context.network.open_tap(&lease).await?
+    let container = shared.container();
+    let (nics, command_line) = match container {
+        Some(container) => {
+            let ended = |source| PowerError::ContainerEnded { id: dir.id().clone(), source };
+            (super::container::nics(container).map_err(ended)?, image.kernel_command_line(&[]))
+        }
+        None => (
+            vec![Nic { tap: cable(context, &dir, &lease).await?.fd, mac: lease.mac.0 }],
+            command_line(image, &Identity::load_or_generate(&dir.identity())?),
+        ),
     };
-    tracing::debug!(vm = %dir.id(), tap = tap.name, "tap");
     let spec = StartSpec {
         cpus: config.cpus,
         memory_mib: config.memory_mib,
         kernel: open(&image.vmlinux)?,
         initrd: open(&image.initrd)?,
-        command_line: command_line(image, &identity),
+        command_line,
         command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
         kernel_hz: image.manifest.kernel_hz,
         layers: layers(&dir, image, chain)?,
-        nics: vec![Nic { tap: tap.fd, mac: lease.mac.0 }],
-        container: false,
+        nics,
+        container: container.is_some(),
         user: vm_user(lease.address),
         cid: vm_cid(lease.address),
         from,
-        cgroup_of: None,
+        cgroup_of: container.map(|container| container.info.pid),
         dir,
     };
     // A process that begins now has what the files say.
@@ -268,8 +277,24 @@ async fn launch(
     Ok(Started { process, began, folders: None })
 }
 
+/// The VM's tap: on the bridge, or loose as long as its guest does not know who it is.
+async fn cable(context: &Context, dir: &VmDir, lease: &Lease) -> Result<Tap, PowerError> {
+    context.network.up().await?;
+    let tap = if dir.unnamed().exists() {
+        context.network.forget_neighbour(lease).await;
+        context.network.loose_tap(lease)?
+    } else {
+        context.network.open_tap(lease).await?
+    };
+    tracing::debug!(vm = %dir.id(), tap = tap.name, "tap");
+    Ok(tap)
+}
+
 /// The files that the VM's disk consists of.
 pub(super) fn layers(dir: &VmDir, image: &Image, chain: &Chain) -> Result<Vec<Layer>, PowerError> {
+    if is_diskless(image) {
+        return Ok(Vec::new());
+    }
     let qcow2 = |file: File| Layer { file: file.into(), format: Format::Qcow2 };
     let mut layers = vec![qcow2(disk::open_overlay(&dir.disk()).map_err(StoreError::from)?)];
     for name in &chain.own {

@@ -11,10 +11,10 @@ use catalyst_images::Image;
 use super::{Context, Machines};
 use crate::engine::Fit;
 use crate::http::error::{Refusal, chain};
-use crate::images::{BUNDLED, disk_gib};
+use crate::images::{BUNDLED, disk_gib, is_diskless};
 use crate::privilege::{as_root, as_root_blocking};
 use crate::store::VmConfig;
-use crate::store::config::{DEFAULT_CPUS, DEFAULT_MEMORY_MIB, check_size};
+use crate::store::config::{DEFAULT_CPUS, DEFAULT_MEMORY_MIB, MICRO, MIN_MEMORY_MIB, check_size};
 use crate::tasks::Running;
 use crate::warm::make::{self, Size};
 use crate::warm::{Warm, WarmStates};
@@ -22,9 +22,10 @@ use crate::warm::{Warm, WarmStates};
 /// Another size than the usual one is made warm when it was asked for this often.
 const ASKED: u32 = 2;
 
-/// What VMs are made with where nothing else is said.
-fn usual() -> Size {
-    Size { cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1), memory_mib: DEFAULT_MEMORY_MIB }
+/// What VMs of `image` are made with where nothing else is said.
+fn usual(image: &Image) -> Size {
+    let memory_mib = if is_diskless(image) { MIN_MEMORY_MIB } else { DEFAULT_MEMORY_MIB };
+    Size { cpus: u32::try_from(DEFAULT_CPUS).unwrap_or(1), memory_mib }
 }
 
 /// What VMs asked for and did not find: how often, by version of the image and size.
@@ -33,12 +34,12 @@ pub(super) struct Missed(Mutex<HashMap<(String, Size), u32>>);
 
 impl Missed {
     /// Counts once more; true when it is time to make one.
-    fn again(&self, version: &str, size: Size) -> bool {
+    fn again(&self, version: &str, size: Size, usual: Size) -> bool {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let count = all.entry((version.to_owned(), size)).or_default();
         *count += 1;
         // Once only: what failed would fail again.
-        *count == if size == usual() { 1 } else { ASKED }
+        *count == if size == usual { 1 } else { ASKED }
     }
 }
 
@@ -46,7 +47,7 @@ impl Context {
     /// A VM booted for want of a warm state of its size: after a while there will be one.
     pub(super) fn missed(self: &Arc<Self>, image: &Image, config: &VmConfig) {
         let size = Size { cpus: config.cpus, memory_mib: config.memory_mib };
-        if !self.warms_by_itself || !self.missed.again(&image.version, size) {
+        if !self.warms_by_itself || !self.missed.again(&image.version, size, usual(image)) {
             return;
         }
         self.begin_warming(image, &config.template, size);
@@ -147,9 +148,9 @@ impl Machines {
         let failed =
             |error: &dyn std::error::Error| Refusal::new(ErrorCode::Internal, chain(error).join(": "));
         let fit = engine.fit().await.map_err(|error| failed(&error))?;
-        let Size { cpus, memory_mib } = usual();
-        if WarmStates::of(&image).find(engine.name(), &fit, cpus, memory_mib).is_none() {
-            make::make(&self.0, &image, usual(), tell).await.map_err(|error| failed(&error))?;
+        let size = usual(&image);
+        if WarmStates::of(&image).find(engine.name(), &fit, size.cpus, size.memory_mib).is_none() {
+            make::make(&self.0, &image, size, tell).await.map_err(|error| failed(&error))?;
         }
         Ok(())
     }
@@ -159,11 +160,14 @@ impl Machines {
         if !self.0.warms_by_itself {
             return;
         }
-        // Without an image there is nothing to make warm; whoever creates a VM is told.
-        let Ok(image) = self.image(BUNDLED).await else { return };
-        let (warm, damaged) = WarmStates::of(&image).list();
-        if warm.is_empty() && damaged.is_empty() && self.0.missed.again(&image.version, usual()) {
-            self.0.begin_warming(&image, BUNDLED, usual());
+        for name in [BUNDLED, MICRO] {
+            // Without an image there is nothing to make warm; whoever creates a VM is told.
+            let Ok(image) = self.image(name).await else { continue };
+            let (warm, damaged) = WarmStates::of(&image).list();
+            let size = usual(&image);
+            if warm.is_empty() && damaged.is_empty() && self.0.missed.again(&image.version, size, size) {
+                self.0.begin_warming(&image, name, size);
+            }
         }
     }
 
@@ -171,8 +175,8 @@ impl Machines {
     pub async fn warm(&self, name: &str, request: WarmRequest) -> Result<Task, Refusal> {
         let image = self.image(name).await?;
         let size = Size {
-            cpus: request.cpus.unwrap_or(usual().cpus),
-            memory_mib: request.memory_mib.unwrap_or(usual().memory_mib),
+            cpus: request.cpus.unwrap_or(usual(&image).cpus),
+            memory_mib: request.memory_mib.unwrap_or(usual(&image).memory_mib),
         };
         check_size(size.cpus, size.memory_mib)
             .map_err(|error| Refusal::new(ErrorCode::InvalidRequest, error.to_string()))?;
@@ -197,9 +201,10 @@ mod tests {
     #[test]
     fn the_usual_size_is_made_at_once_and_another_when_it_was_missed_twice_and_each_only_once() {
         let missed = Missed::default();
-        let times = |size| (0..4).map(|_| missed.again("v1", size)).collect::<Vec<_>>();
+        let usual = Size { cpus: 1, memory_mib: 1024 };
+        let times = |size| (0..4).map(|_| missed.again("v1", size, usual)).collect::<Vec<_>>();
         assert_eq!(times(Size { cpus: 1, memory_mib: 1024 }), [true, false, false, false]);
         assert_eq!(times(Size { cpus: 2, memory_mib: 1024 }), [false, true, false, false]);
-        assert!(missed.again("v2", Size { cpus: 1, memory_mib: 1024 }));
+        assert!(missed.again("v2", usual, usual));
     }
 }

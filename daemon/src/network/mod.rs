@@ -28,7 +28,7 @@ mod publish;
 mod state;
 mod subnet;
 mod supervision;
-mod tap;
+pub(crate) mod tap;
 
 use std::fs;
 use std::net::Ipv4Addr;

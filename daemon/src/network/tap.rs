@@ -1,6 +1,6 @@
 //! Tap interfaces, the cables of virtual machines (Documentation/networking/tuntap.rst).
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -34,10 +34,27 @@ pub struct Tap {
 
 /// Makes a tap, not yet up and on no bridge.
 pub(crate) fn create(lease: &Lease) -> Result<Tap, NetworkError> {
-    let file = as_root(|| {
+    let file = open().map_err(NetworkError::NoTun)?;
+    match with_interface(file) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(NetworkError::NotRoot { task: format!("make a tap interface for {}", lease.address) })
+        }
+        made => made.map_err(|source| NetworkError::Tap { address: lease.address, source }),
+    }
+}
+
+/// The same in the network namespace of the calling thread, whatever network that has.
+pub(crate) fn in_this_namespace() -> io::Result<Tap> {
+    with_interface(open()?)
+}
+
+fn open() -> io::Result<File> {
+    as_root(|| {
         OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(TUN)
     })
-    .map_err(NetworkError::NoTun)?;
+}
+
+fn with_interface(file: File) -> io::Result<Tap> {
     // SAFETY: ifreq is plain data, for which zero bytes are a value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(PATTERN) {
@@ -46,15 +63,7 @@ pub(crate) fn create(lease: &Lease) -> Result<Tap, NetworkError> {
     let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
     request.ifr_ifru.ifru_flags = u16::try_from(flags).unwrap_or_default().cast_signed();
     // SAFETY: the descriptor is open and the request is an ifreq, which the kernel reads and writes.
-    match unsafe { tun_set_iff(file.as_raw_fd(), &raw const request) } {
-        Ok(_) => {}
-        Err(nix::errno::Errno::EPERM) => {
-            return Err(NetworkError::NotRoot {
-                task: format!("make a tap interface for {}", lease.address),
-            });
-        }
-        Err(error) => return Err(NetworkError::Tap { address: lease.address, source: error.into() }),
-    }
+    unsafe { tun_set_iff(file.as_raw_fd(), &raw const request) }?;
     let name: Vec<u8> = request.ifr_name.iter().take_while(|c| **c != 0).map(|c| c.cast_unsigned()).collect();
     Ok(Tap { fd: file.into(), name: String::from_utf8_lossy(&name).into_owned() })
 }

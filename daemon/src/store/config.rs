@@ -25,6 +25,9 @@ pub const DEFAULT_DISK_GIB: u64 = *DISK_GIB.start();
 /// The bundled template.
 pub const DEFAULT_TEMPLATE: &str = "lumen";
 
+/// The template of containers.
+pub const MICRO: &str = "micro";
+
 /// The key of the published ports.
 const PORTS: &str = "catalyst.ports";
 /// The key that says that a VM is powered on when the host has started.
@@ -124,7 +127,7 @@ pub struct VmConfig {
     pub cpus: u32,
     /// Memory in MiB, at least [`MIN_MEMORY_MIB`].
     pub memory_mib: u64,
-    /// Virtual disk size in GiB, within [`DISK_GIB`].
+    /// Virtual disk size in GiB, within [`DISK_GIB`]; 0 of a template without a disk.
     pub disk_gib: u64,
     /// Template it was made from.
     pub template: String,
@@ -246,7 +249,7 @@ impl VmConfig {
     pub fn check(&self) -> Result<(), ConfigError> {
         check_size(self.cpus, self.memory_mib)?;
         let least = if self.hardware.is_none() { *DISK_GIB.start() } else { 1 };
-        if !self.template.is_empty() {
+        if !self.template.is_empty() && self.disk_gib != 0 {
             in_range("A disk size in GiB", self.disk_gib, least..=*DISK_GIB.end())?;
         }
         check_text("The name", &self.name, |_| true)?;

@@ -6,6 +6,7 @@
 pub mod began;
 pub mod chain;
 pub mod config;
+pub mod container;
 pub mod disk;
 pub mod files;
 pub mod flatten;

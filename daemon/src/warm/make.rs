@@ -14,12 +14,13 @@ use catalyst_vmm::description::Format;
 use thiserror::Error;
 
 use super::{DISK, NEW, Warm, WarmStates};
-use catalyst_agent_link::{
-    AgentError, AgentLink, AgentStatus, ExecEvent, ExecExit, ExecSpec, Identity, ShutdownKind,
-};
 use crate::engine::capture::Memory;
-use crate::engine::{EngineError, Layer, Nic, Saved, StartSpec, VmProcess, sockets, vm_cid, vm_user};
+use crate::engine::{
+    EngineError, Layer, MAX_NICS, Nic, Saved, StartSpec, VmProcess, sockets, vm_cid, vm_user,
+};
+use crate::images::{disk_gib, is_diskless};
 use crate::machines::Context;
+use crate::machines::container;
 use crate::machines::error::PowerError;
 use crate::network::{Lease, NetworkError};
 use crate::privilege::as_root;
@@ -27,6 +28,9 @@ use crate::saved::{self, Machine, SavedDir, SavedError};
 use crate::store::config::DEFAULT_DISK_GIB;
 use crate::store::identity::{self, IdentityError};
 use crate::store::{StoreError, VmDir, disk, sparse};
+use catalyst_agent_link::{
+    AgentError, AgentLink, AgentStatus, ExecEvent, ExecExit, ExecSpec, Identity, ShutdownKind,
+};
 
 /// How long a guest may take until Docker answers, on a software CPU too.
 const BOOT_LIMIT: Duration = Duration::from_mins(5);
@@ -135,7 +139,7 @@ pub async fn make(
     tell(5, "booting the template");
     let template = Template::boot(context, image, size).await?;
     let made = tokio::select! {
-        made = template.become_warm(context, &states, size, tell) => made,
+        made = template.become_warm(context, image, &states, size, tell) => made,
         () = template.process.no_room() => Err(WarmError::NoRoom(template.dir.path().to_owned())),
     };
     template.end(context).await;
@@ -174,7 +178,10 @@ impl Template {
     async fn boot(context: &Context, image: &Image, size: Size) -> Result<Self, WarmError> {
         let owner = (context.owner.uid, context.owner.gid);
         Self::start(context, image, size, |dir| {
-            let gib = DEFAULT_DISK_GIB.max(crate::images::disk_gib(image));
+            if is_diskless(image) {
+                return Ok(Begins { layers: Vec::new(), from: None });
+            }
+            let gib = DEFAULT_DISK_GIB.max(disk_gib(image));
             let made = disk::create_overlay(&dir.disk(), (&image.disk, Format::Raw), gib, owner);
             made.map_err(StoreError::from)?;
             let overlay = disk::open_overlay(&dir.disk()).map_err(StoreError::from)?;
@@ -223,6 +230,10 @@ impl Template {
     ) -> Result<Arc<dyn VmProcess>, WarmError> {
         let open =
             |path: &Path| as_root(|| File::open(path)).map(OwnedFd::from).map_err(failed("open the image"));
+        let macs =
+            if is_diskless(image) { (0..MAX_NICS).map(container::mac).collect() } else { vec![lease.mac.0] };
+        let nic = |mac| Ok::<_, WarmError>(Nic { tap: context.network.loose_tap(lease)?.fd, mac });
+        let nics = macs.into_iter().map(nic).collect::<Result<_, _>>()?;
         let spec = StartSpec {
             cpus: size.cpus,
             memory_mib: size.memory_mib,
@@ -232,8 +243,8 @@ impl Template {
             command_line_software_cpu: image.manifest.command_line_software_cpu.clone(),
             kernel_hz: image.manifest.kernel_hz,
             layers: begins.layers,
-            nics: vec![Nic { tap: context.network.loose_tap(lease)?.fd, mac: lease.mac.0 }],
-            container: false,
+            nics,
+            container: is_diskless(image),
             user: vm_user(lease.address),
             cid: vm_cid(lease.address),
             from: begins.from,
@@ -248,18 +259,28 @@ impl Template {
     async fn become_warm(
         &self,
         context: &Context,
+        image: &Image,
         states: &WarmStates,
         size: Size,
         tell: impl Fn(u8, &str),
     ) -> Result<Warm, WarmError> {
-        self.bring_to_rest(&tell).await?;
+        let has_disk = !is_diskless(image);
+        if has_disk {
+            self.bring_to_rest(&tell).await?;
+        } else {
+            let link = self.greet().await?;
+            tell(50, "coming to rest");
+            rest(link).await?;
+        }
         tell(80, "saving memory and devices");
         let engine = context.engines.chosen();
         let name = warm_name(engine.name(), size);
         let aside = states.0.join(format!("{NEW}{name}"));
         let (saved, files, machine) = self.save(context, size, &aside).await?;
-        tell(95, "keeping its disk");
-        copy_disk(&self.dir.disk(), &aside.join(DISK)).map_err(failed("keep the template's disk"))?;
+        if has_disk {
+            tell(95, "keeping its disk");
+            copy_disk(&self.dir.disk(), &aside.join(DISK)).map_err(failed("keep the template's disk"))?;
+        }
         let path = states.0.join(&name);
         let manifest = as_root(|| {
             let manifest = saved.finish(engine.name(), machine, (&files.0, &files.1), None)?;

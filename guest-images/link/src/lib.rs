@@ -17,11 +17,11 @@ use std::io;
 use catalyst_agent_protocol::SetUpReport;
 use thiserror::Error;
 
+pub use crate::notices::Notice;
 pub use catalyst_agent_protocol::container;
 pub use catalyst_agent_protocol::{
     ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, ProblemKind, ShutdownKind, Terminal,
 };
-pub use crate::notices::Notice;
 pub use exec::{ExecControl, ExecEvent, ExecEvents, ExecSession, ExecStdin};
 pub use file::FileStream;
 pub use link::AgentLink;

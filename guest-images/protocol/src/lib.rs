@@ -20,13 +20,13 @@ pub mod line;
 pub mod message;
 pub mod set_up;
 
+pub use container::Container;
 pub use frame::{Channel, Decoder, Frame, FrameError, HEADER, MAX_PAYLOAD, encode};
 pub use line::{Line, LineControl};
 pub use message::{
     Control, ExecExit, ExecSpec, FileSpec, Folder, HostKey, Identity, Problem, ProblemKind, Reply, Request,
     ShutdownKind, Status, StreamChannel, Terminal, is_label,
 };
-pub use container::Container;
 pub use set_up::{Content, SetUp, SetUpReport, SetUpState};
 
 /// Version of the protocol. Sides of different versions say so and part.

@@ -1,7 +1,7 @@
 //! VMs: made, told, changed, powered, deleted.
 
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{ConnectInfo, Path, Query, State};
 use axum::http::StatusCode;
 use catalyst_api::{ApiError, CloneVm, CreateVm, ErrorCode, MemoryInfo, PowerRequest, UpdateVm, Vm};
 use serde::Deserialize;
@@ -11,6 +11,8 @@ use utoipa_axum::routes;
 use super::super::App;
 use super::super::body::JsonBody;
 use super::super::error::Refusal;
+use crate::access::peer::Peer;
+use crate::machines::error::CreateError;
 
 const TAG: &str = "VMs";
 /// Most clones that are made at once.
@@ -44,8 +46,16 @@ async fn list(State(app): State<App>, Query(query): Query<ListQuery>) -> Json<Ve
     responses((status = 201, body = Vm), (status = 400, body = ApiError), (status = 409, body = ApiError)))]
 async fn create(
     State(app): State<App>,
-    JsonBody(request): JsonBody<CreateVm>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    JsonBody(mut request): JsonBody<CreateVm>,
 ) -> Result<(StatusCode, Json<Vm>), Refusal> {
+    if let Some(container) = &mut request.container {
+        match peer {
+            // The process that asks is the container, by its number here.
+            Peer::Unix { uid: 0, pid: Some(pid) } => container.pid = pid,
+            _ => return Err(CreateError::Container.into()),
+        }
+    }
     let vm = app.machines.create(request).await?;
     Ok((StatusCode::CREATED, Json(vm.view())))
 }

@@ -11,8 +11,8 @@ use super::super::machine::Command;
 use super::super::shared::Shared;
 use super::super::{Machines, asked};
 use super::serving;
-use catalyst_agent_link::{AgentError, AgentLink, ProblemKind};
 use crate::store::folders::{Folder, MOST, is_name};
+use catalyst_agent_link::{AgentError, AgentLink, ProblemKind};
 
 /// The first user of a guest: lumen's `catalyst`.
 const USER: u32 = 1000;
@@ -121,8 +121,8 @@ impl Machines {
         request: CreateFolder,
     ) -> Result<catalyst_api::Folder, FolderError> {
         let shared = self.get(id)?;
-        if shared.is_foreign() {
-            return Err(FolderError::Registered(shared.dir().id().clone()));
+        if let Some(special) = shared.special() {
+            return Err(FolderError::Special(shared.dir().id().clone(), special));
         }
         let folder = check(request)?;
         let known = shared.dir().folders()?.contains(&folder);

@@ -37,7 +37,9 @@ impl Machine {
                 self.attach(process, dir.begins().filter(|_| begins));
                 self.shared.enter(state, None);
                 // The name server that an earlier daemon started is watched by this one from now on.
-                if let Err(error) = self.context.network.up().await {
+                if self.shared.container().is_none()
+                    && let Err(error) = self.context.network.up().await
+                {
                     let reason = crate::http::error::chain(&error).join(": ");
                     tracing::error!(reason, "the VM network cannot be used");
                 }

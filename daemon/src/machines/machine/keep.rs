@@ -16,8 +16,8 @@ impl Machine {
     /// Saves the machine to disk and ends its process. If that fails, it is `before` as it was.
     pub(super) async fn suspend(&mut self, before: VmState) -> Result<(), PowerError> {
         let id = self.shared.dir().id().clone();
-        if self.shared.is_foreign() {
-            return Err(PowerError::Registered(id));
+        if let Some(special) = self.shared.special() {
+            return Err(PowerError::Special(id, special));
         }
         let (Some(running), Some(began)) = (&self.process, self.shared.facts().began) else {
             return Err(PowerError::State { id, state: before, op: PowerOp::Suspend });
@@ -91,8 +91,8 @@ impl Machine {
 
     pub(super) async fn freeze(&mut self) -> Result<Frozen, FreezeError> {
         self.adopt_again().await;
-        if self.shared.is_foreign() {
-            return Err(FreezeError::Registered(self.shared.dir().id().clone()));
+        if let Some(special) = self.shared.special() {
+            return Err(FreezeError::Special(self.shared.dir().id().clone(), special));
         }
         self.settle_disk().await?;
         let (id, state) = (self.shared.dir().id().clone(), self.shared.state());
@@ -112,8 +112,8 @@ impl Machine {
         self.adopt_again().await;
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
         let (id, state) = (shared.dir().id().clone(), shared.state());
-        if shared.is_foreign() {
-            return Err(SnapshotError::Registered(id));
+        if let Some(special) = shared.special() {
+            return Err(SnapshotError::Special(id, special));
         }
         let settled =
             matches!(state, VmState::PoweredOn | VmState::Paused | VmState::PoweredOff | VmState::Suspended);
