@@ -1,0 +1,233 @@
+//! A bundle: its specification, checked for what is supported (OCI runtime specification, "Filesystem Bundle").
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Linux, LinuxDeviceType, LinuxNamespaceType, Spec};
+use serde_json::Value;
+
+use crate::failure::{Failure, Outcome, Tried, said};
+
+/// Longest specification that is read, in bytes.
+const LONGEST: u64 = 8 << 20;
+/// Devices that every container has (OCI runtime specification, "Default Devices"), and that guests have of their own.
+const OWN_DEVICES: [&str; 9] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/tty",
+    "/dev/console",
+    "/dev/ptmx",
+    "/dev/pts/ptmx",
+];
+
+/// A bundle.
+#[derive(Debug)]
+pub struct Bundle {
+    /// Its folder, absolute.
+    pub path: PathBuf,
+    /// Its specification.
+    pub spec: Spec,
+    /// Its root file system, absolute.
+    pub rootfs: PathBuf,
+}
+
+impl Bundle {
+    /// Reads the bundle in a folder and refuses what is not supported.
+    pub fn load(folder: &Path) -> Outcome<Self> {
+        let path = folder.canonicalize().tried(|| format!("find the bundle {}", folder.display()))?;
+        let document = path.join("config.json");
+        let found = document.metadata().tried(|| format!("read {}", document.display()))?;
+        if found.len() > LONGEST {
+            return said(format!(
+                "{} has {} bytes; at most {LONGEST} are read",
+                document.display(),
+                found.len()
+            ));
+        }
+        let text = std::fs::read(&document).tried(|| format!("read {}", document.display()))?;
+        let spec = parse(&text)
+            .map_err(|source| Failure::Document { what: document.display().to_string(), source })?;
+        check(&spec)?;
+        let Some(root) = spec.root() else {
+            return said(format!("{} names no root file system", document.display()));
+        };
+        let rootfs = path.join(root.path());
+        let rootfs =
+            rootfs.canonicalize().tried(|| format!("find the root file system {}", rootfs.display()))?;
+        Ok(Self { path, spec, rootfs })
+    }
+
+    /// What is special to Linux.
+    pub fn linux(&self) -> Outcome<&Linux> {
+        linux(&self.spec)
+    }
+}
+
+/// Filters of system calls are not applied, so that ones of a later version are none of our business.
+fn parse(text: &[u8]) -> serde_json::Result<Spec> {
+    let mut document: Value = serde_json::from_slice(text)?;
+    if let Some(Value::Object(linux)) = document.get_mut("linux") {
+        linux.remove("seccomp");
+    }
+    serde_json::from_value(document)
+}
+
+fn linux(spec: &Spec) -> Outcome<&Linux> {
+    spec.linux().as_ref().map_or_else(|| said("The specification has no part 'linux'"), Ok)
+}
+
+/// Refuses what is not supported.
+pub fn check(spec: &Spec) -> Outcome {
+    let major = spec.version().split('.').next().unwrap_or_default();
+    if major != "1" {
+        return said(format!("Specifications of version {} are not known, those of 1 are", spec.version()));
+    }
+    let linux = linux(spec)?;
+    check_namespaces(linux)?;
+    check_devices(linux)?;
+    if let Some(hooks) = spec.hooks() {
+        let inside =
+            [(hooks.create_container(), "createContainer"), (hooks.start_container(), "startContainer")];
+        for (hooks, name) in inside {
+            if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+                return said(format!(
+                    "Hooks of the kind {name} run in namespaces of the host that a VM does not have: use createRuntime"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn check_namespaces(linux: &Linux) -> Outcome {
+    let namespaces = linux.namespaces().as_deref().unwrap_or_default();
+    let of = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
+    for (kind, name, option) in [
+        (LinuxNamespaceType::Network, "network", "--network host"),
+        (LinuxNamespaceType::Pid, "process", "--pid host"),
+        (LinuxNamespaceType::Ipc, "IPC", "--ipc host"),
+        (LinuxNamespaceType::Uts, "UTS", "--uts host"),
+        (LinuxNamespaceType::Mount, "mount", "none"),
+    ] {
+        let Some(namespace) = of(kind) else {
+            return said(format!("The host's {name} namespace cannot be had in a VM ({option})"));
+        };
+        let shared = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());
+        if let Some(path) = shared.filter(|_| kind != LinuxNamespaceType::Network) {
+            return said(format!(
+                "The {name} namespace of another process ({}) cannot be had in a VM",
+                path.display()
+            ));
+        }
+    }
+    let mapped = linux.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty());
+    if of(LinuxNamespaceType::User).is_some() || mapped {
+        return said("User namespaces are not supported: a VM's users are its own already");
+    }
+    Ok(())
+}
+
+fn check_devices(linux: &Linux) -> Outcome {
+    let rules =
+        linux.resources().as_ref().and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    let all = rules.iter().any(|rule| {
+        rule.allow()
+            && rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A)
+            && rule.major().is_none_or(|number| number < 0)
+            && rule.minor().is_none_or(|number| number < 0)
+            && rule.access().as_deref().is_none_or(|access| access.contains('r') || access.contains('w'))
+    });
+    if all {
+        return said("Access to all devices of the host (--privileged) cannot be given to a VM");
+    }
+    for device in linux.devices().as_deref().unwrap_or_default() {
+        if !OWN_DEVICES.iter().any(|own| device.path() == Path::new(own)) {
+            return said(format!("The host's device {} cannot be given to a VM", device.path().display()));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+pub mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A specification as Docker writes it, in short.
+    pub fn example() -> Value {
+        json!({
+            "ociVersion": "1.0.2-dev",
+            "process": {"user": {"uid": 0, "gid": 0}, "args": ["echo", "hi"], "env": ["PATH=/bin"], "cwd": "/"},
+            "root": {"path": "rootfs"},
+            "hostname": "box",
+            "mounts": [
+                {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"]},
+                {"destination": "/etc/hosts", "type": "bind", "source": "/etc/hosts", "options": ["rbind", "rprivate", "ro"]},
+            ],
+            "linux": {
+                "resources": {"devices": [{"allow": false, "access": "rwm"},
+                    {"allow": true, "type": "c", "major": 1, "minor": 5, "access": "rwm"}]},
+                "cgroupsPath": "/docker/box",
+                "namespaces": [{"type": "mount"}, {"type": "network"}, {"type": "uts"}, {"type": "pid"}, {"type": "ipc"}],
+                "seccomp": {"defaultAction": "SCMP_ACT_OF_LATER"}
+            }
+        })
+    }
+
+    /// The example with a part of it changed.
+    pub fn with(pointer: &str, value: Value) -> Spec {
+        let mut document = example();
+        let (parent, name) = pointer.rsplit_once('/').unwrap();
+        document.pointer_mut(parent).unwrap()[name] = value;
+        parse(&serde_json::to_vec(&document).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_specification_of_docker_s_is_read_from_its_bundle() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("config.json"), example().to_string()).unwrap();
+        assert!(Bundle::load(folder.path()).is_err(), "it has no root file system");
+        std::fs::create_dir(folder.path().join("rootfs")).unwrap();
+        let bundle = Bundle::load(folder.path()).unwrap();
+        assert!(bundle.rootfs.is_absolute() && bundle.rootfs.ends_with("rootfs"));
+        assert_eq!(bundle.spec.hostname().as_deref(), Some("box"));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_in_one_sentence() {
+        let others = |kind: &str| {
+            let kinds = ["mount", "network", "uts", "pid", "ipc"];
+            kinds.iter().filter(|other| **other != kind).map(|kind| json!({"type": kind})).collect::<Value>()
+        };
+        let mut user = others("none");
+        user.as_array_mut().unwrap().push(json!({"type": "user"}));
+        let mut shared = others("pid");
+        shared.as_array_mut().unwrap().push(json!({"type": "pid", "path": "/proc/7/ns/pid"}));
+        let namespaces = "/linux/namespaces";
+        let fuse = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
+        let all = json!([{"allow": true, "access": "rwm"}]);
+        for (pointer, value, word) in [
+            (namespaces, others("network"), "--network host"),
+            (namespaces, others("pid"), "--pid host"),
+            (namespaces, others("ipc"), "--ipc host"),
+            (namespaces, others("uts"), "--uts host"),
+            (namespaces, user, "User namespaces"),
+            (namespaces, shared, "/proc/7/ns/pid"),
+            ("/linux/devices", fuse, "/dev/fuse"),
+            ("/linux/resources/devices", all, "--privileged"),
+            ("/hooks", json!({"startContainer": [{"path": "/x"}]}), "startContainer"),
+            ("/ociVersion", json!("2.0.0"), "2.0.0"),
+        ] {
+            let refused = check(&with(pointer, value)).unwrap_err().to_string();
+            assert!(refused.contains(word) && !refused.contains('\n'), "{word}: {refused}");
+        }
+        check(&with("/linux/devices", json!([{"path": "/dev/null", "type": "c", "major": 1, "minor": 3}])))
+            .unwrap();
+        let joined = json!([{"type": "mount"}, {"type": "network", "path": "/run/netns/x"}, {"type": "uts"},
+            {"type": "pid"}, {"type": "ipc"}]);
+        check(&with(namespaces, joined)).unwrap();
+    }
+}

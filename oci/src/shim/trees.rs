@@ -1,0 +1,127 @@
+//! Trees of the host's for the guest: the container's root and what is bind-mounted, and the process that serves them.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use crate::document::Tree;
+use crate::failure::{Outcome, Tried};
+
+/// `struct mount_attr` (`mount_setattr(2)`).
+#[repr(C)]
+struct Attributes {
+    set: u64,
+    clear: u64,
+    propagation: u64,
+    user_namespace: u64,
+}
+
+/// `MOUNT_ATTR_RDONLY`.
+const READ_ONLY: u64 = 1;
+/// `AT_RECURSIVE`.
+const RECURSIVE: libc::c_int = 0x8000;
+
+/// Opens a tree as a mount of its own, that is nobody else's.
+pub fn open(tree: &Tree) -> Outcome<OwnedFd> {
+    let opened = clone(tree).and_then(|mount| {
+        if tree.read_only {
+            make_read_only(&mount)?;
+        }
+        Ok(mount)
+    });
+    opened.tried(|| format!("take {} into the container", tree.path.display()))
+}
+
+fn clone(tree: &Tree) -> io::Result<OwnedFd> {
+    let path = CString::new(tree.path.as_os_str().as_bytes())?;
+    let recursive = if tree.recursive { RECURSIVE.cast_unsigned() } else { 0 };
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive;
+    // SAFETY: the path is a string.
+    let opened = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    if opened == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just opened and is nobody else's.
+    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(opened).unwrap_or(-1)) })
+}
+
+fn make_read_only(mount: &OwnedFd) -> io::Result<()> {
+    let attributes = Attributes { set: READ_ONLY, clear: 0, propagation: 0, user_namespace: 0 };
+    let flags = libc::AT_EMPTY_PATH | RECURSIVE;
+    // SAFETY: the path is a string, and the struct is as long as is said.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attributes,
+            size_of::<Attributes>(),
+        )
+    };
+    if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Starts the process that serves the trees on the VM's port; it ends with the port, and with this process.
+pub fn serve(port: &impl AsRawFd, trees: &[(String, OwnedFd)], log: File) -> Outcome<tokio::process::Child> {
+    let program = sibling("catalyst-vmm");
+    let mut command = tokio::process::Command::new(&program);
+    command.args(["folders", "--keep-owners", "--port-fd"]).arg(port.as_raw_fd().to_string());
+    let mut passed = vec![port.as_raw_fd()];
+    for (name, tree) in trees {
+        command.arg("--tree").arg(format!("{name}={}", tree.as_raw_fd()));
+        passed.push(tree.as_raw_fd());
+    }
+    command.stdin(std::process::Stdio::null()).stdout(std::process::Stdio::null()).stderr(log);
+    command.kill_on_drop(true);
+    let prepare = move || {
+        // SAFETY: system calls without memory, between fork and exec.
+        let failed = unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == -1
+                || passed.iter().any(|descriptor| libc::fcntl(*descriptor, libc::F_SETFD, 0) == -1)
+        };
+        if failed { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(prepare) };
+    command.spawn().tried(|| format!("run {}, which serves the container's files", program.display()))
+}
+
+/// A program of ours: beside this one, as built, or in `../lib/catalyst`, as installed; else as PATH has it.
+pub fn sibling(name: &str) -> PathBuf {
+    let own = std::env::current_exe().unwrap_or_default();
+    let folder = own.parent().map(std::path::Path::to_path_buf).unwrap_or_default();
+    let places = [folder.join(name), folder.join("../lib/catalyst").join(name)];
+    places.into_iter().find(|place| place.exists()).unwrap_or_else(|| PathBuf::from(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    #[test]
+    fn a_tree_that_is_only_read_cannot_be_written() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: mounts are root's");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let of =
+            |read_only| Tree { name: "t".into(), path: folder.path().into(), recursive: true, read_only };
+        let make = |tree: &Tree, name: &str| {
+            let mount = open(tree).unwrap();
+            let flags = nix::fcntl::OFlag::O_CREAT | nix::fcntl::OFlag::O_WRONLY;
+            nix::fcntl::openat(mount.as_fd(), name, flags, nix::sys::stat::Mode::S_IRUSR).map(|_| ())
+        };
+        make(&of(false), "made").unwrap();
+        assert_eq!(make(&of(true), "not"), Err(nix::errno::Errno::EROFS));
+        assert!(folder.path().join("made").exists());
+        let missing = Tree { path: folder.path().join("missing"), ..of(false) };
+        assert!(crate::failure::chain(&open(&missing).unwrap_err()).contains("missing"));
+    }
+}
