@@ -4,6 +4,7 @@ use std::io::Write as _;
 use std::os::fd::RawFd;
 use std::process::ExitCode;
 
+use catalyst_vmm::folders::{Serving, Tree};
 use catalyst_vmm::{boot_files, chain, folders, probe, run};
 use clap::{Parser, Subcommand};
 
@@ -32,10 +33,17 @@ enum Command {
         port_fd: RawFd,
         /// Listening stream socket on which it is told what there is, and asked for its state.
         #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
-        control_fd: RawFd,
+        #[arg(required_unless_present = "keep_owners")]
+        control_fd: Option<RawFd>,
         /// What an earlier process saved.
         #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
         state_fd: Option<RawFd>,
+        /// Serves the trees as root: files belong to the same users in the guest as here.
+        #[arg(long)]
+        keep_owners: bool,
+        /// A tree and its descriptor: a mount that is nowhere yet (open_tree), or a file or folder (O_PATH).
+        #[arg(long, value_name = "NAME=FD", requires = "keep_owners")]
+        tree: Vec<Tree>,
     },
     /// Finds the kernel and the initial RAM disk on a guest's disk.
     BootFiles {
@@ -65,9 +73,10 @@ fn main() -> ExitCode {
                 ExitCode::FAILURE
             }
         },
-        Command::Folders { port_fd, control_fd, state_fd } => {
+        Command::Folders { port_fd, control_fd, state_fd, keep_owners, tree } => {
             let descriptors = folders::Descriptors { port: port_fd, control: control_fd, state: state_fd };
-            ended(folders::run(descriptors))
+            let serving = if keep_owners { Serving::KeepingOwners(tree) } else { Serving::AsOneUser };
+            ended(folders::run(descriptors, serving))
         }
         Command::BootFiles { request_fd } => ended(boot_files::run(request_fd)),
         Command::Probe { json, attempts } => show_probe(json, attempts),

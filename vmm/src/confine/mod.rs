@@ -78,7 +78,18 @@ pub fn share_one_heap() {
 /// It holds for the calling thread and those that it makes later, so call it before there are others. Descriptors
 /// that are open stay as they are. What the kernel lacks of Landlock is told in one line on stderr.
 pub fn drop_privileges(roots: &[&File]) -> Result<Confinement, ConfineError> {
-    let bounding_set = privilege::drop_capabilities()?;
+    confine(roots, 0)
+}
+
+/// The same for a process of root's that serves files to which it must be what root is: it keeps the capabilities for their
+/// owners, modes and file capabilities, and keeps them while it acts as another user.
+pub fn keep_owners(roots: &[&File]) -> Result<Confinement, ConfineError> {
+    privilege::keep_capabilities_as_others()?;
+    confine(roots, privilege::OWNERS)
+}
+
+fn confine(roots: &[&File], kept: u32) -> Result<Confinement, ConfineError> {
+    let bounding_set = privilege::drop_capabilities(kept)?;
     privilege::forbid_new_privileges()?;
     privilege::forbid_dumps()?;
     let landlock = landlock::restrict(roots)?;

@@ -29,12 +29,14 @@ pub enum Role {
     Share,
     /// The process that serves folders over a port.
     Folders,
+    /// The same where files keep their owners.
+    Trees,
     /// The process that finds the kernel on a disk.
     BootFiles,
 }
 
 /// All of them.
-pub const ROLES: [Role; 9] = [
+pub const ROLES: [Role; 10] = [
     Role::Main,
     Role::Control,
     Role::Vcpu,
@@ -43,6 +45,7 @@ pub const ROLES: [Role; 9] = [
     Role::Block,
     Role::Share,
     Role::Folders,
+    Role::Trees,
     Role::BootFiles,
 ];
 
@@ -88,6 +91,8 @@ const TUN_SET_OFFLOAD: u64 = 0x4004_54d0;
 
 /// `FIONBIO` (asm-generic/ioctls.h).
 const FIONBIO: u64 = 0x5421;
+/// -1 as a user or group: leave it (setresuid(2)).
+const UNCHANGED: u64 = 0xffff_ffff;
 const F_DUPFD_CLOEXEC: u64 = 1030;
 const F_GETFD: u64 = 1;
 const F_GETFL: u64 = 3;
@@ -321,6 +326,18 @@ const FOLDERS: &[Rule] = &[
     only(libc::SYS_ioctl, 1, &[FIONBIO], "clients do not block"),
 ];
 
+/// What it does besides where files keep their owners.
+const TREES: &[Rule] = &[
+    only(libc::SYS_setresuid, 0, &[UNCHANGED], "acts as another user, and remains root"),
+    only(libc::SYS_setresgid, 0, &[UNCHANGED], "acts as another group"),
+    any(libc::SYS_capget, "what it may not while it takes bits of a mode away"),
+    any(libc::SYS_capset, "the same"),
+    any(libc::SYS_fgetxattr, "extended attributes"),
+    any(libc::SYS_flistxattr, "extended attributes"),
+    any(libc::SYS_fsetxattr, "extended attributes"),
+    any(libc::SYS_fremovexattr, "extended attributes"),
+];
+
 /// What reading a disk's images takes.
 const READ: &[Rule] =
     &[any(libc::SYS_pread64, "tables of images"), any(libc::SYS_preadv, "data of images and their tables")];
@@ -335,6 +352,7 @@ fn rules(role: Role) -> Vec<&'static [Rule]> {
         Role::Block => vec![COMMON, REACTOR, BLOCK],
         Role::Share => vec![COMMON, REACTOR, SHARE],
         Role::Folders => vec![COMMON, SHARE, FOLDERS],
+        Role::Trees => vec![COMMON, SHARE, FOLDERS, TREES],
         Role::BootFiles => vec![COMMON, SWITCH, READ],
     }
 }

@@ -66,8 +66,8 @@ impl Kind {
         match opcode {
             26 => Self::Init,
             38 => Self::Destroy,
-            // READLINK, UNLINK, RMDIR, STATFS, ACCESS.
-            5 | 10 | 11 | 17 | 34 => Self::Plain,
+            // READLINK, UNLINK, RMDIR, STATFS, SETXATTR, GETXATTR, LISTXATTR, REMOVEXATTR, ACCESS.
+            5 | 10 | 11 | 17 | 21..=24 | 34 => Self::Plain,
             3 => Self::Attributes,
             4 => Self::SetAttributes,
             // LOOKUP, SYMLINK, MKNOD, MKDIR.
@@ -165,10 +165,14 @@ pub(super) mod answer {
     use super::{ENTRY, OUT_HEADER};
 
     pub const NODE: usize = OUT_HEADER;
+    pub const ENTRY_VALID: usize = OUT_HEADER + 16;
+    pub const ENTRY_ATTR_VALID: usize = OUT_HEADER + 24;
     pub const ENTRY_ATTR: usize = OUT_HEADER + 40;
+    pub const ATTR_VALID: usize = OUT_HEADER;
     pub const ATTR: usize = OUT_HEADER + 16;
     pub const HANDLE: usize = OUT_HEADER;
     pub const CREATED_HANDLE: usize = OUT_HEADER + ENTRY;
+    pub const MODE: usize = 60;
     pub const UID: usize = 68;
     pub const GID: usize = 72;
     pub const MAX_WRITE: usize = OUT_HEADER + 20;

@@ -9,17 +9,23 @@
 //! What the guest has from here (the numbers of files that it knows, what it has open, messages that may be under way) can be saved,
 //! and another process goes on from there: so a VM is suspended, cloned and put back with folders mounted and files open.
 //!
+//! With [`Serving::KeepingOwners`] it serves what its caller has opened, as root, and files keep their owners: a container's root and volumes.
+//!
 //! - `link`: the port: greetings, messages that arrive once and in order.
 //! - `numbers`: the guest's numbers for files and open files, and what is saved of them.
 //! - `fuse`: where numbers stand in messages.
 //! - `serve`: the loop.
+//! - `trees`: what the caller has opened.
 
 mod fuse;
 mod link;
 mod numbers;
+#[cfg(test)]
+mod owners_tests;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod trees;
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -31,6 +37,7 @@ use serde::{Deserialize, Serialize};
 use crate::confine::{self, ConfineError, Filters, Role, SeccompError};
 use crate::devices::fs::{Files, FsError, Unrooted};
 pub use link::Saved;
+pub use trees::Tree;
 
 /// Longest saved state that is taken, in bytes.
 pub const MAX_STATE: u64 = 64 << 20;
@@ -79,10 +86,19 @@ pub enum Answer {
 pub struct Descriptors {
     /// Connected stream socket of the port.
     pub port: RawFd,
-    /// Listening stream socket, for [`Request`]s.
-    pub control: RawFd,
+    /// Listening stream socket, for [`Request`]s. Only trees are served without one.
+    pub control: Option<RawFd>,
     /// A file with what an earlier process saved.
     pub state: Option<RawFd>,
+}
+
+/// How files are served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Serving {
+    /// As the user of this process, in what is mounted by the caller below the root.
+    AsOneUser,
+    /// As whoever they belong to, in these trees.
+    KeepingOwners(Vec<Tree>),
 }
 
 /// Why folders cannot be served, or not any more.
@@ -122,22 +138,36 @@ pub(crate) fn failed(what: &'static str) -> impl FnOnce(io::Error) -> FoldersErr
 }
 
 /// Serves folders until the VM's process closes the port.
-pub fn run(descriptors: Descriptors) -> Result<(), FoldersError> {
+pub fn run(descriptors: Descriptors, serving: Serving) -> Result<(), FoldersError> {
     confine::share_one_heap();
-    // SAFETY: the caller gave these descriptors to this process alone.
-    let (port, control) = unsafe {
-        (UnixStream::from_raw_fd(descriptors.port), UnixListener::from_raw_fd(descriptors.control))
-    };
+    // SAFETY: the caller gave the descriptor to this process alone.
+    let port = unsafe { UnixStream::from_raw_fd(descriptors.port) };
+    // SAFETY: as above.
+    let control = descriptors.control.map(|fd| unsafe { UnixListener::from_raw_fd(fd) });
     // SAFETY: as above.
     let state = descriptors.state.map(|fd| read_state(unsafe { File::from_raw_fd(fd) })).transpose()?;
     let answers = fuse::Pipe::new().map_err(failed("make a pipe"))?;
     let unrooted = Unrooted::open()?;
     let filters = Filters::compile()?;
+    let trees = match serving {
+        Serving::AsOneUser => None,
+        Serving::KeepingOwners(trees) => Some(trees::take(trees)?),
+    };
     let root = confine::enter_namespace()?.ok_or(FoldersError::NoNamespace)?;
-    confine::drop_privileges(&[&root])?;
-    let files = Files::serving(unrooted.at(&root)?)?;
-    let server = serve::Server::new(files, answers, port, control, state)?;
-    filters.install(Role::Folders)?;
+    let Some(trees) = trees else {
+        confine::drop_privileges(&[&root])?;
+        let files = Files::serving(unrooted.at(&root)?)?;
+        let server = serve::Server::new(files, answers, port, control, state)?;
+        filters.install(Role::Folders)?;
+        return server.run();
+    };
+    trees::mount(&trees)?;
+    trees::allow_many_files();
+    drop(trees);
+    confine::keep_owners(&[&root])?;
+    let files = Files::keeping_owners(unrooted.at(&root)?)?;
+    let server = serve::Server::new(files, answers, port, control, state)?.with_all_known();
+    filters.install(Role::Trees)?;
     server.run()
 }
 

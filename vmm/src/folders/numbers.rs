@@ -20,6 +20,8 @@ use crate::devices::fs::Files;
 
 /// Flags of open(2) that were for the first time only.
 const ONCE: u32 = (libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC).cast_unsigned();
+/// Seconds for which the guest does not ask again, where it need not.
+const LASTS: u64 = 1;
 /// LOOKUP.
 const LOOKUP: u32 = 1;
 
@@ -85,6 +87,8 @@ pub(super) struct Numbers {
     last_handle: u64,
     init: Vec<u8>,
     owners: HashMap<Vec<u8>, (u32, u32)>,
+    /// The folder whose folders and links the guest may take for the same for a second.
+    lasting: Option<Arc<[u8]>>,
     /// Whose the files are here.
     host: (u32, u32),
     /// What is to be found again when the folders are mounted.
@@ -106,6 +110,7 @@ impl Numbers {
             last_handle: 0,
             init: Vec::new(),
             owners: HashMap::new(),
+            lasting: None,
             host,
             saved: Some(saved),
         };
@@ -131,6 +136,12 @@ impl Numbers {
         if let Some(saved) = self.saved.take() {
             self.restore(saved);
         }
+    }
+
+    /// Has the guest take folders and links of a folder below the root for the same for a second: the host hardly changes a
+    /// container's root, and each path asks for them. What is new is seen at once, and so is all that a file has.
+    pub(super) fn let_last(&mut self, folder: &[u8]) {
+        self.lasting = Some(Arc::from(folder));
     }
 
     /// The guest knows nothing and has nothing open.
@@ -254,13 +265,17 @@ impl Numbers {
             }
             Kind::Open => self.name_handle(answer, answer::HANDLE, (id, flags), false),
             Kind::OpenFolder => self.name_handle(answer, answer::HANDLE, (id, flags), true),
-            Kind::Attributes | Kind::SetAttributes => self.show_owner(answer, answer::ATTR, folder),
+            Kind::Attributes | Kind::SetAttributes => {
+                self.show_owner(answer, answer::ATTR, folder);
+                self.last(answer, answer::ATTR, &[answer::ATTR_VALID], folder);
+            }
             _ => {}
         }
     }
 
     fn name_entry(&mut self, answer: &mut Message, folder: &Arc<[u8]>) -> u64 {
         self.show_owner(answer, answer::ENTRY_ATTR, folder);
+        self.last(answer, answer::ENTRY_ATTR, &[answer::ENTRY_VALID, answer::ENTRY_ATTR_VALID], folder);
         let inner = answer.u64(answer::NODE).unwrap_or_default();
         if inner == 0 || inner == ROOT_ID {
             return inner;
@@ -291,6 +306,16 @@ impl Numbers {
         for (field, host, guest) in [(answer::UID, self.host.0, uid), (answer::GID, self.host.1, gid)] {
             if answer.u32(at + field) == Some(host) {
                 answer.put_u32(at + field, guest);
+            }
+        }
+    }
+
+    /// Says how long what is said of a file with attributes at `at` holds.
+    fn last(&self, answer: &mut Message, at: usize, fields: &[usize], folder: &[u8]) {
+        let kind = answer.u32(at + answer::MODE).unwrap_or_default() & libc::S_IFMT;
+        if self.lasting.as_deref() == Some(folder) && matches!(kind, libc::S_IFDIR | libc::S_IFLNK) {
+            for &field in fields {
+                answer.put_u64(field, LASTS);
             }
         }
     }

@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 
+use catalyst_agent_protocol::container::ROOT_TREE;
+
 use super::link::{Event, FULL, Link, Saved};
 use super::numbers::Numbers;
 use super::{Answer, FoldersError, Request, failed, fuse};
@@ -17,7 +19,7 @@ const MAX_REQUEST: usize = 1 << 20;
 pub(super) struct Server {
     numbers: Numbers,
     link: Link,
-    control: UnixListener,
+    control: Option<UnixListener>,
     client: Option<Client>,
 }
 
@@ -34,10 +36,12 @@ impl Server {
         files: Files,
         answers: fuse::Pipe,
         port: UnixStream,
-        control: UnixListener,
+        control: Option<UnixListener>,
         state: Option<Saved>,
     ) -> Result<Self, FoldersError> {
-        control.set_nonblocking(true).map_err(failed("set up the control socket"))?;
+        if let Some(control) = &control {
+            control.set_nonblocking(true).map_err(failed("set up the control socket"))?;
+        }
         let Saved { session, line, numbers } = state.unwrap_or_default();
         Ok(Self {
             numbers: Numbers::new(Arc::new(files), answers, numbers),
@@ -45,6 +49,13 @@ impl Server {
             control,
             client: None,
         })
+    }
+
+    /// Serves at once, without being told whose files are: they are whose they are.
+    pub(super) fn with_all_known(mut self) -> Self {
+        self.numbers.set_owners(Vec::new());
+        self.numbers.let_last(ROOT_TREE.as_bytes());
+        self
     }
 
     /// Until the port ends.
@@ -68,11 +79,8 @@ impl Server {
                 self.link.flush().map_err(failed("write to the port"))?;
             }
             if listener != 0 {
-                self.client = self.control.accept().ok().map(|(stream, _)| Client {
-                    stream,
-                    asked: Vec::new(),
-                    holds: false,
-                });
+                let accepted = self.control.as_ref().and_then(|control| control.accept().ok());
+                self.client = accepted.map(|(stream, _)| Client { stream, asked: Vec::new(), holds: false });
                 if let Some(client) = &self.client {
                     client.stream.set_nonblocking(true).map_err(failed("set up a client"))?;
                 }
@@ -109,7 +117,10 @@ impl Server {
         let entry = |fd: RawFd, events| libc::pollfd { fd, events, revents: 0 };
         // A negative number is passed over: one client at a time, the next waits.
         let client = self.client.as_ref().map_or(-1, |client| client.stream.as_raw_fd());
-        let listener = if client == -1 { self.control.as_raw_fd() } else { -1 };
+        let listener = match &self.control {
+            Some(control) if client == -1 => control.as_raw_fd(),
+            _ => -1,
+        };
         let mut all = [
             entry(self.link.stream().as_raw_fd(), reads | writes),
             entry(listener, libc::POLLIN),

@@ -14,17 +14,17 @@ use super::serve::Server;
 use super::{Answer, FolderOwner, FoldersError, Request, Saved, fuse};
 use crate::devices::fs::{Files, ShareRoot};
 
-const ROOT: u64 = 1;
-const LOOKUP: u32 = 1;
-const GETATTR: u32 = 3;
-const SETATTR: u32 = 4;
+pub(super) const ROOT: u64 = 1;
+pub(super) const LOOKUP: u32 = 1;
+pub(super) const GETATTR: u32 = 3;
+pub(super) const SETATTR: u32 = 4;
 const UNLINK: u32 = 10;
-const OPEN: u32 = 14;
+pub(super) const OPEN: u32 = 14;
 const READ: u32 = 15;
-const WRITE: u32 = 16;
+pub(super) const WRITE: u32 = 16;
 const RELEASE: u32 = 18;
 const INIT: u32 = 26;
-const CREATE: u32 = 35;
+pub(super) const CREATE: u32 = 35;
 const FORGET: u32 = 2;
 
 /// A served folder, and the control socket.
@@ -55,13 +55,15 @@ impl Host {
 }
 
 /// What the agent and its kernel do.
-struct Guest {
+pub(super) struct Guest {
     port: UnixStream,
     decoder: Decoder,
     epoch: u32,
     session: u64,
     line: Line,
     unique: u64,
+    /// User and group whose program asks.
+    pub(super) user: (u32, u32),
 }
 
 /// Serves what is in `root`: folders, whose files belong to 4000 in the guest.
@@ -71,7 +73,7 @@ fn serve(root: &Path, state: Option<Saved>) -> (Host, UnixStream) {
     let path = root.parent().unwrap().join(format!("control-{}", rand(root)));
     let listener = UnixListener::bind(&path).unwrap();
     let files = Files::serving(ShareRoot::folder(&File::open(root).unwrap()).unwrap()).unwrap();
-    let server = Server::new(files, fuse::Pipe::new().unwrap(), port, listener, state).unwrap();
+    let server = Server::new(files, fuse::Pipe::new().unwrap(), port, Some(listener), state).unwrap();
     let serving = thread::spawn(move || server.run());
     let mut host = Host { control: UnixStream::connect(path).unwrap(), serving };
     let owner = FolderOwner { name: "work".into(), uid: 4000, gid: 4000 };
@@ -85,9 +87,9 @@ fn rand(root: &Path) -> usize {
 }
 
 impl Guest {
-    fn new(port: UnixStream) -> Self {
+    pub(super) fn new(port: UnixStream) -> Self {
         let (decoder, line) = (Decoder::new(), Line::default());
-        let mut guest = Self { port, decoder, epoch: 0, session: 77, line, unique: 0 };
+        let mut guest = Self { port, decoder, epoch: 0, session: 77, line, unique: 0, user: (0, 0) };
         guest.greet();
         guest.ask(INIT, 0, &init());
         guest
@@ -123,20 +125,20 @@ impl Guest {
         self.port.write_all(&again).unwrap();
     }
 
-    fn send(&mut self, opcode: u32, node: u64, body: &[u8]) {
+    pub(super) fn send(&mut self, opcode: u32, node: u64, body: &[u8]) {
         self.unique += 2;
         let mut message = Vec::new();
         message.extend(u32::try_from(40 + body.len()).unwrap().to_le_bytes());
         message.extend(opcode.to_le_bytes());
         message.extend(self.unique.to_le_bytes());
         message.extend(node.to_le_bytes());
-        message.extend([0; 16]);
+        message.extend([self.user.0, self.user.1, 0, 0].map(u32::to_le_bytes).concat());
         message.extend(body);
         let frame = self.line.send(self.epoch, Channel::Output, message).unwrap();
         self.port.write_all(&frame).unwrap();
     }
 
-    fn answer(&mut self) -> Result<Vec<u8>, i32> {
+    pub(super) fn answer(&mut self) -> Result<Vec<u8>, i32> {
         loop {
             let frame = self.frame();
             if frame.channel == Channel::Control {
@@ -152,36 +154,36 @@ impl Guest {
         }
     }
 
-    fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+    pub(super) fn ask(&mut self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         self.send(opcode, node, body);
         self.answer().unwrap_or_else(|errno| panic!("message {opcode}: errno {errno}"))
     }
 
-    fn lookup(&mut self, node: u64, name: &str) -> Result<Vec<u8>, i32> {
+    pub(super) fn lookup(&mut self, node: u64, name: &str) -> Result<Vec<u8>, i32> {
         self.send(LOOKUP, node, &[name.as_bytes(), b"\0"].concat());
         self.answer()
     }
 
-    fn node(&mut self, path: &str) -> u64 {
+    pub(super) fn node(&mut self, path: &str) -> u64 {
         path.split('/').fold(ROOT, |node, name| number(&self.lookup(node, name).unwrap(), 0))
     }
 
     /// A new file, open for reading and writing: its number and that of the handle.
-    fn create(&mut self, folder: u64, name: &str) -> (u64, u64) {
+    pub(super) fn create(&mut self, folder: u64, name: &str) -> (u64, u64) {
         let flags = libc::O_RDWR | libc::O_CREAT | libc::O_EXCL;
         let fields = [flags.cast_unsigned(), 0o644, 0o022, 0].map(u32::to_le_bytes).concat();
         let answer = self.ask(CREATE, folder, &[&fields, name.as_bytes(), b"\0"].concat());
         (number(&answer, 0), number(&answer, 128))
     }
 
-    fn write(&mut self, node: u64, handle: u64, at: u64, text: &str) {
+    pub(super) fn write(&mut self, node: u64, handle: u64, at: u64, text: &str) {
         let mut fields = [handle, at].map(u64::to_le_bytes).concat();
         fields.extend(u32::try_from(text.len()).unwrap().to_le_bytes());
         fields.extend([0; 20]);
         self.ask(WRITE, node, &[&fields, text.as_bytes()].concat());
     }
 
-    fn read(&mut self, node: u64, handle: u64) -> Result<String, i32> {
+    pub(super) fn read(&mut self, node: u64, handle: u64) -> Result<String, i32> {
         let mut fields = [handle, 0].map(u64::to_le_bytes).concat();
         fields.extend(1000_u32.to_le_bytes());
         fields.extend([0; 20]);
@@ -194,7 +196,7 @@ fn init() -> Vec<u8> {
     [7_u32, 38, 1 << 17, !(1 << 30)].map(u32::to_le_bytes).concat()
 }
 
-fn number(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn number(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().unwrap())
 }
 

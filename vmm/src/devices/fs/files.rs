@@ -15,14 +15,14 @@ use std::time::Duration;
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, ROOT_ID, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
-    Context, DirEntry, Entry, FileSystem, FsOptions, OpenOptions, SetattrValid, ZeroCopyReader,
-    ZeroCopyWriter,
+    Context, DirEntry, Entry, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+    SetattrValid, ZeroCopyReader, ZeroCopyWriter,
 };
 use fuse_backend_rs::passthrough::PassthroughFs;
 
 use super::hard_link;
 use super::root::Owner;
-use super::{FsError, ShareRoot};
+use super::{FsError, ShareRoot, xattr};
 use crate::virtio::Counters;
 
 /// Descriptors that are left to the rest of the monitor.
@@ -41,6 +41,8 @@ const OWNERS: SetattrValid = SetattrValid::UID.union(SetattrValid::GID);
 pub struct Files {
     inner: PassthroughFs<()>,
     owner: Owner,
+    /// The guest's users are the host's.
+    keeps_owners: bool,
     session: Mutex<Session>,
     /// Most descriptors for the guest.
     most: usize,
@@ -60,13 +62,26 @@ struct Session {
 impl Files {
     /// At most `most` inodes and handles are open for the guest.
     pub(super) fn new(root: ShareRoot, most: usize, counters: Counters) -> Self {
-        Self { inner: root.files, owner: root.owner, session: Mutex::default(), most, counters }
+        Self {
+            inner: root.files,
+            owner: root.owner,
+            keeps_owners: false,
+            session: Mutex::default(),
+            most,
+            counters,
+        }
     }
 
     /// Serves `root`. Raises the process's limit of open files as far as it may be.
     pub fn serving(root: ShareRoot) -> Result<Self, FsError> {
         let most = raise_limit().map_err(FsError::Limit)?;
         Ok(Self::new(root, most, Counters::default()))
+    }
+
+    /// The same for a process that may act as any user: files keep their owners in both directions, bits that let them run as
+    /// somebody, capabilities and what users note of them. What the guest's kernel allows, by what it sees of a file, is done.
+    pub fn keeping_owners(root: ShareRoot) -> Result<Self, FsError> {
+        Ok(Self { keeps_owners: true, ..Self::serving(root)? })
     }
 
     /// Where a file is now, from the process's root.
@@ -133,10 +148,31 @@ impl Files {
         self.session().handles.extend(handle.map(|handle| (handle, inode)));
     }
 
+    /// Nothing but a folder gets the bits that let it run as somebody, but where owners are kept: the host has other users.
+    fn check_set_id(&self, mode: u32) -> io::Result<()> {
+        if self.keeps_owners { Ok(()) } else { check_set_id(mode) }
+    }
+
+    /// Flags of FUSE with which the guest's kernel has bits taken away that let a file run as somebody.
+    fn kills(&self, fuse_flags: u32) -> u32 {
+        if self.keeps_owners { fuse_flags } else { 0 }
+    }
+
+    /// Whether there are extended attributes.
+    fn admit_xattr(&self) -> io::Result<()> {
+        if self.keeps_owners { Ok(()) } else { Err(error(libc::ENOSYS)) }
+    }
+
     /// Opens a file that is there, as CREATE does.
-    fn open_existing(&self, context: &Context, parent: u64, name: &CStr, flags: i32) -> Created {
+    fn open_existing(
+        &self,
+        context: &Context,
+        parent: u64,
+        name: &CStr,
+        (flags, fuse_flags): (i32, u32),
+    ) -> Created {
         let entry = self.lookup(context, parent, name)?;
-        match self.open(context, entry.inode, bits(flags), 0) {
+        match self.open(context, entry.inode, bits(flags), fuse_flags) {
             Ok((handle, options, passthrough)) => Ok((entry, handle, options, passthrough)),
             Err(error) => {
                 self.forget(context, entry.inode, 1);
@@ -153,9 +189,17 @@ impl FileSystem for Files {
     type Inode = u64;
     type Handle = u64;
 
-    fn init(&self, _capable: FsOptions) -> io::Result<FsOptions> {
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.end_session();
         self.session().mounted = true;
+        let mut owners = FsOptions::empty();
+        if self.keeps_owners {
+            // With it the guest does not ask for capabilities at every write, and the crate takes bits away that are not to stay.
+            let kills = capable & FsOptions::HANDLE_KILLPRIV_V2;
+            self.inner.init(kills)?;
+            // Where a link leads does not change; another one is another file.
+            owners = kills | (capable & FsOptions::CACHE_SYMLINKS);
+        }
         // READDIRPLUS is left out: names are valid for no time, so it would only keep files open. So are
         // the write-back cache and cached links, which the host does not see or the guest would not see change.
         Ok(FsOptions::ASYNC_READ
@@ -163,18 +207,21 @@ impl FileSystem for Files {
             | FsOptions::MAX_PAGES
             | FsOptions::ATOMIC_O_TRUNC
             | FsOptions::AUTO_INVAL_DATA
-            | FsOptions::PARALLEL_DIROPS)
+            | FsOptions::PARALLEL_DIROPS
+            | owners)
     }
 
     fn destroy(&self) {
         self.end_session();
     }
 
-    /// Files are made as the monitor's own user: it has no right to be another one, and the crate takes 0 for "as
-    /// it is".
+    /// Where owners are not kept, files are made as the monitor's own user: it has no right to be another one, and the crate
+    /// takes 0 for "as it is".
     fn id_remap(&self, context: &mut Context) -> io::Result<()> {
-        context.uid = 0;
-        context.gid = 0;
+        if !self.keeps_owners {
+            context.uid = 0;
+            context.gid = 0;
+        }
         Ok(())
     }
 
@@ -218,13 +265,17 @@ impl FileSystem for Files {
     ) -> io::Result<(stat64, Duration)> {
         if valid.contains(SetattrValid::MODE) && attributes.st_mode & SET_ID != 0 {
             let (now, _) = self.inner.getattr(context, inode, None)?;
-            check_set_id(now.st_mode & libc::S_IFMT | attributes.st_mode & !libc::S_IFMT)?;
+            self.check_set_id(now.st_mode & libc::S_IFMT | attributes.st_mode & !libc::S_IFMT)?;
         }
         let meant = self.meant(attributes);
         let set = |valid| self.inner.setattr(context, inode, meant, handle, valid);
         let (attributes, timeout) = match set(valid) {
             // Whom a file belongs to is the host's business: what unpacks an archive need not fail for it.
-            Err(error) if error.raw_os_error() == Some(libc::EPERM) && valid.intersects(OWNERS) => {
+            Err(error)
+                if error.raw_os_error() == Some(libc::EPERM)
+                    && valid.intersects(OWNERS)
+                    && !self.keeps_owners =>
+            {
                 set(valid - OWNERS)?
             }
             set => set?,
@@ -252,7 +303,7 @@ impl FileSystem for Files {
         umask: u32,
     ) -> io::Result<Entry> {
         check_name(name)?;
-        check_set_id(mode)?;
+        self.check_set_id(mode)?;
         // A device of the host is nothing for a guest, whoever the monitor runs as.
         if !matches!(mode & libc::S_IFMT, 0 | libc::S_IFREG | libc::S_IFIFO | libc::S_IFSOCK) {
             return Err(error(libc::EPERM));
@@ -304,23 +355,24 @@ impl FileSystem for Files {
         made.map(|entry| self.looked_up(entry))
     }
 
-    fn open(&self, context: &Context, inode: u64, flags: u32, _fuse_flags: u32) -> Opened {
+    fn open(&self, context: &Context, inode: u64, flags: u32, fuse_flags: u32) -> Opened {
         self.admit()?;
         let flags = bits(flags.cast_signed() & OPEN_FLAGS);
-        let opened = self.inner.open(context, inode, flags, 0)?;
+        let opened = self.inner.open(context, inode, flags, self.kills(fuse_flags))?;
         self.opened(inode, opened.0);
         Ok(opened)
     }
 
     fn create(&self, context: &Context, parent: u64, name: &CStr, args: CreateIn) -> Created {
         check_name(name)?;
-        check_set_id(args.mode)?;
+        self.check_set_id(args.mode)?;
         // One for the inode, one for the handle; the reserve has room for the second.
         self.admit()?;
         let asked = args.flags.cast_signed();
         let flags = asked & OPEN_FLAGS;
         // Always a new file: for one that is there the crate would keep an inode that it cannot open.
         let exclusive = flags | libc::O_EXCL | libc::O_NOFOLLOW | libc::O_CLOEXEC;
+        let fuse_flags = args.fuse_flags;
         let args = CreateIn { flags: bits(exclusive), mode: args.mode & 0o7777, fuse_flags: 0, ..args };
         match self.inner.create(context, parent, name, args) {
             Ok((entry, handle, options, passthrough)) => {
@@ -328,7 +380,7 @@ impl FileSystem for Files {
                 Ok((self.looked_up(entry), handle, options, passthrough))
             }
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists && asked & libc::O_EXCL == 0 => {
-                self.open_existing(context, parent, name, flags)
+                self.open_existing(context, parent, name, (flags, fuse_flags))
             }
             Err(error) => Err(error),
         }
@@ -362,11 +414,13 @@ impl FileSystem for Files {
         lock_owner: Option<u64>,
         delayed: bool,
         flags: u32,
-        _fuse_flags: u32,
+        fuse_flags: u32,
     ) -> io::Result<usize> {
         let flags = bits(flags.cast_signed() & OPEN_FLAGS);
-        let written =
-            self.inner.write(context, inode, handle, from, size, offset, lock_owner, delayed, flags, 0)?;
+        let kills = self.kills(fuse_flags);
+        let written = self
+            .inner
+            .write(context, inode, handle, from, size, offset, lock_owner, delayed, flags, kills)?;
         self.counters.written(written);
         Ok(written)
     }
@@ -408,6 +462,26 @@ impl FileSystem for Files {
 
     fn statfs(&self, context: &Context, inode: u64) -> io::Result<statvfs64> {
         self.inner.statfs(context, inode)
+    }
+
+    fn getxattr(&self, _: &Context, inode: u64, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        self.admit_xattr()?;
+        xattr::get(&self.inner, inode, name, size)
+    }
+
+    fn listxattr(&self, _: &Context, inode: u64, size: u32) -> io::Result<ListxattrReply> {
+        self.admit_xattr()?;
+        xattr::list(&self.inner, inode, size)
+    }
+
+    fn setxattr(&self, _: &Context, inode: u64, name: &CStr, value: &[u8], flags: u32) -> io::Result<()> {
+        self.admit_xattr()?;
+        xattr::set(&self.inner, inode, name, value, flags)
+    }
+
+    fn removexattr(&self, _: &Context, inode: u64, name: &CStr) -> io::Result<()> {
+        self.admit_xattr()?;
+        xattr::remove(&self.inner, inode, name)
     }
 
     fn opendir(&self, context: &Context, inode: u64, _flags: u32) -> io::Result<(Option<u64>, OpenOptions)> {

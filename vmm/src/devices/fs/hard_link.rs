@@ -33,7 +33,7 @@ pub(super) fn make(files: &PassthroughFs<()>, inode: u64, parent: u64, name: &CS
 }
 
 /// The same file or folder, by the path that it has now.
-fn again(files: &PassthroughFs<()>, inode: u64) -> io::Result<File> {
+pub(super) fn again(files: &PassthroughFs<()>, inode: u64) -> io::Result<File> {
     let path = CString::new(files.readlinkat_proc_file(inode)?.as_os_str().as_bytes())?;
     // SAFETY: the path ends in zero.
     let fd = unsafe { libc::open(path.as_ptr(), libc::O_PATH | libc::O_NOFOLLOW | libc::O_CLOEXEC) };

@@ -9,7 +9,9 @@
 //!   changed. What has not changed is still read from the guest's cache, and can be mapped.
 //! - **Files belong to the monitor's user.** It cannot switch users; where the owner is somebody else the daemon
 //!   maps IDs in the mount. To the guest they can be shown as a user's of its own ([`ShareRoot::shown_as`]).
-//! - **No extended attributes**: the crate reaches them by a path in /proc, which the monitor does not have; and a
+//! - **Unless they keep their owners** ([`Files::keeping_owners`]): a process with the rights for it serves a container's trees, in which
+//!   the guest's users are the host's, with modes, links and some extended attributes.
+//! - **No extended attributes** otherwise: the crate reaches them by a path in /proc, which the monitor does not have; and a
 //!   guest would ask for `security.capability` at every write.
 //! - **No DAX window**, no remote locks (the guest's kernel keeps them among its own processes).
 //!
@@ -23,6 +25,7 @@ mod request;
 mod root;
 mod state;
 mod worker;
+mod xattr;
 
 use std::io;
 

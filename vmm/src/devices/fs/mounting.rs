@@ -43,24 +43,43 @@ pub fn clone_mount(folder: &Path, read_only: bool, map: Option<(u32, u32)>) -> i
         Some(namespace) => (IDMAP, u64::from(namespace.as_raw_fd().cast_unsigned())),
         None => (0, 0),
     };
-    let attributes = Attributes {
-        set: ATTRIBUTES | idmap | if read_only { READ_ONLY } else { 0 },
-        clear: 0,
-        propagation: 0,
-        user_namespace,
-    };
+    let set = ATTRIBUTES | idmap | if read_only { READ_ONLY } else { 0 };
+    set_attributes(&tree, set, user_namespace, 0)?;
+    Ok(tree)
+}
+
+/// A detached mount of what a descriptor stands for, without what is mounted below it. `EINVAL` where it is itself a detached
+/// mount, or of another mount namespace.
+pub(crate) fn clone_of(folder: &File) -> io::Result<File> {
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
+    // SAFETY: the path is a string.
+    file(unsafe { libc::syscall(libc::SYS_open_tree, folder.as_raw_fd(), c"".as_ptr(), flags) })
+}
+
+/// Lets no device of a mount and of all below it be opened, and nothing there run as another user.
+pub(crate) fn guard(tree: &File) -> io::Result<()> {
+    set_attributes(tree, ATTRIBUTES, 0, libc::AT_RECURSIVE)
+}
+
+/// Lets nobody write to the mount that a folder is the root of.
+pub(crate) fn write_protect(tree: &File) -> io::Result<()> {
+    set_attributes(tree, READ_ONLY, 0, 0)
+}
+
+fn set_attributes(tree: &File, set: u64, user_namespace: u64, flags: libc::c_int) -> io::Result<()> {
+    let attributes = Attributes { set, clear: 0, propagation: 0, user_namespace };
     // SAFETY: the path is a string, and the struct is as long as is said.
     let returned = unsafe {
         libc::syscall(
             libc::SYS_mount_setattr,
             tree.as_raw_fd(),
             c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
+            libc::AT_EMPTY_PATH | flags,
             &raw const attributes,
             size_of::<Attributes>(),
         )
     };
-    if returned == -1 { Err(io::Error::last_os_error()) } else { Ok(tree) }
+    if returned == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// Puts `tree` at the folder `name`, which is made, of the namespace's root.
