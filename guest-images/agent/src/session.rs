@@ -293,6 +293,11 @@ impl Session {
         id: u32,
         act: impl FnOnce(&Arc<Folders>) -> Result<(), Problem> + Send + 'static,
     ) {
+        if self.config.keeper.is_some() {
+            // The port for folders carries the container's own trees.
+            let problem = "a VM that is a container takes no folders: mount volumes into the container";
+            return self.reply(epoch, id, failed(ProblemKind::Unsupported, problem));
+        }
         self.later(epoch, id, move |session| act(&session.folders));
     }
 

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use catalyst_agent_protocol::container::{Capabilities, Container, DOCUMENT, Network, Process};
-use catalyst_agent_protocol::{ExecSpec, Problem, ProblemKind};
+use catalyst_agent_protocol::{Control, ExecSpec, Problem, ProblemKind};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 
@@ -67,7 +67,8 @@ pub struct Place {
     trees: PathBuf,
     /// The top of the cgroups.
     cgroups: Option<PathBuf>,
-    /// Its NICs, and with them that the clock and names of the system are the container's.
+    /// The system is the container's, and so is its network.
+    of_vm: bool,
     nics: Option<Nics>,
     /// The host's trees, if they come over a port.
     folders: Option<Arc<Folders>>,
@@ -81,16 +82,17 @@ impl Place {
 
     /// The VM's own, when it has just booted.
     pub fn of_vm() -> Self {
-        let nics = Nics::now().unwrap_or_else(|error| {
-            eprintln!("catalyst-agent: the NICs cannot be counted: {error}");
-            Nics::default()
-        });
+        let nics = Nics::take();
+        if let Err(error) = &nics {
+            eprintln!("catalyst-agent: the NICs cannot be made ready: {error}");
+        }
         let cgroups = PathBuf::from("/sys/fs/cgroup");
         cgroup::enable(&cgroups);
         Self {
             trees: crate::folders::ROOT.into(),
             cgroups: Some(cgroups),
-            nics: Some(nics),
+            of_vm: true,
+            nics: nics.ok(),
             folders: Some(Folders::of_container()),
         }
     }
@@ -170,15 +172,12 @@ impl Keeper {
         if container.unix_ns > 0 {
             identity::go_on(&session.config, container.unix_ns, &container.seed)?;
         }
-        if self.place.nics.is_some() && !container.hostname.is_empty() {
+        if self.place.of_vm && !container.hostname.is_empty() {
             nix::unistd::sethostname(&container.hostname).map_err(doing("setting the host name"))?;
         }
         self.set_network(&container.network)?;
         if container.resolver {
-            let telling = Arc::clone(session);
-            let begun =
-                Resolver::begin(resolver::ADDRESS.into(), Box::new(move |control| telling.tell(control)));
-            *lock(&self.resolver) = Some(begun.map_err(doing("listening for questions about names"))?);
+            self.listen_for_names(session)?;
         }
         if let Some(folders) = &self.place.folders {
             folders.wait_for_trees()?;
@@ -188,9 +187,21 @@ impl Keeper {
             None => None,
         };
         if let Some(cgroup) = &cgroup {
-            *lock(&self.watch) = Some(Watch::begin(cgroup, session));
+            lock(&self.watch).get_or_insert_with(|| Watch::begin(cgroup, session));
         }
         self.launch_first(container, cgroup)
+    }
+
+    /// Where an earlier attempt at the container has begun to listen, that goes on.
+    fn listen_for_names(&self, session: &Arc<Session>) -> Step<()> {
+        let mut resolver = lock(&self.resolver);
+        if resolver.is_none() {
+            let telling = Arc::clone(session);
+            let tell = move |control: &Control| telling.tell(control);
+            let begun = Resolver::begin(resolver::ADDRESS.into(), Box::new(tell));
+            *resolver = Some(begun.map_err(doing("listening for questions about names"))?);
+        }
+        Ok(())
     }
 
     fn launch_first(&self, container: Container, cgroup: Option<PathBuf>) -> Step<Ready> {
@@ -268,7 +279,12 @@ impl Keeper {
 
     /// Makes the network so.
     pub fn set_network(&self, network: &Network) -> Step<()> {
-        let Some(nics) = &self.place.nics else { return Ok(()) };
+        if !self.place.of_vm {
+            return Ok(());
+        }
+        let nics = self.place.nics.as_ref();
+        let nics =
+            nics.ok_or_else(|| problem(ProblemKind::Failed, "the VM's NICs could not be made ready"))?;
         let wanted = nics.check(network).map_err(|message| problem(ProblemKind::Invalid, message))?;
         nics.apply(&wanted).map_err(doing("setting up the network"))
     }

@@ -1,10 +1,16 @@
 //! The network of a container, which is that of its VM: what is wanted, checked, and the kernel's messages that make it so.
 
 use std::collections::HashSet;
+use std::fmt::Display;
+use std::fs::File;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
 
 use catalyst_agent_protocol::container::Network;
+use nix::sched::{CloneFlags, unshare};
 
 use crate::identity::netlink::{Message, Netlink, attribute, half, word};
 use crate::identity::parse_mac;
@@ -28,9 +34,23 @@ const NO_SEARCH: u8 = 2;
 /// What there may be of each, so that a document stays within reason.
 const MOST: usize = 1024;
 
-/// The VM's NICs as they were at boot, by their MAC addresses: numbers that the kernel knows them by, whatever they are called later.
-#[derive(Clone, Debug, Default)]
-pub struct Nics(Vec<u32>);
+/// The VM's NICs, by their numbers: the order of the MAC addresses that they had at boot. Those that are not in use are out of sight,
+/// in a network namespace of their own.
+#[derive(Debug)]
+pub struct Nics {
+    /// The namespace of the agent and of the container.
+    here: OwnedFd,
+    aside: OwnedFd,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// To the kernel in the other namespace.
+    aside: Netlink,
+    /// The number that the kernel knows each by here; none for what is out of sight.
+    indices: Vec<Option<u32>>,
+}
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Link {
@@ -69,75 +89,136 @@ pub struct Wanted {
 }
 
 impl Nics {
-    /// Those that there are now.
-    pub fn now() -> io::Result<Self> {
-        let mut links = links(&mut Netlink::open()?)?;
+    /// Takes those that there are now out of sight.
+    pub fn take() -> io::Result<Self> {
+        let (aside, other) = thread::scope(|scope| scope.spawn(another_namespace).join())
+            .unwrap_or_else(|_| Err(io::Error::other("a thread ended early")))?;
+        let mut netlink = Netlink::open()?;
+        let mut links = links(&mut netlink)?;
         links.sort_by_key(|link| link.mac);
-        Ok(Self(links.into_iter().map(|link| link.index).collect()))
+        let indices = links.iter().map(|link| Some(link.index)).collect();
+        let state = Mutex::new(State { aside: other, indices });
+        let nics = Self { here: own_namespace()?, aside, state };
+        let mut state = nics.lock();
+        for nic in 0..links.len() {
+            nics.hide(&mut netlink, &mut state, nic)?;
+        }
+        drop(state);
+        Ok(nics)
     }
 
     /// Checks what is wanted of them.
     pub fn check(&self, network: &Network) -> Result<Wanted, String> {
-        check(network, self.0.len())
+        check(network, self.lock().indices.len())
     }
 
     /// Makes it so. What is so already stays, so that connections live on.
     pub fn apply(&self, wanted: &Wanted) -> io::Result<()> {
         let mut netlink = Netlink::open()?;
+        let mut state = self.lock();
         netlink.change(link_message(LOOPBACK, Some(true)))?;
-        self.make_room(&mut netlink, wanted)?;
+        self.make_room(&mut netlink, &mut state, wanted)?;
+        let mut indices = Vec::new();
         for interface in &wanted.interfaces {
-            let index = self.0[interface.nic];
-            set_up(&mut netlink, index, interface)
-                .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", interface.name)))?;
+            let index = self
+                .show(&mut netlink, &mut state, interface.nic)
+                .and_then(|index| set_up(&mut netlink, index, interface).map(|()| index));
+            indices.push(index.map_err(saying(&interface.name))?);
         }
-        self.route(&mut netlink, &wanted.routes, &wanted.interfaces)
+        set_routes(&mut netlink, &wanted.routes, &indices)
     }
 
-    /// Takes down what is not wanted, and what has the name of another. A link that is up keeps its name.
-    fn make_room(&self, netlink: &mut Netlink, wanted: &Wanted) -> io::Result<()> {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hides what is not wanted, and renames what has the name of another.
+    fn make_room(&self, netlink: &mut Netlink, state: &mut State, wanted: &Wanted) -> io::Result<()> {
         for link in links(netlink)? {
-            let Some(nic) = self.0.iter().position(|index| *index == link.index) else { continue };
-            match wanted.interfaces.iter().find(|interface| interface.nic == nic) {
-                Some(interface) if interface.name == link.name => continue,
-                Some(_) => {}
-                None => addresses(netlink, link.index)?
-                    .into_iter()
-                    .try_for_each(|(prefix, _)| change_address(netlink, link.index, prefix, false))?,
-            }
-            if link.up {
+            let Some(nic) = state.indices.iter().position(|index| *index == Some(link.index)) else {
+                continue;
+            };
+            let interface = wanted.interfaces.iter().find(|interface| interface.nic == nic);
+            if interface.is_none() {
+                self.hide(netlink, state, nic)?;
+            } else if interface.is_some_and(|interface| interface.name != link.name) {
+                // A link that is up keeps its name.
                 netlink.change(link_message(link.index, Some(false)))?;
-            }
-            if wanted.interfaces.iter().any(|interface| interface.name == link.name) {
-                rename(netlink, link.index, &format!("nic{nic}.free"))?;
+                rename(netlink, link.index, &aside_name(nic))?;
             }
         }
         Ok(())
     }
 
-    fn route(&self, netlink: &mut Netlink, wanted: &[Route], interfaces: &[Interface]) -> io::Result<()> {
-        let index = |route: &Route| self.0[interfaces[route.interface].nic];
-        let there = routes(netlink)?;
-        for route in &there {
-            if !wanted.iter().any(|one| (one.destination, one.gateway, index(one)) == *route) {
-                netlink.change(route_message(libc::RTM_DELROUTE, 0, *route))?;
-            }
-        }
-        // What is on a link first: a gateway must be in reach.
-        let (by_gateway, on_link): (Vec<&Route>, Vec<&Route>) =
-            wanted.iter().partition(|route| route.gateway.is_some());
-        for route in on_link.into_iter().chain(by_gateway) {
-            let one = (route.destination, route.gateway, index(route));
-            if !there.contains(&one) {
-                let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
-                netlink.change(route_message(libc::RTM_NEWROUTE, flags, one)).map_err(|error| {
-                    let (to, length) = route.destination;
-                    io::Error::new(error.kind(), format!("the route to {to}/{length}: {error}"))
-                })?;
-            }
-        }
+    fn hide(&self, netlink: &mut Netlink, state: &mut State, nic: usize) -> io::Result<()> {
+        let Some(index) = state.indices[nic] else { return Ok(()) };
+        netlink.change(link_message(index, Some(false)))?;
+        rename(netlink, index, &aside_name(nic))?;
+        netlink.change(move_message(index, &self.aside))?;
+        state.indices[nic] = None;
         Ok(())
     }
+
+    /// Brings a NIC into sight; the number that the kernel knows it by.
+    fn show(&self, netlink: &mut Netlink, state: &mut State, nic: usize) -> io::Result<u32> {
+        if let Some(index) = state.indices[nic] {
+            return Ok(index);
+        }
+        let find = |netlink: &mut Netlink| {
+            let name = aside_name(nic);
+            let found = links(netlink)?.into_iter().find(|link| link.name == name);
+            found.map(|link| link.index).ok_or_else(|| io::Error::other("the NIC is gone"))
+        };
+        let there = find(&mut state.aside)?;
+        state.aside.change(move_message(there, &self.here))?;
+        let index = find(netlink)?;
+        state.indices[nic] = Some(index);
+        Ok(index)
+    }
+}
+
+/// What a NIC is called that has no name of its own.
+fn aside_name(nic: usize) -> String {
+    format!("nic{nic}.aside")
+}
+
+fn own_namespace() -> io::Result<OwnedFd> {
+    File::open("/proc/thread-self/ns/net").map(OwnedFd::from)
+}
+
+/// For a thread that ends with it: the namespace lives for as long as this.
+fn another_namespace() -> io::Result<(OwnedFd, Netlink)> {
+    unshare(CloneFlags::CLONE_NEWNET)?;
+    Ok((own_namespace()?, Netlink::open()?))
+}
+
+/// Says with an error what it was about.
+fn saying(what: impl Display) -> impl FnOnce(io::Error) -> io::Error {
+    move |error| io::Error::new(error.kind(), format!("{what}: {error}"))
+}
+
+/// `indices` has the links of the interfaces that the routes are by.
+fn set_routes(netlink: &mut Netlink, wanted: &[Route], indices: &[u32]) -> io::Result<()> {
+    let way = |route: &Route| (route.destination, route.gateway, indices[route.interface]);
+    let there = routes(netlink)?;
+    for route in &there {
+        if !wanted.iter().any(|one| way(one) == *route) {
+            netlink.change(route_message(libc::RTM_DELROUTE, 0, *route))?;
+        }
+    }
+    // What is on a link first: a gateway must be in reach.
+    let (by_gateway, on_link): (Vec<&Route>, Vec<&Route>) =
+        wanted.iter().partition(|route| route.gateway.is_some());
+    for route in on_link.into_iter().chain(by_gateway) {
+        if !there.contains(&way(route)) {
+            let flags = libc::NLM_F_CREATE | libc::NLM_F_REPLACE;
+            let (to, length) = route.destination;
+            netlink
+                .change(route_message(libc::RTM_NEWROUTE, flags, way(route)))
+                .map_err(saying(format_args!("the route to {to}/{length}")))?;
+        }
+    }
+    Ok(())
 }
 
 /// Name, MAC address, MTU and addresses, and up.
@@ -172,7 +253,7 @@ fn set_up(netlink: &mut Netlink, index: u32, wanted: &Interface) -> io::Result<(
         if !there.iter().any(|(one, _)| one == prefix) {
             let (address, length) = prefix;
             change_address(netlink, index, *prefix, true)
-                .map_err(|error| io::Error::new(error.kind(), format!("{address}/{length}: {error}")))?;
+                .map_err(saying(format_args!("{address}/{length}")))?;
         }
     }
     Ok(())
@@ -315,6 +396,10 @@ fn link_message(index: u32, up: Option<bool>) -> Message {
     let words = [index, u32::from(up == Some(true)), u32::from(up.is_some())];
     let header = [&[0; 4][..], &words.map(u32::to_ne_bytes).concat()].concat();
     Message::new(libc::RTM_NEWLINK, 0, &header)
+}
+
+fn move_message(index: u32, namespace: &OwnedFd) -> Message {
+    link_message(index, None).attribute(libc::IFLA_NET_NS_FD, &namespace.as_raw_fd().to_ne_bytes())
 }
 
 fn rename(netlink: &mut Netlink, index: u32, name: &str) -> io::Result<()> {

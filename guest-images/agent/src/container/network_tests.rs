@@ -95,15 +95,14 @@ fn in_a_network_of_its_own() {
     }
     let has_ipv6 =
         std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|off| off == "0\n");
-    let nics = Nics::now().unwrap();
+    let before: Vec<String> = links(&mut netlink).unwrap().into_iter().map(|link| link.name).collect();
+    let nics = Nics::take().unwrap();
+    assert!(links(&mut netlink).unwrap().is_empty(), "they are out of sight");
     let of = |netlink: &mut Netlink, nic: usize| {
-        links(netlink).unwrap().into_iter().find(|link| link.index == nics.0[nic]).unwrap()
+        let index = nics.lock().indices[nic];
+        links(netlink).unwrap().into_iter().find(|link| Some(link.index) == index)
     };
-    let mut names = links(&mut netlink).unwrap().into_iter().map(|link| link.name);
-    // Each is to have the other's name.
-    let (first, second) = (names.next().unwrap(), names.next().unwrap());
-    let own = of(&mut netlink, 0).name;
-    let (zero, one) = if own == first { (&*second, &*first) } else { (&*first, &*second) };
+    let (zero, one) = (&*before[1], &*before[0]);
     let addresses_of_zero: &[&str] =
         if has_ipv6 { &["172.17.0.2/16", "fd00::2/64"] } else { &["172.17.0.2/16"] };
     let mut network = Network {
@@ -117,12 +116,13 @@ fn in_a_network_of_its_own() {
     apply(&network);
     apply(&network);
     for (nic, name) in [(0, zero), (1, one)] {
-        let link = of(&mut netlink, nic);
+        let link = of(&mut netlink, nic).unwrap();
         assert_eq!((link.name.as_str(), link.mtu, link.up), (name, 1400, true));
         assert_eq!(link.mac[5], u8::try_from(nic).unwrap() + 2);
     }
     let global = |netlink: &mut Netlink, nic: usize| -> Vec<String> {
-        let mut all: Vec<String> = addresses(netlink, nics.0[nic])
+        let index = nics.lock().indices[nic].unwrap();
+        let mut all: Vec<String> = addresses(netlink, index)
             .unwrap()
             .into_iter()
             .filter(|((address, _), scope)| address.is_ipv4() || *scope != libc::RT_SCOPE_LINK)
@@ -135,17 +135,26 @@ fn in_a_network_of_its_own() {
     assert_eq!(global(&mut netlink, 1), ["10.9.0.2/24"]);
     assert_eq!(routes(&mut netlink).unwrap().len(), network.routes.len());
 
+    // They change names.
+    network.interfaces[0].name = one.into();
+    network.interfaces[1].name = zero.into();
+    network.routes.clear();
+    apply(&network);
+    assert_eq!(of(&mut netlink, 0).unwrap().name, one);
+    assert_eq!(of(&mut netlink, 1).unwrap().name, zero);
+    assert_eq!(global(&mut netlink, 1), ["10.9.0.2/24"]);
+
     // One goes, the other gets another address and another way.
     let less = Network {
         interfaces: vec![interface(0, "net7", &["172.18.0.2/16"])],
         routes: vec![route("net7", "default", "172.18.0.1")],
     };
     apply(&less);
-    assert_eq!(of(&mut netlink, 0).name, "net7");
+    let link = of(&mut netlink, 0).unwrap();
+    assert_eq!(link.name, "net7");
     assert_eq!(global(&mut netlink, 0), ["172.18.0.2/16"]);
-    assert!(!of(&mut netlink, 1).up);
-    assert!(global(&mut netlink, 1).is_empty());
-    let way = (("0.0.0.0".parse().unwrap(), 0), Some("172.18.0.1".parse().unwrap()), nics.0[0]);
+    assert_eq!(links(&mut netlink).unwrap().len(), 1);
+    let way = (("0.0.0.0".parse().unwrap(), 0), Some("172.18.0.1".parse().unwrap()), link.index);
     assert_eq!(routes(&mut netlink).unwrap(), [way]);
 
     let far = Network { routes: vec![route("net7", "default", "198.51.100.1")], ..less };

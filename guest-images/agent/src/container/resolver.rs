@@ -168,7 +168,10 @@ mod tests {
 
     use super::*;
 
-    fn resolver() -> (Arc<Resolver>, SocketAddr, Receiver<(u32, bool, Vec<u8>)>) {
+    /// Number of a question, whether it came by TCP, and what it was.
+    type Heard = (u32, bool, Vec<u8>);
+
+    fn resolver() -> (Arc<Resolver>, SocketAddr, Receiver<Heard>) {
         let (told, heard) = channel();
         let tell = move |control: &Control| match control {
             Control::Resolve { query, tcp, message } => told.send((*query, *tcp, message.0.clone())).is_ok(),

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::support::{Host, Outcome};
-use catalyst_agent_protocol::container::{Capabilities, Container, DOCUMENT, Mount, Process, Rlimit};
+use catalyst_agent_protocol::container::{
+    Capabilities, Container, DOCUMENT, Mount, Network, Process, Rlimit,
+};
 use catalyst_agent_protocol::{Channel, Control, ExecExit, Problem, ProblemKind, Reply, Request, Terminal};
 
 /// What Docker gives a container: chown, dac_override, kill, net_raw and so on, without sys_admin.
@@ -373,7 +375,7 @@ fn a_stream_that_is_closed_ends_its_program() {
 fn only_a_runtime_is_heard_about_containers() {
     let mut host = Host::greeted();
     for request in
-        [Request::CreateContainer, Request::StartContainer, Request::SetNetwork(Default::default())]
+        [Request::CreateContainer, Request::StartContainer, Request::SetNetwork(Network::default())]
     {
         assert!(failed_as(&host.request(request), ProblemKind::Unsupported, "port of their own"));
     }
