@@ -147,3 +147,24 @@ fn versions_in_use_survive_a_removal() {
     store.remove("lumen", &[]).unwrap();
     assert!(matches!(store.remove("lumen", &[]), Err(ImageError::Missing { .. })));
 }
+
+#[test]
+fn an_image_without_a_disk_is_well_and_has_no_size() {
+    let (_folder, store) = store(&["a1"]);
+    let dir = store.image_dir("micro").join("a1");
+    fs::create_dir(store.image_dir("micro")).unwrap();
+    fs::rename(store.image_dir("lumen").join("a1"), &dir).unwrap();
+    fs::rename(store.image_dir("lumen").join(CURRENT_LINK), store.image_dir("micro").join(CURRENT_LINK))
+        .unwrap();
+    fs::remove_file(dir.join(DISK_FILE)).unwrap();
+    let mut manifest = Manifest::read(&dir).unwrap();
+    manifest.files.remove(DISK_FILE);
+    manifest.diskless = true;
+    fs::write(dir.join(MANIFEST_FILE), serde_json::to_vec(&manifest).unwrap()).unwrap();
+    assert!(store.current("micro").unwrap().manifest.diskless);
+    let infos = store.list().unwrap();
+    assert_eq!((infos.len(), infos[0].size_virtual, &infos[0].state), (1, 0, &ImageState::Ok));
+    assert_eq!(store.verify("micro", None, |_| ()).unwrap(), ImageState::Ok);
+    fs::remove_file(dir.join(INITRD_FILE)).unwrap();
+    assert!(matches!(store.current("micro"), Err(ImageError::Damaged { .. })));
+}
