@@ -274,7 +274,7 @@ fn names_do_not_go_from_one_tree_to_another() {
     if !is_root() {
         return;
     }
-    let ((_one, first), (_two, second)) = (world(false), world(false));
+    let ((one, first), (_two, second)) = (world(false), world(false));
     let (_served, mut guest) = serve(&[("root", &first), ("volume", &second)]);
     let (root, volume, file) = (guest.node("root"), guest.node("volume"), guest.node("root/a"));
     guest.send(LINK, volume, &[&file.to_le_bytes()[..], b"b\0"].concat());
@@ -282,7 +282,7 @@ fn names_do_not_go_from_one_tree_to_another() {
     guest.send(RENAME, root, &[&volume.to_le_bytes()[..], b"a\0b\0"].concat());
     assert_eq!(guest.answer().unwrap_err(), libc::EXDEV);
     guest.ask(LINK, root, &[&file.to_le_bytes()[..], b"b\0"].concat());
-    assert_eq!(fs::metadata(_one.path().join("b")).unwrap().nlink(), 2);
+    assert_eq!(fs::metadata(one.path().join("b")).unwrap().nlink(), 2);
 }
 
 #[test]

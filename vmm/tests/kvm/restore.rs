@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
 use catalyst_vmm::control::protocol::{Answer, Cause, Outcome, RunState};
-use catalyst_vmm::description::{Disk, Format, Layer, Nic, Port, Serial, Vsock};
+use catalyst_vmm::description::{Disk, Format, Layer, MAX_NICS, Nic, Port, Serial, Vsock};
 use catalyst_vmm::devices::power::{NEW_GENERATION, POWER_BUTTON};
 use catalyst_vmm::{layout, snapshot};
 use vm_memory::GuestAddress;
@@ -291,8 +291,36 @@ fn tap() -> std::io::Result<File> {
 }
 
 fn add_nic(plan: &mut Plan, link_up: Option<bool>) {
-    let (tap, mac) = (plan.give(tap().unwrap()), [2, 0, 0, 0, 0, 1]);
-    plan.description.nics = vec![Nic { tap, mac, link_up }];
+    let last = u8::try_from(plan.description.nics.len()).unwrap() + 1;
+    let (tap, mac) = (plan.give(tap().unwrap()), [2, 0, 0, 0, 0, last]);
+    plan.description.nics.push(Nic { tap, mac, link_up });
+}
+
+#[test]
+fn as_many_nics_as_there_can_be_and_no_disk_are_found_in_order_and_go_on() {
+    let Some(mut plan) = Plan::new() else { return };
+    if let Err(error) = tap() {
+        println!("SKIPPED: no tap can be made here: {error}");
+        return;
+    }
+    for _ in 0..MAX_NICS {
+        add_nic(&mut plan, None);
+    }
+    let mut machine = plan.start();
+    // The last two bytes of each address, and its status.
+    let found = |machine: &Machine| (0..4).map(|at| Driver::again(machine, at).read(0x104)).collect();
+    let [up, down]: [Vec<u32>; 2] = [1, 0].map(|up| (1..=4).map(|last| up << 16 | last << 8).collect());
+    let now: Vec<u32> = found(&machine);
+    assert_eq!(now, up);
+    machine.command(r#"{"set-link":false}"#);
+    let mut plan = Plan::restoring(&machine.save());
+    for _ in 0..MAX_NICS {
+        add_nic(&mut plan, None);
+    }
+    let mut clone = plan.go_on(&machine.guest);
+    clone.command("resume");
+    let now: Vec<u32> = found(&clone);
+    assert_eq!(now, down);
 }
 
 #[test]

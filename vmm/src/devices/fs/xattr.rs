@@ -45,10 +45,10 @@ pub(super) fn get(
 /// The names that the guest has, each with a zero at its end, or how long they are where `size` is 0.
 pub(super) fn list(files: &PassthroughFs<()>, inode: u64, size: u32) -> io::Result<ListxattrReply> {
     let all = match open(files, inode)? {
-        // SAFETY: the buffer is as long as is said.
-        Some(file) => {
-            read(|buffer, length| unsafe { libc::flistxattr(file.as_raw_fd(), buffer.cast(), length) })?
-        }
+        Some(file) => read(|buffer, length| {
+            // SAFETY: the buffer is as long as is said.
+            unsafe { libc::flistxattr(file.as_raw_fd(), buffer.cast(), length) }
+        })?,
         None => Vec::new(),
     };
     let shown = all
