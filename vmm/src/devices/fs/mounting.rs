@@ -48,10 +48,11 @@ pub fn clone_mount(folder: &Path, read_only: bool, map: Option<(u32, u32)>) -> i
     Ok(tree)
 }
 
-/// A detached mount of what a descriptor stands for, without what is mounted below it. `EINVAL` where it is itself a detached
-/// mount, or of another mount namespace.
+/// A detached mount of what a descriptor stands for, with what is mounted below it. `EINVAL` where it is of another mount namespace
+/// or, before Linux 6.15, itself a detached mount.
 pub(crate) fn clone_of(folder: &File) -> io::Result<File> {
-    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    let flags = flags | (libc::AT_EMPTY_PATH | libc::AT_RECURSIVE).cast_unsigned();
     // SAFETY: the path is a string.
     file(unsafe { libc::syscall(libc::SYS_open_tree, folder.as_raw_fd(), c"".as_ptr(), flags) })
 }
