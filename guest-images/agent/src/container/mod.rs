@@ -88,6 +88,10 @@ impl Place {
         }
         let cgroups = PathBuf::from("/sys/fs/cgroup");
         cgroup::enable(&cgroups);
+        // Made now, it is there in what is cloned from this VM, and its making is no part of the container's.
+        if let Err(error) = cgroup::make(&cgroups, 0) {
+            eprintln!("catalyst-agent: the container's cgroup cannot be made: {error}");
+        }
         Self {
             trees: crate::folders::ROOT.into(),
             cgroups: Some(cgroups),
