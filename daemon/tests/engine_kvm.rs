@@ -16,7 +16,9 @@ use std::time::Duration;
 use catalyst_api::EngineName;
 use catalyst_daemon::engine::kvm::KvmEngine;
 use catalyst_daemon::engine::qemu::QemuEngine;
-use catalyst_daemon::engine::{Engine, EngineError, Engines, Exit, Layer, StartSpec, VmProcess, sockets};
+use catalyst_daemon::engine::{
+    Engine, EngineError, Engines, Exit, Layer, Nic, StartSpec, VmProcess, sockets,
+};
 use catalyst_daemon::store::{Store, VmDir, VmId};
 use catalyst_vmm::control::protocol::{Answer, Cause, Command, Event, Outcome, Reply, Request, RunState};
 use catalyst_vmm::description::{Description, Format};
@@ -92,11 +94,12 @@ impl Bench {
                 Layer { file: null(), format: Format::Qcow2 },
                 Layer { file: null(), format: Format::Raw },
             ],
-            tap: null(),
-            mac: [2, 0, 0, 0, 0, 1],
+            nics: vec![Nic { tap: null(), mac: [2, 0, 0, 0, 0, 1] }],
+            container: false,
             user: USER,
             cid: 3,
             from: None,
+            cgroup_of: None,
         }
     }
 
