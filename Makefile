@@ -133,7 +133,8 @@ e2e-lab: image
 
 test: lint licences unit e2e e2e-lab fuzz-short ## all tests, but for those that take hours
 
-# A daemon killed at every step, and hundreds of rounds, where `make test` tries some.
+# A daemon killed at every step, and hundreds of rounds, where `make test` tries some. CATALYST_TEST_CHECKS='words|others' has
+# only those checks run whose name has such words.
 test-long: image
 	CATALYST_TEST_FULL=1 cargo test --release -p catalyst-tests --test e2e -- faults rounds --nocapture
 
