@@ -215,6 +215,9 @@ pub enum FreezeError {
         "The VM '{0}' was registered in place, or is of an imported image, and cannot be cloned: it has no agent of Catalyst's"
     )]
     Registered(VmId),
+    /// What its disk lies on.
+    #[error("The layers of its disk cannot be opened")]
+    Below(#[source] Box<PowerError>),
     /// It was being frozen when its daemon was killed.
     #[error(
         "The disk of '{0}' was being laid over when the daemon ended; power it off and on before it is cloned"
