@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools docker-tools
+.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools docker-tools firewall-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -65,6 +65,9 @@ docker-tools: ## Debian's Docker client, for the tests
 	  apt-get download -qq -o APT::Sandbox::User=root docker.io && dpkg-deb --extract docker.io_*.deb . && \
 	  install -m 755 usr/bin/docker $(DOCKER_TOOLS)/ && rm -r $$folder; }
 
+firewall-tools: setup-tests ## Debian's firewalld, NetworkManager and Docker daemon, unpacked for the tests
+	@tests/firewall-tools $(CURDIR)/$(RELEASE)/firewall-tools
+
 # What asks the daemon by the descriptions of its API, of the versions that are written down.
 ASKER := $(CURDIR)/$(RELEASE)/schemathesis
 ASKER_PINS := tests/e2e/schemas/requirements.txt
@@ -112,7 +115,7 @@ unit: build rspec go ## unit tests
 rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 	cd drivers/vagrant && rspec
 
-e2e: image setup-tests ui-tools machine-driver machine-tools docker-tools schemathesis ## end-to-end tests on real VMs (root)
+e2e: image setup-tests ui-tools machine-driver machine-tools docker-tools firewall-tools schemathesis ## end-to-end tests on real VMs (root)
 	@$(MAKE) -s place
 	@tests/versions $(RELEASE)
 	cargo test --release -p catalyst-tests -- --nocapture
@@ -133,7 +136,8 @@ e2e-lab: image
 
 test: lint licences unit e2e e2e-lab fuzz-short ## all tests, but for those that take hours
 
-# A daemon killed at every step, and hundreds of rounds, where `make test` tries some.
+# A daemon killed at every step, and hundreds of rounds, where `make test` tries some. CATALYST_TEST_CHECKS='words|others' has
+# only those checks run whose name has such words.
 test-long: image
 	CATALYST_TEST_FULL=1 cargo test --release -p catalyst-tests --test e2e -- faults rounds --nocapture
 

@@ -159,8 +159,9 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     let mut network = NetworkConfig::new(&state_dir);
     network.bridge = args.bridge;
     let network = Network::load(network).await?;
-    let serving = network.clone();
+    let (serving, admitted) = (network.clone(), network.clone());
     tokio::spawn(async move { serving.keep_serving().await });
+    tokio::spawn(async move { admitted.keep_admitted().await });
     let access_keys = AccessKeys::open(&state_dir, &owner.home)?;
     if let Some(vm_dir) = args.vm_dir {
         Store::lie_in(&state_dir, &std::path::absolute(vm_dir).map_err(StartError::Runtime)?)?;

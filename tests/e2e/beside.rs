@@ -1,12 +1,15 @@
 //! The network of the VMs beside what else a host has: firewalls that drop what they forward, a VPN, resolvers that change.
 //! A second namespace plays the outside world.
 
+mod services;
+
 use std::fs;
 use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use catalyst_tests::world::{ran, run};
-use catalyst_tests::{Checks, Ran, World, skip};
+use catalyst_tests::world::{programs, ran, run};
+use catalyst_tests::{Checks, Ran, World};
 
 use crate::common::wait_until;
 
@@ -15,53 +18,82 @@ const OUTSIDE: &str = "203.0.113.1";
 /// The links: interface, host's address, the outside's.
 const LINKS: [(&str, &str, &str); 2] =
     [("up0", "192.0.2.1", "192.0.2.2"), ("vpn0", "198.51.100.1", "198.51.100.2")];
-/// dockerd's filter rules with one network, as 20.10 makes them.
-const DOCKER: &str = "iptables -P FORWARD DROP
-    for chain in DOCKER DOCKER-ISOLATION-STAGE-1 DOCKER-ISOLATION-STAGE-2 DOCKER-USER; do iptables -N $chain; done
-    iptables -A FORWARD -j DOCKER-USER
-    iptables -A FORWARD -j DOCKER-ISOLATION-STAGE-1
-    iptables -A FORWARD -o docker0 -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
-    iptables -A FORWARD -o docker0 -j DOCKER
-    iptables -A FORWARD -i docker0 ! -o docker0 -j ACCEPT
-    iptables -A FORWARD -i docker0 -o docker0 -j ACCEPT
-    iptables -A DOCKER-ISOLATION-STAGE-1 -i docker0 ! -o docker0 -j DOCKER-ISOLATION-STAGE-2
-    iptables -A DOCKER-ISOLATION-STAGE-1 -j RETURN
-    iptables -A DOCKER-ISOLATION-STAGE-2 -o docker0 -j DROP
-    iptables -A DOCKER-ISOLATION-STAGE-2 -j RETURN
-    iptables -A DOCKER-USER -s 203.0.113.66/32 -j DROP
-    iptables -A DOCKER-USER -j RETURN";
-const NO_DOCKER: &str = "iptables -F; iptables -X; iptables -P FORWARD ACCEPT";
-/// With a copy of /etc, where ufw keeps its rules and dnsmasq watches the folder of resolv.conf; then the command.
-const ENTER: &str = r#"mount --bind "$0/etc" /etc; exec "$@""#;
+/// Somebody else on the host, who is no guest of ours: the other end of an interface of the host's.
+const STRANGER: (&str, &str, &str) = ("lan0", "198.18.0.1", "198.18.0.2");
+/// A host's system of its own for all who enter its mount namespace: /run, a copy of /etc, and the programs of
+/// `make firewall-tools` laid over /usr. /sys shows this network namespace and has the machine's control groups, which
+/// `ip netns exec` would hide. Ends as what keeps the namespace.
+const SYSTEM: &str = r#"
+    mkdir "$0/groups"
+    mount --rbind /sys/fs/cgroup "$0/groups"
+    mount -t sysfs sysfs /sys
+    mount --rbind "$0/groups" /sys/fs/cgroup
+    [ ! -d "$1/usr" ] || mount -t overlay -o "lowerdir=$1/usr:/usr" overlay /usr
+    mount --bind "$0/etc" /etc
+    mount -t tmpfs tmpfs /run
+    mkdir -p /run/dbus /run/lock /run/NetworkManager
+    ! command -v dbus-daemon > /dev/null || dbus-daemon --config-file="$0/bus.conf" --nofork &
+    echo up > "$0/up"
+    exec sleep infinity"#;
+/// A system's bus where everybody may do everything, and nothing is started by itself, such as the machine's polkit.
+const BUS: &str = r#"<busconfig><type>system</type><listen>unix:path=/run/dbus/system_bus_socket</listen><auth>EXTERNAL</auth>
+<policy context="default"><allow user="*"/><allow own="*"/><allow send_destination="*" eavesdrop="true"/><allow eavesdrop="true"/></policy>
+</busconfig>"#;
 
 pub fn beside(checks: &mut Checks) {
-    let outside = World::empty();
-    let host = Host::new(&outside);
-    alone(checks, &host);
-    firewalls(checks, &host);
-    moves(checks, &host, &outside);
+    {
+        let outside = World::empty();
+        let host = Host::new(&outside);
+        alone(checks, &host);
+        services::network_manager(checks, &host);
+        moves(checks, &host, &outside);
+    }
+    services::firewalls(checks);
+}
+
+/// What a script with `exec` at its end has become.
+struct Service(Child);
+
+impl Service {
+    /// Has it end as its kind ends, and waits for that.
+    fn end(mut self) {
+        let pid = nix::unistd::Pid::from_raw(self.0.id().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        self.0.wait().unwrap();
+    }
 }
 
 struct Host {
     world: World,
+    stranger: World,
+    system: Child,
 }
 
 impl Host {
     fn new(outside: &World) -> Self {
-        let mut world = World::empty();
+        let world = World::empty();
+        let stranger = World::empty();
         let root = world.path("root");
         fs::create_dir(&root).unwrap();
-        run(std::process::Command::new("cp").args(["-a", "/etc"]).arg(&root));
+        run(Command::new("cp").args(["-a", "/etc"]).arg(&root));
+        let tools = programs().join("firewall-tools");
+        if tools.join("etc").exists() {
+            run(Command::new("cp").arg("-a").arg(tools.join("etc")).arg(&root));
+        }
         let _ = fs::remove_file(root.join("etc/resolv.conf"));
         fs::write(root.join("etc/resolv.conf"), "nameserver 192.0.2.2\n").unwrap();
+        fs::write(root.join("bus.conf"), BUS).unwrap();
         run(outside.command("ip").args(["address", "add", &format!("{OUTSIDE}/32"), "dev", "lo"]));
-        for (name, here, there) in LINKS {
-            let peer = ["link", "add", name, "type", "veth", "peer", "name", name, "netns", outside.netns()];
+        let links = LINKS.map(|link| (link, outside)).into_iter().chain([(STRANGER, &stranger)]);
+        for ((name, here, there), other) in links {
+            let peer = ["link", "add", name, "type", "veth", "peer", "name", name, "netns", other.netns()];
             run(world.command("ip").args(peer));
-            for (side, address) in [(&world, here), (outside, there)] {
+            for (side, address) in [(&world, here), (other, there)] {
                 run(side.command("ip").args(["address", "add", &format!("{address}/24"), "dev", name]));
                 run(side.command("ip").args(["link", "set", name, "up"]));
             }
+        }
+        for (name, _, there) in LINKS {
             // A resolver on each link, which knows a name that the other does not.
             let mut resolver = outside.command("dnsmasq");
             resolver.args(["--conf-file=/dev/null", "--no-resolv", "--no-hosts", "--bind-interfaces"]);
@@ -71,11 +103,31 @@ impl Host {
             }
             run(resolver.arg(format!("--address=/{name}.test/{OUTSIDE}")));
         }
-        run(world.command("ip").args(["route", "add", "default", "via", LINKS[0].2]));
-        let words = ["sh", "-ec", ENTER, root.to_str().unwrap()];
-        world.wrapper = words.map(Into::into).to_vec();
-        world.start_daemon();
-        Self { world }
+        let route = |side: &World, to: &str, via: &str| {
+            run(side.command("ip").args(["route", "add", to, "via", via]));
+        };
+        route(&world, "default", LINKS[0].2);
+        route(&stranger, "default", STRANGER.1);
+        route(outside, &format!("{}/32", STRANGER.2), LINKS[0].1);
+        let mut system = Command::new("nsenter");
+        system
+            .arg(format!("--net=/run/netns/{}", world.netns()))
+            .args(["unshare", "-m", "sh", "-ec", SYSTEM]);
+        let system = system.arg(&root).arg(tools).stdin(Stdio::null()).spawn().unwrap();
+        let host = Self { world, stranger, system };
+        wait_until("the host's system is there", Duration::from_secs(20), || root.join("up").exists());
+        host.started()
+    }
+
+    fn started(mut self) -> Self {
+        self.world.wrapper = self.words().map(Into::into).to_vec();
+        self.world.start_daemon();
+        self
+    }
+
+    /// What enters the host's system.
+    fn words(&self) -> [String; 5] {
+        ["nsenter", "--target", &self.system.id().to_string(), "--mount", "--"].map(str::to_owned)
     }
 
     fn root(&self) -> PathBuf {
@@ -83,9 +135,10 @@ impl Host {
     }
 
     /// A script where the daemon finds what it finds.
-    fn command(&self, script: &str) -> std::process::Command {
-        let mut command = self.world.command("sh");
-        command.args(["-ec", ENTER]).arg(self.root()).args(["sh", "-ec", script]);
+    fn command(&self, script: &str) -> Command {
+        let [program, words @ ..] = self.words();
+        let mut command = self.world.command(program);
+        command.args(words).args(["sh", "-ec", script]).arg(self.root());
         command
     }
 
@@ -93,8 +146,32 @@ impl Host {
         ran(self.command(script))
     }
 
-    fn on(&self, id: &str) {
-        self.world.catalyst(&["vmpower", "on", id, "--wait", "--timeout", "280"]).ok();
+    /// Starts what runs until it is ended, with the world at the latest; its log is in the world's folder.
+    fn service(&self, name: &str, script: &str) -> Service {
+        let log = fs::File::create(self.world.path(&format!("{name}.log"))).unwrap();
+        let mut command = self.command(script);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        Service(command.spawn().unwrap())
+    }
+
+    fn log_of(&self, name: &str) -> String {
+        fs::read_to_string(self.world.path(&format!("{name}.log"))).unwrap_or_default()
+    }
+
+    /// Whether somebody else behind the host reaches the outside world through it.
+    fn lets_strangers_through(&self) -> bool {
+        let connect = format!("timeout 2 bash -c 'exec 3<>/dev/tcp/{OUTSIDE}/53'");
+        let mut command = self.stranger.command("sh");
+        command.args(["-c", &connect]);
+        ran(command).code() == 0
+    }
+
+    /// Powers a new VM on: one that was on before starts cold, which takes long.
+    fn on(&self) {
+        self.off();
+        self.world.catalyst(&["vm", "delete", "web1"]);
+        self.world.catalyst(&["vm", "create", "web1"]).ok();
+        self.world.catalyst(&["vmpower", "on", "web1", "--wait", "--timeout", "280"]).ok();
     }
 
     fn off(&self) {
@@ -128,88 +205,23 @@ impl Host {
 
 fn alone(checks: &mut Checks, host: &Host) {
     checks.check("a guest reaches the outside world and its names", || {
-        for id in ["web1", "other"] {
-            host.world.catalyst(&["vm", "create", id]).ok();
-        }
-        host.on("web1");
+        host.on();
         assert!(host.reaches() && host.resolves("up0"));
+        assert!(host.lets_strangers_through());
         assert!(!host.doctor().contains("let through"), "{}", host.doctor());
     });
 }
 
-/// A firewall, how it is started and ended, and what lists the rules that a user knows of it.
-struct Firewall {
-    name: &'static str,
-    programs: &'static [&'static str],
-    start: &'static str,
-    stop: &'static str,
-    list: &'static str,
-    place: &'static str,
-}
-
-const FIREWALLS: [Firewall; 2] = [
-    Firewall {
-        name: "Docker",
-        programs: &["iptables"],
-        start: DOCKER,
-        stop: NO_DOCKER,
-        list: "iptables -S",
-        place: "Docker's chain DOCKER-USER",
-    },
-    Firewall {
-        name: "ufw",
-        programs: &["ufw", "iptables"],
-        start: "ufw --force enable; ufw allow 2222/tcp; ufw route deny in on eth7",
-        stop: "ufw --force disable",
-        list: "cat /etc/ufw/user.rules /etc/ufw/user6.rules; ufw show added; iptables -S",
-        place: "ufw",
-    },
-];
-
-fn firewalls(checks: &mut Checks, host: &Host) {
-    for firewall in FIREWALLS {
-        let name = firewall.name;
-        checks.check(
-            &format!("guests are let through {name} at its own place, and nothing stays there"),
-            || {
-                for program in firewall.programs {
-                    if host.sh(&format!("command -v {program}")).code() != 0 {
-                        skip(format!("there is no {program}: make setup-tests"));
-                    }
-                }
-                beside_firewall(host, &firewall);
-            },
-        );
+impl Drop for Host {
+    fn drop(&mut self) {
+        // The namespace with all that is mounted in it goes with its last process, which the world ends.
+        let _ = self.system.kill();
+        let _ = self.system.wait();
     }
-}
-
-fn beside_firewall(host: &Host, firewall: &Firewall) {
-    host.sh(firewall.start).ok();
-    let before = host.sh(firewall.list).ok().to_owned();
-    assert!(!host.reaches(), "it drops what it does not know");
-    assert!(host.doctor().contains("does not let the guests"), "{}", host.doctor());
-    host.world.catalyst(&["vmpower", "on", "other"]).ok();
-    assert!(host.reaches() && host.resolves("up0"), "{}\n{}", host.sh(firewall.list).stdout, host.doctor());
-    let found = host.doctor();
-    assert!(found.contains(&format!("let through by {}", firewall.place)), "{found}");
-    assert!(!found.contains("drops"), "{found}");
-    assert!(host.sh(firewall.list).ok().contains("catalyst0"));
-    host.off();
-    host.world.catalyst(&["network", "down"]).ok();
-    assert_eq!(host.sh(firewall.list).ok(), before);
-    // The next one comes up with it there from the start.
-    host.on("web1");
-    assert!(host.reaches() && host.resolves("up0"));
-    host.off();
-    host.world.catalyst(&["network", "down"]).ok();
-    assert_eq!(host.sh(firewall.list).ok(), before);
-    host.sh(firewall.stop).ok();
-    host.on("web1");
 }
 
 fn moves(checks: &mut Checks, host: &Host, outside: &World) {
     checks.check("the default route moves to a VPN and back, and guests follow", || {
-        host.on("web1");
         let ip = |side: &World, words: &[&str]| run(side.command("ip").args(words));
         let seen = |link: &str| {
             let mut count = outside.command("cat");

@@ -232,8 +232,9 @@ pub trait VmProcess: Send + Sync {
     /// Writes processors and devices, all but memory, to `state`; the virtual CPUs must stand.
     fn save(&self, state: File) -> BoxFuture<'_, Result<(), EngineError>>;
 
-    /// The disk goes on in another file, an empty overlay on what it was; the virtual CPUs must stand.
-    fn switch_disk(&self, overlay: Layer) -> BoxFuture<'_, Result<(), EngineError>>;
+    /// The disk goes on in another file, an empty overlay on what it was; the virtual CPUs must stand. `below`, if there is any, takes
+    /// the place of what its file until now lies on, the uppermost first, and holds the same.
+    fn switch_disk(&self, overlay: Layer, below: Vec<Layer>) -> BoxFuture<'_, Result<(), EngineError>>;
 
     /// Stops the virtual CPUs.
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>>;

@@ -260,6 +260,7 @@ impl Failure for FreezeError {
             Self::Special(..) => ErrorCode::NotYet,
             Self::State { .. } | Self::Unsettled(_) | Self::Layers { .. } => ErrorCode::WrongState,
             Self::Power(power) => power.code(),
+            Self::Below(error) => error.code(),
             Self::Engine(engine) => engine_code(engine),
             Self::Saved(saved) => saved_code(saved),
             Self::Store(store) => store_code(store),

@@ -238,6 +238,9 @@ pub enum FreezeError {
     /// Its machine is none of ours.
     #[error("The VM '{0}' {1}, and cannot be cloned")]
     Special(VmId, Special),
+    /// What its disk lies on.
+    #[error("The layers of its disk cannot be opened")]
+    Below(#[source] Box<PowerError>),
     /// It was being frozen when its daemon was killed.
     #[error(
         "The disk of '{0}' was being laid over when the daemon ended; power it off and on before it is cloned"

@@ -103,7 +103,11 @@ pub(super) async fn copy(
     (memory, state): (&File, &File),
 ) -> Result<(Chain, Option<Vec<u8>>), FreezeError> {
     let dir = shared.dir();
-    let chain = prepare(context, dir).await?;
+    let (chain, merged) = prepare(context, dir).await?;
+    if merged {
+        shared.note_merged();
+    }
+    let below = if shared.is_merged() { below(context, dir, &chain)? } else { Vec::new() };
     let mut source = Memory::new(process.pid(), process.ram().await?);
     let common = source.is_shared().map_err(EngineError::io("look at the VM's memory"))?;
     if !common {
@@ -121,7 +125,9 @@ pub(super) async fn copy(
             source = saved::copy_files(source, memory).await?;
         }
         saved::save(process, source, (memory, state)).await?;
-        switch(dir, process, &chain).await
+        switch(dir, process, &chain, below).await?;
+        shared.note_alike();
+        Ok(())
     };
     let done: Result<(), FreezeError> = done.await;
     if running {
@@ -135,25 +141,44 @@ pub(super) async fn copy(
 
 /// Makes the disk of a VM that has no process a layer: it stands on what this returns.
 pub(super) async fn lay_over(context: &Arc<Context>, dir: &VmDir) -> Result<Chain, FreezeError> {
-    let chain = prepare(context, dir).await?;
+    let (chain, _) = prepare(context, dir).await?;
     lay(dir, &chain)?;
     Ok(chain)
 }
 
-/// Makes an overlay for the disk to go on in; it is on the returned chain, and not yet in use.
-async fn prepare(context: &Arc<Context>, dir: &VmDir) -> Result<Chain, FreezeError> {
+/// What the disk so far lies on, which becomes the first layer of `chain`.
+fn below(context: &Context, dir: &VmDir, chain: &Chain) -> Result<Vec<Layer>, FreezeError> {
+    let (_, config) = dir.read()?;
+    let layers = || {
+        let image = super::start::image(context, dir, &config)?;
+        let lower = Chain { own: chain.own.iter().skip(1).cloned().collect(), ..chain.clone() };
+        super::start::layers(dir, &image, &lower)
+    };
+    let all = layers().map_err(|error| FreezeError::Below(Box::new(error)))?;
+    Ok(all.into_iter().skip(1).collect())
+}
+
+/// Makes an overlay for the disk to go on in; it is on the returned chain, and not yet in use. Beside it whether layers were merged.
+async fn prepare(context: &Arc<Context>, dir: &VmDir) -> Result<(Chain, bool), FreezeError> {
     let (_, config) = dir.read()?;
     if dir.switching().exists() {
         return Err(FreezeError::Unsettled(dir.id().clone()));
     }
     let owner = (context.owner.uid, context.owner.gid);
     let layers = dir.chain()?.own.len();
+    let mut has_merged = false;
     if layers >= MANY_LAYERS {
         let merge = Merge { still: false, shared: layers >= 2 * MANY_LAYERS, owner };
         let own = dir.clone();
         let merged = tokio::task::spawn_blocking(move || own.shorten(merge)).await;
-        if let Ok(Err(error)) = merged {
-            tracing::warn!(vm = %dir.id(), %error, "the layers of its disk stay many");
+        match merged {
+            Ok(Ok(merged)) => has_merged = merged,
+            Ok(Err(error)) => {
+                // Some may have been.
+                has_merged = true;
+                tracing::warn!(vm = %dir.id(), %error, "the layers of its disk stay many");
+            }
+            Err(_) => {}
         }
     }
     let mut chain = dir.chain()?;
@@ -166,7 +191,7 @@ async fn prepare(context: &Arc<Context>, dir: &VmDir) -> Result<Chain, FreezeErr
     disk::create_overlay(&next, (&below, Format::Qcow2), config.disk_gib, owner).map_err(StoreError::from)?;
     chain.fresh = false;
     chain.own.insert(0, layer);
-    Ok(chain)
+    Ok((chain, has_merged))
 }
 
 /// Makes the disk so far a layer below the overlay that lies ready, for the next start and for the process, which stands.
@@ -175,11 +200,16 @@ async fn prepare(context: &Arc<Context>, dir: &VmDir) -> Result<Chain, FreezeErr
 /// from the chain's being written until the overlay takes the disk's name, the disk lies on itself, which changes nothing; an
 /// overlay that the process was not switched to stays empty above a disk that goes on being written. Only such a VM must
 /// not be frozen once more: the note `switching` says so until the next start.
-async fn switch(dir: &VmDir, process: &dyn VmProcess, chain: &Chain) -> Result<(), FreezeError> {
+async fn switch(
+    dir: &VmDir,
+    process: &dyn VmProcess,
+    chain: &Chain,
+    below: Vec<Layer>,
+) -> Result<(), FreezeError> {
     let file = disk::open_overlay(&dir.path().join(NEXT)).map_err(StoreError::from)?;
     files::write_atomically(&dir.switching(), b"", 0o600).map_err(StoreError::write(dir.switching()))?;
     lay(dir, chain)?;
-    process.switch_disk(Layer { file: file.into(), format: Format::Qcow2 }).await?;
+    process.switch_disk(Layer { file: file.into(), format: Format::Qcow2 }, below).await?;
     fs::remove_file(dir.switching()).map_err(StoreError::write(dir.switching()))?;
     Ok(())
 }

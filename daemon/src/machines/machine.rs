@@ -377,6 +377,7 @@ impl Machine {
         match begun.await {
             Ok(start::Started { process, began, folders }) => {
                 self.shared.folders.begin_with(folders);
+                self.shared.note_alike();
                 self.attach(process, Some(began));
                 self.shared.enter(VmState::PoweredOn, None);
                 tracing::info!(vm = %id, ms = started.elapsed().as_millis(), mode = %began.mode, "started");

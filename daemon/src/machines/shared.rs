@@ -1,6 +1,7 @@
 //! What is known of a VM, for everyone who asks; only its own task writes it.
 
 use std::net::Ipv4Addr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use catalyst_agent_protocol::SetUpReport;
@@ -24,6 +25,8 @@ pub struct Shared {
     ports: Ports,
     facts: Mutex<Facts>,
     console: Arc<tokio::sync::Semaphore>,
+    /// The layers of the disk are others than the process has, if there is one, and hold the same.
+    merged: AtomicBool,
     pub(super) folders: Folders,
     /// The VMX that was registered in place.
     source: Option<std::path::PathBuf>,
@@ -73,7 +76,9 @@ impl Shared {
             tracing::error!(vm = %dir.id(), reason = crate::http::error::chain(&error).join(": "), "container");
             Some(Container { info: ContainerInfo::default(), started: 0 })
         });
-        Self { dir, events, ports, facts: Mutex::new(facts), console, folders, source, container }
+        // Of a process that is found it is not known.
+        let merged = AtomicBool::new(true);
+        Self { dir, events, ports, facts: Mutex::new(facts), console, merged, folders, source, container }
     }
 
     /// The VM's folder.
@@ -94,6 +99,21 @@ impl Shared {
     /// The right to use the console until it is dropped; `None` while another has it.
     pub fn claim_console(&self) -> Option<tokio::sync::OwnedSemaphorePermit> {
         Arc::clone(&self.console).try_acquire_owned().ok()
+    }
+
+    /// Notes that layers of the disk were merged on disk alone.
+    pub(super) fn note_merged(&self) {
+        self.merged.store(true, Ordering::Relaxed);
+    }
+
+    /// Notes that the process has the layers that are on disk.
+    pub(super) fn note_alike(&self) {
+        self.merged.store(false, Ordering::Relaxed);
+    }
+
+    /// Whether the process may have other layers.
+    pub(super) fn is_merged(&self) -> bool {
+        self.merged.load(Ordering::Relaxed)
     }
 
     /// What the agent says.

@@ -202,11 +202,18 @@ pub(super) async fn delete(
     dir.finish_restoring()?;
     let snapshot = find(&dir, name)?;
     let owner = (context.owner.uid, context.owner.gid);
+    let (done, merged) = std::sync::mpsc::channel();
     blocking(move || {
         dir.forget_snapshot(&snapshot)?;
-        dir.shorten(Merge { still, shared: false, owner })
+        // Whoever listens does so until this has ended.
+        let _ = done.send(dir.shorten(Merge { still, shared: false, owner })?);
+        Ok(())
     })
-    .await
+    .await?;
+    if merged.try_recv() == Ok(true) {
+        shared.note_merged();
+    }
+    Ok(())
 }
 
 fn find(dir: &VmDir, name: &str) -> Result<Snapshot, SnapshotError> {

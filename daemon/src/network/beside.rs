@@ -3,27 +3,39 @@
 //! An `accept` in our own table helps nothing there, since each base chain has its say. So the bridge is let through at
 //! the place that each of them documents for that, marked as ours, and taken out again with the network:
 //! - Docker: its chain `DOCKER-USER`, which it leaves alone ("Packet filtering and firewalls" in its documentation);
-//! - ufw: `ufw route allow` (ufw(8)), and what guests need of the host itself, names and leases.
+//! - ufw: `ufw route allow` (ufw(8)), and what guests need of the host itself, names and leases;
+//! - firewalld: a zone of its own (`firewalld`).
+//!
+//! One that comes up later is met when it does (`watch`).
 //!
 //! One that fails keeps no VM from starting: it is logged, and `doctor` says what drops.
 
 use std::fs;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
+use std::time::Duration;
 
 use catalyst_images::digest::hex;
 
-use super::program::{command, find, finish, last_lines};
+use super::firewalld;
+use super::program::{command, find, finish_within, last_lines};
 
 /// A chain that ufw has while it is on.
 const UFW_CHAIN: &str = "ufw-user-forward";
+/// The system's bus (D-Bus Specification, "System message bus").
+const BUS: &str = "/run/dbus/system_bus_socket";
 const UFW_RULES: &str = "/etc/ufw/user.rules";
+/// How long one of their programs may take: ufw and firewalld are in Python, wait for each other's changes, and may be
+/// just coming up on a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A firewall of others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Firewall {
     Docker,
     Ufw,
+    Firewalld,
 }
 
 /// One that is at work here.
@@ -35,13 +47,22 @@ pub(crate) struct Found {
 }
 
 impl Firewall {
-    const ALL: [Self; 2] = [Self::Docker, Self::Ufw];
+    const ALL: [Self; 3] = [Self::Docker, Self::Ufw, Self::Firewalld];
 
     /// Where the bridge is let through, in words.
     pub const fn place(self) -> &'static str {
         match self {
             Self::Docker => "Docker's chain DOCKER-USER",
             Self::Ufw => "ufw",
+            Self::Firewalld => "firewalld",
+        }
+    }
+
+    /// What to do where it does not let the bridge through.
+    pub const fn remedy(self) -> &'static str {
+        match self {
+            Self::Docker | Self::Ufw => "power a VM on, and see the daemon's log if that stays",
+            Self::Firewalld => "sudo firewall-cmd --reload, and see the daemon's log if that stays",
         }
     }
 
@@ -50,6 +71,7 @@ impl Firewall {
         match self {
             Self::Docker => chain == "FORWARD",
             Self::Ufw => chain == "FORWARD" || chain == "INPUT",
+            Self::Firewalld => false,
         }
     }
 
@@ -65,6 +87,7 @@ impl Firewall {
                 let rules = fs::read_to_string(UFW_RULES).unwrap_or_default();
                 ufw_count(&rules, bridge) == ufw_rules(bridge).len()
             }
+            Self::Firewalld => firewalld::look(bridge)?,
         };
         Some(Found { firewall: self, admits })
     }
@@ -86,6 +109,7 @@ impl Firewall {
                     ask(&ufw, &[route_word(*route), &words].concat()).map(drop)
                 })
             }
+            Self::Firewalld => firewalld::admit(bridge),
         }
     }
 
@@ -116,6 +140,7 @@ impl Firewall {
                     ask(&ufw, &[&["--force"], route_word(*route), &words].concat()).map(drop)
                 })
             }
+            Self::Firewalld => firewalld::withdraw(bridge),
         }
     }
 }
@@ -125,14 +150,17 @@ pub(crate) fn found(bridge: &str) -> Vec<Found> {
     Firewall::ALL.into_iter().filter_map(|firewall| firewall.look(bridge)).collect()
 }
 
-/// Lets the bridge through each of them that does not let it yet. Waits.
-pub(crate) fn admit(bridge: &str) {
+/// Lets the bridge through each of them that does not let it yet; whether there was one. Waits.
+pub(crate) fn admit(bridge: &str) -> bool {
+    let mut any = false;
     for Found { firewall, .. } in found(bridge).into_iter().filter(|found| !found.admits) {
+        any = true;
         match firewall.admit(bridge) {
             Ok(()) => tracing::info!(bridge, "guests are let through {}", firewall.place()),
             Err(said) => tracing::warn!(bridge, %said, "guests are not let through {}", firewall.place()),
         }
     }
+    any
 }
 
 /// Takes out what `admit` has put in, whatever there is of it. Waits.
@@ -145,7 +173,7 @@ pub(crate) fn withdraw(bridge: &str) {
 }
 
 /// What says that a rule is ours.
-fn mark(bridge: &str) -> String {
+pub(super) fn mark(bridge: &str) -> String {
     format!("Catalyst {bridge}")
 }
 
@@ -193,7 +221,18 @@ fn is_of_the_machine() -> bool {
     own.is_some() && own == fs::read_link("/proc/1/ns/net").ok()
 }
 
-fn program(name: &'static str) -> Option<PathBuf> {
+/// Whether the system's bus is of this network namespace: a daemon in another namespace than the machine's must not have
+/// the machine's services do its bidding.
+pub(super) fn owns_the_system() -> bool {
+    let Ok(bus) = UnixStream::connect(BUS) else { return is_of_the_machine() };
+    let Ok(peer) = rustix::net::sockopt::socket_peercred(&bus) else { return false };
+    let namespace = |process: &str| fs::read_link(format!("/proc/{process}/ns/net")).ok();
+    // Who listens there: the bus, or systemd for it; or one that has become the bus by a fork, and is gone.
+    let theirs = namespace(&peer.pid.as_raw_nonzero().to_string());
+    theirs.map_or_else(is_of_the_machine, |theirs| namespace("self").is_some_and(|own| own == theirs))
+}
+
+pub(super) fn program(name: &'static str) -> Option<PathBuf> {
     find(name, name).ok()
 }
 
@@ -203,10 +242,10 @@ fn with(program: &Path, words: &[&str], more: &[String]) -> Result<String, Strin
 }
 
 /// What a program says, or its complaint.
-fn ask(program: &Path, words: &[&str]) -> Result<String, String> {
+pub(super) fn ask(program: &Path, words: &[&str]) -> Result<String, String> {
     let mut command = command(program);
     command.args(words).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let output = finish(&mut command, program).map_err(|error| error.to_string())?;
+    let output = finish_within(&mut command, program, PATIENCE).map_err(|error| error.to_string())?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {

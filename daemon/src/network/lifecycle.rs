@@ -15,7 +15,7 @@ use super::netlink::{Link, Netlink};
 use super::program::{self, Programs};
 use super::state::{RunDir, Settings};
 use super::subnet::collision;
-use super::{Network, NetworkStatus, beside, choose_subnet, forwarding, nat, publish, tap};
+use super::{Network, NetworkStatus, beside, choose_subnet, forwarding, manager, nat, publish, tap};
 use crate::privilege::{as_root, as_root_blocking};
 
 /// How long another daemon may change the network of this machine, which it does in fractions of a second.
@@ -155,6 +155,8 @@ impl Network {
         programs: Programs,
         lock: Option<File>,
     ) -> Result<(), NetworkError> {
+        let name = self.inner.bridge.clone();
+        as_root_blocking(move || manager::keep_away(&name)).await;
         let bridge = match found {
             Some(bridge) => bridge,
             None => self.make_bridge(netlink).await?,
@@ -226,6 +228,34 @@ impl Network {
         Ok(())
     }
 
+    /// Lets the bridge through firewalls of others that do not let it, and loads our table if it is gone with all rules;
+    /// whether there was anything to do. Where all is well nothing is changed: two daemons would take turns for ever.
+    pub(super) async fn admit_again(&self) -> Result<bool, NetworkError> {
+        let _changing = self.inner.changing.lock().await;
+        let lock = lock(&self.inner.run).await?;
+        if self.own_bridge(&Netlink::open()?).await?.is_none() {
+            return Ok(false);
+        }
+        let (nft, network) = (program::nft()?, self.clone());
+        as_root_blocking(move || {
+            let mut loaded = network.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = nat::generation().ok();
+            if now.is_some() && *loaded == now {
+                return Ok(false);
+            }
+            *loaded = None;
+            let bridge = &network.inner.bridge;
+            let admitted = beside::admit(bridge);
+            let is_there = nat::is_there(&nft, bridge)?;
+            if !is_there {
+                tracing::warn!(bridge, "somebody has removed all rules of nftables; ours are loaded again");
+                nat::apply(&nft, bridge, network.subnet(), lock.as_ref())?;
+            }
+            Ok(admitted || !is_there)
+        })
+        .await
+    }
+
     async fn tear_down(&self, netlink: &Netlink, lock: Option<File>) -> Result<(), NetworkError> {
         let bridge = match self.own_bridge(netlink).await {
             // Not ours, not touched; what else there is of ours goes.
@@ -252,6 +282,8 @@ impl Network {
         if let Some(bridge) = &bridge {
             netlink.remove(bridge).await?;
         }
+        let name = self.inner.bridge.clone();
+        as_root_blocking(move || manager::withdraw(&name)).await;
         let bridges: Vec<String> =
             netlink.links().await?.into_iter().filter(|link| link.is_bridge).map(|link| link.name).collect();
         as_root(|| {

@@ -44,6 +44,12 @@ pub(crate) fn remove(nft: &Path, bridge: &str, lock: Option<&File>) -> Result<()
     run_nft(nft, &["-f", "-"], &input, &format!("remove the table {table}"), lock).map(drop)
 }
 
+/// Whether the table is there, whatever it holds. Waits.
+pub(crate) fn is_there(nft: &Path, bridge: &str) -> Result<bool, NetworkError> {
+    let json = run_nft(nft, &["-j", "list", "tables"], "", "list its tables", None)?;
+    Ok(json.contains(&format!("\"{}\"", table(bridge))))
+}
+
 /// The generation of this namespace's nftables rules: a number that each change of any table counts up. Lets a table
 /// be known for unchanged without listing it, which takes a process.
 pub(crate) fn generation() -> io::Result<u32> {
@@ -118,8 +124,9 @@ pub(crate) fn obstacles(nft: &Path, bridge: &str, found: &[Found]) -> Result<Vec
     let json = run_nft(nft, &["-j", "list", "chains"], "", "list its chains", None)?;
     let closed = found.iter().filter(|found| !found.admits).map(|found| {
         format!(
-            "{} does not let the guests of {bridge} through: power a VM on, and see the daemon's log if that stays",
-            found.firewall.place()
+            "{} does not let the guests of {bridge} through: {}",
+            found.firewall.place(),
+            found.firewall.remedy()
         )
     });
     Ok(closed.chain(parse_obstacles(&json, bridge, found)).collect())

@@ -80,7 +80,7 @@ pub(crate) fn run_nft(
             });
         }
     }
-    let output = finish_with(&mut command, path, input)?;
+    let output = finish_with(&mut command, path, input, PATIENCE)?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
@@ -93,17 +93,31 @@ pub(crate) fn run_nft(
 
 /// Runs a command to its end, which it must find within [`PATIENCE`], else it is killed. Waits.
 pub(crate) fn finish(command: &mut Command, path: &Path) -> Result<Output, NetworkError> {
-    finish_with(command, path, "")
+    finish_within(command, path, PATIENCE)
 }
 
-fn finish_with(command: &mut Command, path: &Path, input: &str) -> Result<Output, NetworkError> {
+/// The same with another patience.
+pub(crate) fn finish_within(
+    command: &mut Command,
+    path: &Path,
+    patience: Duration,
+) -> Result<Output, NetworkError> {
+    finish_with(command, path, "", patience)
+}
+
+fn finish_with(
+    command: &mut Command,
+    path: &Path,
+    input: &str,
+    patience: Duration,
+) -> Result<Output, NetworkError> {
     let failed = |source: io::Error| NetworkError::Spawn { program: path.to_owned(), source };
     let mut child = command.spawn().map_err(failed)?;
     // Not reaped before this thread waits for it below: the pid is still the child's.
     let process = Process::open(child.id().cast_signed()).map_err(failed)?;
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            if !process.ended_within(PATIENCE) {
+            if !process.ended_within(patience) {
                 process.signal(Signal::SIGKILL);
             }
         });

@@ -57,12 +57,13 @@ impl VmDir {
         Ok(())
     }
 
-    /// Merges what can be merged, and removes what is not needed any more.
-    pub fn shorten(&self, merge: Merge) -> Result<(), StoreError> {
+    /// Merges what can be merged, and removes what is not needed any more; whether anything was merged.
+    pub fn shorten(&self, merge: Merge) -> Result<bool, StoreError> {
         // Of such a VM it is not known which file its process writes.
         if self.switching().exists() {
-            return Ok(());
+            return Ok(false);
         }
+        let mut merged = false;
         loop {
             let chain = self.chain()?;
             let snapshots = self.snapshots()?;
@@ -76,8 +77,9 @@ impl VmDir {
             } else if let Some(run) = run(&chain, &snapshots, movable) {
                 self.merge_run(&run, &chain, snapshots, merge.owner)?;
             } else {
-                return self.collect_layers();
+                return self.collect_layers().map(|()| merged);
             }
+            merged = true;
         }
     }
 

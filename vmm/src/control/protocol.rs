@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::description::Format;
+
 use crate::virtio::counters::Counted;
 
 /// Longest line, in bytes, with its end.
@@ -49,6 +51,9 @@ pub enum Command {
     /// The first disk goes on in another file, the descriptor that comes with the request's line (unix(7), SCM_RIGHTS): an
     /// empty qcow2 on what the disk was until now. The machine must be paused.
     SwitchDisk,
+    /// Before [`Self::SwitchDisk`], once for each layer, the uppermost first: what the file that the disk has until now lies on from then
+    /// on, a descriptor that comes with the request's line. All of them hold together what it lay on before.
+    DiskLayer(Format),
     /// Puts the cables of all NICs in (true), or pulls them out.
     SetLink(bool),
     /// After the reply the connection is the first serial port's terminal, in both directions, and no control

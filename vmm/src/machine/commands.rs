@@ -7,18 +7,21 @@ use std::sync::Arc;
 use super::{Ended, Machine};
 use crate::control::Commanded;
 use crate::control::protocol::{Answer, Cause, Command};
+use crate::description::{Format, MAX_LAYERS};
 
 /// A machine, for the control server.
 #[expect(missing_debug_implementations, reason = "of a function")]
 pub struct Commands {
     machine: Arc<Machine>,
     ended: Ended,
+    /// What the disk is to lie on after the next switch.
+    below: Vec<(File, Format)>,
 }
 
 impl Commands {
     /// Commands for `machine`; `ended` is told of a quit.
     pub fn new(machine: Arc<Machine>, ended: Ended) -> Self {
-        Self { machine, ended }
+        Self { machine, ended, below: Vec::new() }
     }
 }
 
@@ -32,9 +35,17 @@ impl Commanded for Commands {
                 return Ok(Answer::Saved(hexadecimal(&saved)));
             }
             Command::Ram => return Ok(Answer::Ram(self.machine.ram())),
+            Command::DiskLayer(format) => {
+                let file = descriptor.ok_or("The request came without a descriptor")?;
+                if self.below.len() >= MAX_LAYERS {
+                    return Err(format!("A disk has at most {MAX_LAYERS} layers"));
+                }
+                self.below.push((file, format));
+            }
             Command::SwitchDisk => {
+                let below = std::mem::take(&mut self.below);
                 let overlay = descriptor.ok_or("The request came without a descriptor")?;
-                self.machine.switch_disk(overlay).map_err(|error| crate::chain(&error))?;
+                self.machine.switch_disk(overlay, below).map_err(|error| crate::chain(&error))?;
             }
             Command::SetLink(up) => self.machine.set_link(up)?,
             Command::Pause => self.machine.pause().map_err(|error| crate::chain(&error))?,

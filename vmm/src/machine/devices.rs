@@ -13,7 +13,7 @@ use crate::bus::{Attached, Taken};
 use crate::confine::Role;
 use crate::console::Console;
 use crate::control::protocol::Cause;
-use crate::description::{self, Description};
+use crate::description::{self, Description, Format};
 use crate::devices::balloon::Balloon;
 use crate::devices::block::{Block, Image, ImageError, NoRoom};
 use crate::devices::fs::{Fs, ShareRoot};
@@ -263,8 +263,12 @@ impl Devices {
     }
 
     /// The first disk goes on in another file; `None` if there is no disk.
-    pub(super) fn switch_disk(&self, overlay: File) -> Result<Option<()>, ImageError> {
-        self.disks.first().map(|disk| lock(disk).device_mut().switch(overlay)).transpose()
+    pub(super) fn switch_disk(
+        &self,
+        overlay: File,
+        below: Vec<(File, Format)>,
+    ) -> Result<Option<()>, ImageError> {
+        self.disks.first().map(|disk| lock(disk).device_mut().switch(overlay, below)).transpose()
     }
 
     /// Writes out what is held back.

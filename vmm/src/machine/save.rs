@@ -7,6 +7,7 @@ use vm_memory::{GuestMemory, GuestMemoryRegion};
 
 use super::{Machine, State, lock};
 use crate::control::protocol::RamRange;
+use crate::description::Format;
 use crate::devices::block::ImageError;
 use crate::memory;
 use crate::snapshot::{self, MachineState, StateError};
@@ -93,11 +94,12 @@ impl Machine {
         self.vm.memory().iter().map(range).collect()
     }
 
-    /// The first disk goes on in `overlay`, an empty qcow2 on what it was. The machine must be paused.
-    pub fn switch_disk(&self, overlay: File) -> Result<(), SwitchError> {
+    /// The first disk goes on in `overlay`, an empty qcow2 on what it was; `below`, if there is any, takes the place of what its file
+    /// lay on, and holds the same. The machine must be paused.
+    pub fn switch_disk(&self, overlay: File, below: Vec<(File, Format)>) -> Result<(), SwitchError> {
         let paused = self.state();
         let State::Paused(_) = &*paused else { return Err(SwitchError::Running) };
-        self.devices.switch_disk(overlay)?.ok_or(SwitchError::NoDisk)
+        self.devices.switch_disk(overlay, below)?.ok_or(SwitchError::NoDisk)
     }
 
     /// Puts the cables of all NICs in, or pulls them out.

@@ -19,7 +19,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex as AsyncMutex, Notify, oneshot, watch};
 
-use super::super::sockets;
+use super::super::{Layer, sockets};
 
 /// An answer that takes longer than this will not come.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -131,9 +131,17 @@ impl Control {
         }
     }
 
-    /// Gives the first disk another file.
-    pub async fn switch_disk(&self, overlay: &OwnedFd) -> Result<(), ControlError> {
-        match within(ANSWER_TIMEOUT, self.ask_with(Command::SwitchDisk, Some(overlay))).await? {
+    /// Gives the first disk another file, and its file until now others to lie on, if there are any.
+    pub async fn switch_disk(&self, overlay: &OwnedFd, below: &[Layer]) -> Result<(), ControlError> {
+        for layer in below {
+            self.give(Command::DiskLayer(layer.format), &layer.file).await?;
+        }
+        self.give(Command::SwitchDisk, overlay).await
+    }
+
+    /// A command that has a descriptor with it.
+    async fn give(&self, command: Command, descriptor: &OwnedFd) -> Result<(), ControlError> {
+        match within(ANSWER_TIMEOUT, self.ask_with(command, Some(descriptor))).await? {
             Answer::Done => Ok(()),
             _ => Err(ControlError::Unfit),
         }

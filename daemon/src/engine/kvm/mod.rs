@@ -333,10 +333,10 @@ impl VmProcess for KvmVm {
         .boxed()
     }
 
-    fn switch_disk(&self, overlay: Layer) -> BoxFuture<'_, Result<(), EngineError>> {
+    fn switch_disk(&self, overlay: Layer, below: Vec<Layer>) -> BoxFuture<'_, Result<(), EngineError>> {
         async move {
             let what = "go on on another disk";
-            self.control(what)?.switch_disk(&overlay.file).await.map_err(refused(what))
+            self.control(what)?.switch_disk(&overlay.file, &below).await.map_err(refused(what))
         }
         .boxed()
     }

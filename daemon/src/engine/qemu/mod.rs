@@ -1,6 +1,7 @@
 //! Engine `qemu`: QEMU's software CPU, for machines where KVM is absent or too slow.
 
-pub mod command;
+pub mod blocks;
+mod command;
 pub mod frozen;
 pub mod pc;
 pub mod qmp;
@@ -331,8 +332,8 @@ impl VmProcess for QemuVm {
         .boxed()
     }
 
-    fn switch_disk(&self, overlay: Layer) -> BoxFuture<'_, Result<(), EngineError>> {
-        self.tell("go on on another disk", |qmp| qmp.switch_disk(overlay.file, command::DISK)).boxed()
+    fn switch_disk(&self, overlay: Layer, below: Vec<Layer>) -> BoxFuture<'_, Result<(), EngineError>> {
+        self.tell("go on on another disk", |qmp| qmp.switch_disk(command::DISK, overlay, below)).boxed()
     }
 
     fn pause(&self) -> BoxFuture<'_, Result<(), EngineError>> {

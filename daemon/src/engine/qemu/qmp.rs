@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -17,10 +17,11 @@ use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Mutex as AsyncMutex, Notify, oneshot, watch};
 
-use super::super::sockets;
+use super::super::{Layer, sockets};
+use super::blocks::Blocks;
 
 /// Longest line that is accepted, in bytes.
-const MAX_LINE: u64 = 256 * 1024;
+const MAX_LINE: u64 = 1024 * 1024;
 /// An answer that takes longer than this will not come.
 const ANSWER_TIMEOUT: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -69,7 +70,8 @@ struct Told {
     incoming: Option<Incoming>,
 }
 
-type Answers = Arc<Mutex<HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>>>;
+/// Who waits for an answer, by its number; `None` when none comes any more.
+type Answers = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>>>>;
 
 /// A QMP connection in command mode.
 #[derive(Debug)]
@@ -78,6 +80,7 @@ pub struct Qmp {
     answers: Answers,
     told: watch::Receiver<Told>,
     no_room: Arc<Notify>,
+    blocks: Blocks,
     reader: tokio::task::JoinHandle<()>,
 }
 
@@ -104,11 +107,11 @@ impl Qmp {
         if greeting.get("QMP").is_none() {
             return Err(QmpError::Malformed("no greeting".to_owned()));
         }
-        let answers = Answers::default();
+        let answers: Answers = Arc::new(Mutex::new(Some(HashMap::new())));
         let (events, told) = watch::channel(Told::default());
         let no_room = Arc::new(Notify::new());
         let reader = tokio::spawn(read_all(read, Arc::clone(&answers), events, Arc::clone(&no_room)));
-        let qmp = Self { write: AsyncMutex::new((write, 0)), answers, told, no_room, reader };
+        let qmp = Self { write: AsyncMutex::new((write, 0)), answers, told, no_room, blocks: Blocks::default(), reader };
         qmp.execute("qmp_capabilities", None).await?;
         Ok(qmp)
     }
@@ -118,9 +121,11 @@ impl Qmp {
         self.execute("stop", None).await.map(drop)
     }
 
-    /// `cont`: the virtual CPUs go on.
+    /// `cont`: the virtual CPUs go on. QEMU gives up descriptors only while they run, so what is not needed any more goes now.
     pub async fn cont(&self) -> Result<(), QmpError> {
-        self.execute("cont", None).await.map(drop)
+        self.execute("cont", None).await?;
+        self.blocks.tidy(self).await;
+        Ok(())
     }
 
     /// `system_powerdown`: presses the power button.
@@ -161,42 +166,14 @@ impl Qmp {
         self.execute_with("add-fd", Some(json!({ "fdset-id": set })), Some(state)).await?;
         let file = json!({ "filename": format!("/dev/fdset/{set}"), "live": false });
         let saved = self.execute("xen-save-devices-state", Some(file)).await;
-        self.execute("remove-fd", Some(json!({ "fdset-id": set }))).await?;
+        self.blocks.give_up_set(set.into());
         saved.map(drop)
     }
 
-    /// `blockdev-snapshot`: what device `disk` writes goes from now on into the qcow2 `overlay`, whose header names what
-    /// the disk was until now.
-    pub async fn switch_disk(&self, overlay: OwnedFd, disk: &str) -> Result<(), QmpError> {
-        let active = self.active_node(disk).await?;
-        // Names and numbers that were not used before: nodes below stay, and so do their descriptors.
-        let added = self.execute_with("add-fd", None, Some(overlay)).await?;
-        let set = added.get("fdset-id").and_then(Value::as_u64);
-        let set = set.ok_or_else(|| QmpError::Malformed("add-fd without fdset-id".to_owned()))?;
-        let (file, node) = (format!("overlay{set}-file"), format!("overlay{set}"));
-        let options = json!({
-            "driver": "file", "node-name": file, "filename": format!("/dev/fdset/{set}"), "discard": "unmap",
-            "aio": "threads",
-        });
-        self.execute("blockdev-add", Some(options)).await?;
-        let options = json!({
-            "driver": "qcow2", "node-name": node, "file": file, "backing": null, "discard": "unmap",
-            "detect-zeroes": "unmap",
-        });
-        self.execute("blockdev-add", Some(options)).await?;
-        self.execute("blockdev-snapshot", Some(json!({ "node": active, "overlay": node }))).await.map(drop)
-    }
-
-    /// `query-block`: the node that a device reads and writes.
-    async fn active_node(&self, device: &str) -> Result<String, QmpError> {
-        let answer = self.execute("query-block", None).await?;
-        let of_device = |block: &&Value| {
-            let qdev = block.get("qdev").and_then(Value::as_str).unwrap_or_default();
-            qdev.split('/').any(|part| part == device)
-        };
-        let block = answer.as_array().and_then(|blocks| blocks.iter().find(of_device));
-        let node = block.and_then(|block| block.get("inserted")?.get("node-name")?.as_str());
-        node.map(str::to_owned).ok_or_else(|| QmpError::Refused(format!("the machine has no disk {device}")))
+    /// What device `disk` writes goes from now on into the qcow2 `overlay`; `below`, if there is any, takes the place of what its file until
+    /// now lies on.
+    pub async fn switch_disk(&self, disk: &str, overlay: Layer, below: Vec<Layer>) -> Result<(), QmpError> {
+        self.blocks.switch(self, disk, overlay, below).await
     }
 
     /// `migrate-incoming`: loads the state from an inherited descriptor into a QEMU that waits for it.
@@ -231,12 +208,12 @@ impl Qmp {
         while told.changed().await.is_ok() {}
     }
 
-    async fn execute(&self, command: &str, arguments: Option<Value>) -> Result<Value, QmpError> {
+    pub(super) async fn execute(&self, command: &str, arguments: Option<Value>) -> Result<Value, QmpError> {
         self.execute_with(command, arguments, None).await
     }
 
     /// The same with a descriptor for QEMU to keep.
-    async fn execute_with(
+    pub(super) async fn execute_with(
         &self,
         command: &str,
         arguments: Option<Value>,
@@ -252,7 +229,8 @@ impl Qmp {
             if let Some(arguments) = arguments {
                 message["arguments"] = arguments;
             }
-            self.answers.lock().unwrap_or_else(PoisonError::into_inner).insert(id, sender);
+            let waits = |all: &mut HashMap<_, _>| all.insert(id, sender);
+            lock(&self.answers).as_mut().map(waits).map_or(Err(QmpError::Closed), |_| Ok(()))?;
             let line = format!("{message}\r\n");
             match descriptor {
                 None => write.write_all(line.as_bytes()).await?,
@@ -285,7 +263,12 @@ async fn read_all(
     events: watch::Sender<Told>,
     no_room: Arc<Notify>,
 ) {
-    while let Ok(Some(message)) = read_message(&mut read).await {
+    let why = loop {
+        let message = match read_message(&mut read).await {
+            Ok(Some(message)) => message,
+            Ok(None) => break None,
+            Err(error) => break Some(error),
+        };
         let data = || message.get("data").cloned().unwrap_or_default();
         match message.get("event").and_then(Value::as_str) {
             Some("SHUTDOWN") => {
@@ -309,7 +292,7 @@ async fn read_all(
             _ => {}
         }
         let Some(id) = message.get("id").and_then(Value::as_u64) else { continue };
-        let waiting = answers.lock().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        let waiting = lock(&answers).as_mut().and_then(|all| all.remove(&id));
         let answer = match message.get("error").and_then(|error| error.get("desc")?.as_str()) {
             Some(description) => Err(QmpError::Refused(description.chars().take(500).collect())),
             None => Ok(message.get("return").cloned().unwrap_or_default()),
@@ -318,8 +301,15 @@ async fn read_all(
             // Whoever asked may have given up.
             let _ = sender.send(answer);
         }
+    };
+    if let Some(why) = why {
+        tracing::warn!(%why, "QEMU's answers are not read any more");
     }
-    answers.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    *lock(&answers) = None;
+}
+
+fn lock(answers: &Answers) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>>> {
+    answers.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -349,7 +339,7 @@ mod tests {
         .unwrap();
         let answers = Arc::clone(&qmp.answers);
         let (sender, receiver) = oneshot::channel();
-        answers.lock().unwrap().insert(7, sender);
+        answers.lock().unwrap().as_mut().unwrap().insert(7, sender);
         drop(receiver);
         qmp.told.clone().wait_for(|told| told.shutdown.is_some()).await.unwrap();
         assert_eq!(qmp.shutdown().unwrap().reason, "guest-shutdown");

@@ -1,5 +1,6 @@
 //! The disk as its driver sees it: features, configuration, activation.
 
+use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::bindings::virtio_blk::{
@@ -16,6 +17,7 @@ use super::{
     MAX_DISCARD_RANGES, MAX_RANGE_SECTORS, MAX_SEGMENTS, MAX_ZERO_RANGES, NoRoom, QUEUE_SIZE, SECTOR,
     SERIAL_LENGTH,
 };
+use crate::description::Format;
 use crate::reactor::{Reactor, Registration};
 use crate::virtio::{
     ActivateError, Activation, Counters, RestoreError, VirtioDevice, Virtqueue, read_config_bytes,
@@ -81,9 +83,9 @@ impl Block {
     }
 
     /// What is written goes into `overlay` from now on, an empty qcow2 on what the disk was. Threads of devices must be
-    /// paused.
-    pub fn switch(&mut self, overlay: std::fs::File) -> Result<(), ImageError> {
-        let image = self.image.under(overlay)?;
+    /// paused. `below` takes the place of what the disk's own file lay on, if there is any.
+    pub fn switch(&mut self, overlay: File, below: Vec<(File, Format)>) -> Result<(), ImageError> {
+        let image = self.image.under(overlay, below)?;
         for active in &self.active {
             active.worker.lock().unwrap_or_else(PoisonError::into_inner).disk.image = image.clone();
         }

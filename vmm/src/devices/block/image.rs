@@ -159,12 +159,14 @@ impl Image {
     }
 
     /// The same disk, written to the qcow2 `overlay` from now on, which is empty and as large. This one must not be
-    /// written any more.
-    pub fn under(&self, overlay: File) -> Result<Self, ImageError> {
+    /// written any more. Its first layer stays below the overlay; `below` takes the place of all others, if there is any.
+    pub fn under(&self, overlay: File, below: Vec<(File, Format)>) -> Result<Self, ImageError> {
         let failed = |source| ImageError::File { layer: 0, source };
         self.flush().map_err(failed)?;
-        let below = self.0.layers.iter().map(|(file, format)| Ok((file.try_clone()?, *format)));
-        let layers: io::Result<Vec<_>> = std::iter::once(Ok((overlay, Format::Qcow2))).chain(below).collect();
+        let kept = if below.is_empty() { self.0.layers.len() } else { 1 };
+        let kept = self.0.layers.iter().take(kept).map(|(file, format)| Ok((file.try_clone()?, *format)));
+        let first = std::iter::once(Ok((overlay, Format::Qcow2)));
+        let layers: io::Result<Vec<_>> = first.chain(kept).chain(below.into_iter().map(Ok)).collect();
         let image = Self::open(layers.map_err(failed)?, self.is_read_only())?;
         if image.size() != self.size() {
             return Err(ImageError::Refused { layer: 0, why: Refused::Size(image.size(), self.size()) });
