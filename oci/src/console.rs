@@ -30,6 +30,13 @@ pub fn open(socket: &Path, size: Option<&Terminal>) -> Outcome<File> {
         set_size(&slave, size.rows, size.cols).tried(what)?;
     }
     own(&slave).tried(|| format!("take the terminal {name}"))?;
+    // Whoever waits for the end of what this process was started with is not to wait for the program.
+    for number in 0..3 {
+        // SAFETY: both descriptors are open; nothing here relies on what 0 to 2 were.
+        if unsafe { libc::dup2(slave.as_raw_fd(), number) } == -1 {
+            return Err(io::Error::last_os_error()).tried(|| format!("take the terminal {name}"));
+        }
+    }
     send_master(socket, &master, &name).tried(|| format!("send the terminal to {}", socket.display()))?;
     Ok(slave)
 }
