@@ -1,5 +1,6 @@
 //! A bundle: its specification, checked for what is supported (OCI runtime specification, "Filesystem Bundle").
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Linux, LinuxDeviceType, LinuxNamespaceType, Spec};
@@ -122,11 +123,22 @@ fn check_namespaces(linux: &Linux) -> Outcome {
             ));
         }
     }
+    let network = of(LinuxNamespaceType::Network).and_then(|namespace| namespace.path().as_deref());
+    if network.is_some_and(is_own_network) {
+        // Docker names it by a path.
+        return said("The host's network namespace cannot be had in a VM (--network host)");
+    }
     let mapped = linux.uid_mappings().as_ref().is_some_and(|mappings| !mappings.is_empty());
     if of(LinuxNamespaceType::User).is_some() || mapped {
         return said("User namespaces are not supported: a VM's users are its own already");
     }
     Ok(())
+}
+
+/// Whether it is the network namespace that this process is in. One that cannot be looked at cannot be entered either, which is told then.
+fn is_own_network(path: &Path) -> bool {
+    let identity = |path: &Path| path.metadata().map(|found| (found.dev(), found.ino())).ok();
+    identity(path).is_some_and(|other| identity(Path::new("/proc/self/ns/net")) == Some(other))
 }
 
 fn check_devices(linux: &Linux) -> Outcome {
@@ -207,10 +219,13 @@ pub mod tests {
         let mut shared = others("pid");
         shared.as_array_mut().unwrap().push(json!({"type": "pid", "path": "/proc/7/ns/pid"}));
         let namespaces = "/linux/namespaces";
+        let mut host = others("network");
+        host.as_array_mut().unwrap().push(json!({"type": "network", "path": "/proc/self/ns/net"}));
         let fuse = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
         let all = json!([{"allow": true, "access": "rwm"}]);
         for (pointer, value, word) in [
             (namespaces, others("network"), "--network host"),
+            (namespaces, host, "--network host"),
             (namespaces, others("pid"), "--pid host"),
             (namespaces, others("ipc"), "--ipc host"),
             (namespaces, others("uts"), "--uts host"),

@@ -187,9 +187,7 @@ pub fn update(root: &Path, arguments: &Update) -> Outcome {
     let (folder, kept) = known(root, &arguments.container_id)?;
     let _lock = folder.lock()?;
     let resources = wanted(arguments)?;
-    let memory = resources.memory().as_ref().and_then(oci_spec::runtime::LinuxMemory::limit);
-    let memory = memory.and_then(|limit| u64::try_from(limit).ok()).filter(|limit| *limit > 0);
-    if memory.is_some_and(|limit| limit.div_ceil(1 << 20).max(64) != kept.memory_mib) {
+    if launch::memory_limit(&resources).is_some_and(|memory| memory != kept.memory_mib) {
         return said(format!(
             "The memory of a VM, {} MiB, cannot be changed while it runs: create the container anew",
             kept.memory_mib

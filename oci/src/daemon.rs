@@ -47,13 +47,13 @@ pub struct Wanted {
 pub struct WantedContainer {
     /// The shim.
     pub pid: u32,
+    /// The container's ID.
+    pub id: String,
     /// What its engine knows.
     #[serde(flatten)]
     pub metadata: Metadata,
     /// Its first address.
     pub address: Option<String>,
-    /// How many interfaces it has.
-    pub interfaces: usize,
 }
 
 /// A VM that was made.
@@ -255,7 +255,7 @@ mod tests {
 
     fn wanted() -> Wanted {
         let container =
-            WantedContainer { pid: 7, metadata: Metadata::default(), address: None, interfaces: 1 };
+            WantedContainer { pid: 7, id: "abcdef".into(), metadata: Metadata::default(), address: None };
         Wanted { cpus: 1, memory_mib: 128, container }
     }
 

@@ -25,8 +25,8 @@ use crate::wire::{self, Status};
 pub const ROLE: &str = "CATALYST_OCI_ROLE";
 /// The descriptor by which a shim is told what to do.
 const ORDERS: RawFd = 3;
-/// Memory of a VM without a limit, in MiB, and the least one has.
-const MEMORY: (u64, u64) = (128, 64);
+/// Memory of a VM without a limit, and the least that one has, in MiB.
+const MEMORY: u64 = 128;
 /// Most virtual CPUs.
 const MOST_CPUS: u64 = 32;
 
@@ -235,10 +235,7 @@ fn size(resources: &LinuxResources) -> Outcome<(u32, u64)> {
         Some(quota.div_ceil(cpu.period().filter(|period| *period > 0).unwrap_or(100_000)))
     });
     let cpus = u32::try_from(quota.unwrap_or(1).clamp(1, MOST_CPUS)).unwrap_or(1);
-    let memory = match memory_limit(resources) {
-        None => MEMORY.0,
-        Some(bytes) => bytes.div_ceil(1 << 20).max(MEMORY.1),
-    };
+    let memory = memory_limit(resources).unwrap_or(MEMORY);
     let disabled = resources.memory().as_ref().and_then(LinuxMemory::disable_oom_killer);
     if disabled == Some(true) {
         return said("A VM's kernel ends programs when memory is short: --oom-kill-disable is not supported");
@@ -246,10 +243,12 @@ fn size(resources: &LinuxResources) -> Outcome<(u32, u64)> {
     Ok((cpus, memory))
 }
 
-fn memory_limit(resources: &LinuxResources) -> Option<u64> {
+/// The memory in MiB of a VM with the limit that is asked for, if there is one.
+pub fn memory_limit(resources: &LinuxResources) -> Option<u64> {
     let limit = resources.memory().as_ref()?.limit()?;
     // What is beyond any host's memory is how engines say that there is none.
-    u64::try_from(limit).ok().filter(|limit| (1..1 << 50).contains(limit))
+    let limit = u64::try_from(limit).ok().filter(|limit| (1..1 << 50).contains(limit))?;
+    Some(limit.div_ceil(1 << 20).max(MEMORY))
 }
 
 /// Starts this program again in another role, in a session of its own, with this process's stdin, stdout and stderr. What comes
@@ -313,7 +312,7 @@ mod tests {
             (json!({"memory": {"limit": 0}}), (1, 128)),
             (json!({"memory": {"limit": -1}}), (1, 128)),
             (json!({"memory": {"limit": 9_223_372_036_854_771_712_u64}}), (1, 128)),
-            (json!({"memory": {"limit": 6 << 20}}), (1, 64)),
+            (json!({"memory": {"limit": 6 << 20}}), (1, 128)),
             (json!({"memory": {"limit": (200 << 20) + 1}}), (1, 201)),
             (json!({"cpu": {"quota": 150_000, "period": 100_000}}), (2, 128)),
             (json!({"cpu": {"quota": 50_000}}), (1, 128)),

@@ -20,7 +20,8 @@ const LONGEST_NAME: usize = 63;
 pub struct Metadata {
     /// Its name.
     pub name: String,
-    /// Its image.
+    /// Its image, if that is known.
+    #[serde(skip_serializing_if = "String::is_empty")]
     pub image: String,
     /// Its program with its arguments.
     pub command: Vec<String>,

@@ -10,6 +10,7 @@ mod access;
 mod bad_input;
 mod beside;
 mod common;
+mod containers;
 mod cpus;
 mod crash;
 mod daemons;
@@ -46,6 +47,7 @@ const GROUPS: &[Group] = &[
     ("machine", machine::machine),
     ("beside", beside::beside),
     ("docker_tools", docker_tools::docker_tools),
+    ("containers", containers::containers),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),

@@ -136,9 +136,9 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
         memory_mib: order.memory_mib,
         container: WantedContainer {
             pid: std::process::id(),
+            id: order.id.clone(),
             metadata,
             address: seen.first_address(),
-            interfaces: seen.count().clamp(1, 4),
         },
     };
     let vm = daemon.create(&ids, &wanted)?;
