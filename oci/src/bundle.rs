@@ -23,6 +23,17 @@ const OWN_DEVICES: [&str; 9] = [
     "/dev/pts/ptmx",
 ];
 
+/// What a container is in a pod of Kubernetes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PodPart {
+    /// It is in none.
+    None,
+    /// It holds the pod's namespaces.
+    Sandbox,
+    /// It runs something.
+    Container,
+}
+
 /// A bundle.
 #[derive(Debug)]
 pub struct Bundle {
@@ -60,6 +71,11 @@ impl Bundle {
         Ok(Self { path, spec, rootfs })
     }
 
+    /// What it is in a pod.
+    pub fn pod_part(&self) -> PodPart {
+        pod_part(&self.spec)
+    }
+
     /// What is special to Linux.
     pub fn linux(&self) -> Outcome<&Linux> {
         linux(&self.spec)
@@ -75,6 +91,18 @@ fn parse(text: &[u8]) -> serde_json::Result<Spec> {
     serde_json::from_value(document)
 }
 
+/// containerd's part for Kubernetes and CRI-O say it by annotations.
+fn pod_part(spec: &Spec) -> PodPart {
+    let names = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+    let annotations = spec.annotations().as_ref();
+    let part = annotations.and_then(|annotations| names.iter().find_map(|name| annotations.get(*name)));
+    match part.map(String::as_str) {
+        Some("sandbox") => PodPart::Sandbox,
+        Some("container") => PodPart::Container,
+        _ => PodPart::None,
+    }
+}
+
 fn linux(spec: &Spec) -> Outcome<&Linux> {
     spec.linux().as_ref().map_or_else(|| said("The specification has no part 'linux'"), Ok)
 }
@@ -86,7 +114,7 @@ pub fn check(spec: &Spec) -> Outcome {
         return said(format!("Specifications of version {} are not known, those of 1 are", spec.version()));
     }
     let linux = linux(spec)?;
-    check_namespaces(linux)?;
+    check_namespaces(linux, pod_part(spec))?;
     check_devices(linux)?;
     if let Some(hooks) = spec.hooks() {
         let inside =
@@ -102,7 +130,7 @@ pub fn check(spec: &Spec) -> Outcome {
     Ok(())
 }
 
-fn check_namespaces(linux: &Linux) -> Outcome {
+fn check_namespaces(linux: &Linux, part: PodPart) -> Outcome {
     let namespaces = linux.namespaces().as_deref().unwrap_or_default();
     let of = |kind| namespaces.iter().find(|namespace| namespace.typ() == kind);
     for (kind, name, option) in [
@@ -115,8 +143,11 @@ fn check_namespaces(linux: &Linux) -> Outcome {
         let Some(namespace) = of(kind) else {
             return said(format!("The host's {name} namespace cannot be had in a VM ({option})"));
         };
+        // What a pod shares of these is seen by none of its containers: each has a kernel of its own.
+        let of_pod =
+            part == PodPart::Container && matches!(kind, LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts);
         let shared = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());
-        if let Some(path) = shared.filter(|_| kind != LinuxNamespaceType::Network) {
+        if let Some(path) = shared.filter(|_| kind != LinuxNamespaceType::Network && !of_pod) {
             return said(format!(
                 "The {name} namespace of another process ({}) cannot be had in a VM",
                 path.display()
@@ -244,5 +275,19 @@ pub mod tests {
         let joined = json!([{"type": "mount"}, {"type": "network", "path": "/run/netns/x"}, {"type": "uts"},
             {"type": "pid"}, {"type": "ipc"}]);
         check(&with(namespaces, joined)).unwrap();
+    }
+
+    #[test]
+    fn a_pod_s_container_shares_what_its_kernel_has_not() {
+        let mut document = example();
+        document["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "network", "path": "/run/netns/x"},
+            {"type": "uts", "path": "/proc/7/ns/uts"}, {"type": "pid"}, {"type": "ipc", "path": "/proc/7/ns/ipc"}]);
+        let read = |document: &Value| parse(&serde_json::to_vec(document).unwrap()).unwrap();
+        assert!(check(&read(&document)).is_err());
+        document["annotations"] = json!({"io.kubernetes.cri.container-type": "container"});
+        check(&read(&document)).unwrap();
+        assert_eq!(pod_part(&read(&document)), PodPart::Container);
+        document["linux"]["namespaces"][3]["path"] = json!("/proc/7/ns/pid");
+        assert!(check(&read(&document)).is_err());
     }
 }

@@ -17,16 +17,18 @@ use crate::wire::{self, Answer, Request};
 const STACK: usize = 256 * 1024;
 
 /// A connection: what was asked first, and what comes after it.
-struct Peer {
-    stream: UnixStream,
-    request: Request,
+pub struct Peer {
+    /// It.
+    pub stream: UnixStream,
+    /// What was asked.
+    pub request: Request,
     descriptors: Vec<OwnedFd>,
     more: mpsc::UnboundedReceiver<Request>,
 }
 
-/// Serves the socket.
-pub fn listen(listener: UnixListener, guest: Arc<Guest>) -> io::Result<()> {
-    let (sender, mut peers) = mpsc::unbounded_channel();
+/// Connections to the socket, as they come.
+pub fn peers(listener: UnixListener) -> io::Result<mpsc::UnboundedReceiver<Peer>> {
+    let (sender, peers) = mpsc::unbounded_channel();
     let accept = move || {
         for stream in listener.incoming().map_while(Result::ok) {
             let sender = sender.clone();
@@ -35,6 +37,12 @@ pub fn listen(listener: UnixListener, guest: Arc<Guest>) -> io::Result<()> {
         }
     };
     thread(accept)?;
+    Ok(peers)
+}
+
+/// Serves the socket.
+pub fn listen(listener: UnixListener, guest: Arc<Guest>) -> io::Result<()> {
+    let mut peers = peers(listener)?;
     tokio::spawn(async move {
         while let Some(peer) = peers.recv().await {
             tokio::spawn(serve(peer, Arc::clone(&guest)));

@@ -293,7 +293,7 @@ impl Guest {
 }
 
 /// Whether a program that does nothing about the signal ends by it (signal(7)).
-fn is_deadly(signal: i32) -> bool {
+pub fn is_deadly(signal: i32) -> bool {
     ![
         libc::SIGCHLD,
         libc::SIGCONT,

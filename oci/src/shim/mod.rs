@@ -4,13 +4,17 @@
 //! - `network`: the interfaces, and their way to the VM.
 //! - `resolver`: names.
 //! - `trees`: files.
+//! - `memory`: that it was short.
+//! - `sandbox`: a pod's container without a program.
 //! - `guest`: what is running in the guest.
 //! - `control`: what the other commands ask.
 
 mod control;
 mod guest;
+mod memory;
 mod network;
 mod resolver;
+mod sandbox;
 mod trees;
 
 use std::fs::File;
@@ -26,7 +30,7 @@ use futures_util::StreamExt;
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::MulticastGroup;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, PodPart};
 use crate::console;
 use crate::daemon::{Daemon, Vm, Wanted, WantedContainer};
 use crate::document;
@@ -46,7 +50,7 @@ const UP_LIMIT: Duration = Duration::from_mins(4);
 const SETTLING: Duration = Duration::from_millis(60);
 /// What a container ends with whose VM has ended by itself: as if by SIGSEGV.
 const CRASHED: i32 = 139;
-/// What it ends with whose VM was deleted: as if by SIGKILL.
+/// What it ends with whose VM was deleted, or whose program by the kernel since memory was short: as if by SIGKILL.
 const DELETED: i32 = 137;
 
 /// Is the shim, until the container has ended; its exit code.
@@ -107,13 +111,18 @@ fn loopback_up() -> std::io::Result<()> {
 /// Makes the container ready, and stays until it has ended.
 async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32> {
     let bundle = Bundle::load(&order.bundle)?;
+    let folder = Folder::of(&order.root, &order.id)?;
+    let listener = folder.listen()?;
+    if bundle.pod_part() == PodPart::Sandbox {
+        let ready = || wire::send(orders, &Report::Ready, &[]);
+        let ended = sandbox::stay(listener, ready).await.tried(|| "hold the pod's namespaces".to_owned())?;
+        return Ok(ended.code().unwrap_or(DELETED));
+    }
     let input = console::inherited(0).tried(|| "take over stdin".to_owned())?;
     let (mut container, trees) = document::convert(&bundle, !console::is_null(&input))?;
     let trees =
         trees.iter().map(|tree| Ok((tree.name.clone(), trees::open(tree)?))).collect::<Outcome<Vec<_>>>()?;
     let stdio = Stdio::of(input, order.console_socket.as_deref(), container.process.terminal.as_ref())?;
-    let folder = Folder::of(&order.root, &order.id)?;
-    let listener = folder.listen()?;
 
     let groups = [
         MulticastGroup::Link,
@@ -194,7 +203,13 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
         }
     };
     drop(files.start_kill());
-    Ok(last_code(&ended, &guest, &daemon, &vm, out_of_memory.load(Ordering::Relaxed)))
+    let short = out_of_memory.load(Ordering::Relaxed);
+    let code = last_code(&ended, &guest, &daemon, &vm, short);
+    if short && code == DELETED {
+        // The exit code says it too.
+        let _ = memory::tell(&order.cgroup);
+    }
+    Ok(code)
 }
 
 /// Connects to the agent and serves it the container's files.
