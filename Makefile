@@ -143,9 +143,10 @@ test-long: image
 
 test-full: test test-long e2e-kvm bench-monitor ## those too
 
+# In the profile that all else is built in: what runs at build time is built once.
 lint: setup go ui-tools ## formatting, clippy and vet; that ui/dist is what ui/src says
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --quiet -- -D warnings
+	cargo clippy --release --workspace --all-targets --quiet -- -D warnings
 	@unformatted=$$($(WITH_GO) gofmt -l .); [ -z "$$unformatted" ] || { echo "not as gofmt writes it: $$unformatted" >&2; exit 1; }
 	$(WITH_GO) go vet ./...
 	ui/check
@@ -184,7 +185,7 @@ INTO := $(DESTDIR)$(PREFIX)
 install: image install-files ## install programs, units, completions and manual pages under PREFIX
 
 install-files:
-	$(SUDO) install -D -m 755 -t $(INTO)/bin $(RELEASE)/catalyst $(RELEASE)/catalyst-daemon
+	$(SUDO) install -D -m 755 -t $(INTO)/bin $(RELEASE)/catalyst $(RELEASE)/catalyst-daemon $(RELEASE)/catalyst-oci
 	$(SUDO) ln -sf catalyst $(INTO)/bin/appcatalyst
 	$(SUDO) ln -sf catalyst-daemon $(INTO)/bin/appcatalyst-daemon
 	$(SUDO) install -D -m 755 -t $(INTO)/lib/catalyst $(RELEASE)/catalyst-vmm $(RELEASE)/catalyst-image $(RELEASE)/catalyst-agent-static
@@ -196,7 +197,7 @@ install-files:
 	  $(SUDO) install -D -m 644 /dev/stdin $(INTO)/share/$$place; done
 
 uninstall: ## remove what install put there; VMs and images stay
-	$(SUDO) rm -rf $(addprefix $(INTO)/bin/,catalyst catalyst-daemon appcatalyst appcatalyst-daemon) $(INTO)/lib/catalyst \
+	$(SUDO) rm -rf $(addprefix $(INTO)/bin/,catalyst catalyst-daemon catalyst-oci appcatalyst appcatalyst-daemon) $(INTO)/lib/catalyst \
 	  $(DESTDIR)$(UNIT_DIR)/catalyst@.service $(addprefix $(INTO)/share/,$(COMPLETIONS))
 	$(SUDO) find $(INTO)/share/man -regextype egrep -regex '.*/(app)?catalyst[a-z-]*\.[18]' -delete
 	@# Folders that hold nothing any more; those of others are not empty.

@@ -76,6 +76,8 @@ impl Blocks {
         if let Some(lower) = lower {
             let mut options = qcow2(&active);
             options["backing"] = lower.into();
+            // As the snapshot has left it; else it is locked for writing, and no clone opens it.
+            options["read-only"] = true.into();
             qmp.execute("blockdev-reopen", Some(json!({ "options": [options] }))).await?;
             let files: Vec<String> = needed.iter().map(|name| format!("{name}{FILE}")).collect();
             needed.extend(files);

@@ -302,7 +302,8 @@ async fn read_all(
             let _ = sender.send(answer);
         }
     };
-    if let Some(why) = why {
+    // A connection that breaks is a process that has ended, which is seen by itself.
+    if let Some(why) = why.filter(|why| !matches!(why, QmpError::Io(_))) {
         tracing::warn!(%why, "QEMU's answers are not read any more");
     }
     *lock(&answers) = None;
