@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -17,6 +17,8 @@ use crate::metadata::Metadata;
 const LONGEST: u64 = 1 << 20;
 /// How long an answer may take: a VM that starts cold on a software CPU is slow.
 const LIMIT: Duration = Duration::from_mins(5);
+/// How long the daemon may take to delete a VM of itself, when its shim has ended: meanwhile it is not to be deleted again.
+const DELETE_LIMIT: Duration = Duration::from_secs(5);
 
 /// The daemon.
 #[derive(Clone, Debug)]
@@ -90,7 +92,7 @@ impl Daemon {
                 continue;
             }
             let answer = done(answer, "make a VM")?;
-            let path = answer["path"].as_str().map(Path::new).and_then(Path::parent);
+            let path = answer["vmx"].as_str().map(Path::new).and_then(Path::parent);
             let Some(folder) = path.filter(|path| path.is_absolute()) else {
                 return said("The Catalyst daemon made a VM and did not tell where it is");
             };
@@ -108,13 +110,19 @@ impl Daemon {
         done(answer, &format!("do '{operation}' to the VM {id}")).map(|_| ())
     }
 
-    /// Deletes a VM; one that is not there is no error.
+    /// Deletes a VM; one that is not there is no error. One that is being deleted is waited for.
     pub fn delete(&self, id: &str) -> Outcome {
-        let answer = self.ask("DELETE", &format!("/v1/vms/{id}?force=true"), None)?;
-        if answer.status == 404 {
-            return Ok(());
+        let started = Instant::now();
+        loop {
+            let answer = self.ask("DELETE", &format!("/v1/vms/{id}?force=true"), None)?;
+            if answer.status == 404 || answer.status < 300 {
+                return Ok(());
+            }
+            if started.elapsed() > DELETE_LIMIT {
+                return done(answer, &format!("delete the VM {id}")).map(|_| ());
+            }
+            std::thread::sleep(Duration::from_millis(20));
         }
-        done(answer, &format!("delete the VM {id}")).map(|_| ())
     }
 
     /// Whether there is such a VM and this shim is its.
@@ -263,7 +271,7 @@ mod tests {
     fn a_name_that_is_taken_makes_way_for_the_id() {
         let (daemon, _folder, serving) = played(vec![
             "HTTP/1.1 409 Conflict\r\n\r\n{\"message\":\"taken\"}",
-            "HTTP/1.1 201 Created\r\n\r\n{\"id\":\"abc\",\"path\":\"/s/vms/abc/abc.vmx\"}",
+            "HTTP/1.1 201 Created\r\n\r\n{\"id\":\"abc\",\"vmx\":\"/s/vms/abc/abc.vmx\"}",
         ]);
         let made = daemon.create(&["web".into(), "abc".into()], &wanted()).unwrap();
         assert_eq!(made, Vm { id: "abc".into(), run: "/s/vms/abc/run".into() });
