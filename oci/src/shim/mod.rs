@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use catalyst_agent_link::{AgentError, AgentLink, ProblemKind, sockets};
-use catalyst_agent_protocol::container::Container;
+use catalyst_agent_protocol::container::{Container, ROOT_TREE};
 use futures_util::StreamExt;
 use nix::sched::{CloneFlags, setns, unshare};
 use rtnetlink::MulticastGroup;
@@ -33,7 +33,7 @@ use rtnetlink::MulticastGroup;
 use crate::bundle::{Bundle, PodPart};
 use crate::console;
 use crate::daemon::{Daemon, Vm, Wanted, WantedContainer};
-use crate::document;
+use crate::document::{self, Tree};
 use crate::failure::{Failure, Outcome, Tried, chain, said};
 use crate::launch::{Go, Order, Report, take_orders};
 use crate::metadata;
@@ -120,8 +120,12 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     }
     let input = console::inherited(0).tried(|| "take over stdin".to_owned())?;
     let (mut container, trees) = document::convert(&bundle, !console::is_null(&input))?;
-    let trees =
-        trees.iter().map(|tree| Ok((tree.name.clone(), trees::open(tree)?))).collect::<Outcome<Vec<_>>>()?;
+    let places = trees::places(&container.mounts, &trees);
+    let open = |tree: &Tree| {
+        let is_root = tree.name == ROOT_TREE;
+        Ok((tree.name.clone(), trees::open(tree, if is_root { &places } else { &[] })?))
+    };
+    let trees = trees.iter().map(open).collect::<Outcome<Vec<_>>>()?;
     let stdio = Stdio::of(input, order.console_socket.as_deref(), container.process.terminal.as_ref())?;
 
     let groups = [
@@ -247,15 +251,17 @@ async fn create_container(link: &AgentLink, container: &Container) -> Outcome {
 /// The agent's refusal; of a program in the words by which engines know exit codes 127 and 126.
 fn refused(what: &'static str, args: &[String], error: AgentError) -> Failure {
     let name = args.first().map_or("", String::as_str);
-    match error {
+    let (words, message) = match error {
         AgentError::Refused { kind: ProblemKind::NotFound, message } => {
-            Failure::Said(format!("exec: {name:?}: executable file not found in $PATH: {message}"))
+            ("executable file not found in $PATH", message)
         }
-        AgentError::Refused { kind: ProblemKind::Denied, message } => {
-            Failure::Said(format!("exec: {name:?}: permission denied: {message}"))
-        }
-        source => Failure::Agent { what, source },
+        AgentError::Refused { kind: ProblemKind::Denied, message } => ("permission denied", message),
+        source => return Failure::Agent { what, source },
+    };
+    if message.contains(words) && message.contains(name) {
+        return Failure::Said(message);
     }
+    Failure::Said(format!("exec: {name:?}: {words}: {message}"))
 }
 
 /// The exit code of the container.
@@ -286,10 +292,13 @@ mod tests {
 
     #[test]
     fn a_program_that_cannot_be_run_is_told_as_engines_know_it() {
-        let said = |kind| {
-            let error = AgentError::Refused { kind, message: "no such file".into() };
+        let refusal = |kind, message: &str| {
+            let error = AgentError::Refused { kind, message: message.into() };
             chain(&refused("make the container", &["foo".into()], error))
         };
+        let said = |kind| refusal(kind, "no such file");
+        let whole = "exec: \"foo\": executable file not found in $PATH";
+        assert_eq!(refusal(ProblemKind::NotFound, whole), whole);
         assert!(said(ProblemKind::NotFound).starts_with("exec: \"foo\": executable file not found in $PATH"));
         assert!(said(ProblemKind::Denied).starts_with("exec: \"foo\": permission denied"));
         assert!(said(ProblemKind::Failed).contains("did not make the container: no such file"));

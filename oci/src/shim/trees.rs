@@ -5,7 +5,11 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Component, Path, PathBuf};
+
+use catalyst_agent_protocol::container::Mount;
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::stat::{Mode, mkdirat};
 
 use crate::document::Tree;
 use crate::failure::{Outcome, Tried};
@@ -24,15 +28,58 @@ const READ_ONLY: u64 = 1;
 /// `AT_RECURSIVE`.
 const RECURSIVE: libc::c_int = 0x8000;
 
-/// Opens a tree as a mount of its own, that is nobody else's.
-pub fn open(tree: &Tree) -> Outcome<OwnedFd> {
+/// Opens a tree as a mount of its own, that is nobody else's. Into one that is only read nothing can be mounted where nothing is,
+/// so these places are made first.
+pub fn open(tree: &Tree, places: &[Place]) -> Outcome<OwnedFd> {
     let opened = clone(tree).and_then(|mount| {
         if tree.read_only {
+            for place in places {
+                make_place(&mount, place);
+            }
             make_read_only(&mount)?;
         }
         Ok(mount)
     });
     opened.tried(|| format!("take {} into the container", tree.path.display()))
+}
+
+/// Where something is mounted in a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    path: PathBuf,
+    is_file: bool,
+}
+
+/// Where the container's mounts are, in their order; what they are, their trees say.
+pub fn places(mounts: &[Mount], trees: &[Tree]) -> Vec<Place> {
+    let place = |mount: &Mount| {
+        let tree = trees.iter().find(|tree| mount.kind == "tree" && tree.name == mount.source);
+        let is_file = tree.is_some_and(|tree| tree.path.metadata().is_ok_and(|found| !found.is_dir()));
+        Place { path: PathBuf::from(&mount.destination), is_file }
+    };
+    mounts.iter().map(place).collect()
+}
+
+/// Makes folders on the way, and what is mounted over, where they are not there. One that cannot be made is missed when something is
+/// mounted there, unless that is in another tree.
+fn make_place(root: &OwnedFd, place: &Place) {
+    let names: Vec<_> = place.path.components().filter(|part| matches!(part, Component::Normal(_))).collect();
+    let Ok(mut folder) = root.try_clone() else { return };
+    for (at, name) in names.iter().enumerate() {
+        let way: PathBuf = names[..=at].iter().collect();
+        if at + 1 == names.len() && place.is_file {
+            let flags = OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_WRONLY | OFlag::O_CLOEXEC;
+            let _ = openat(&folder, Path::new(name), flags, Mode::from_bits_truncate(0o644));
+            return;
+        }
+        let _ = mkdirat(&folder, Path::new(name), Mode::from_bits_truncate(0o755));
+        // Links in an image lead nowhere but into it.
+        let how = OpenHow::new().flags(OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC);
+        match openat2(root, &way, how.resolve(ResolveFlag::RESOLVE_IN_ROOT)) {
+            Ok(next) => folder = next,
+            Err(_) => return,
+        }
+    }
 }
 
 fn clone(tree: &Tree) -> io::Result<OwnedFd> {
@@ -114,7 +161,7 @@ mod tests {
         let of =
             |read_only| Tree { name: "t".into(), path: folder.path().into(), recursive: true, read_only };
         let make = |tree: &Tree, name: &str| {
-            let mount = open(tree).unwrap();
+            let mount = open(tree, &[]).unwrap();
             let flags = nix::fcntl::OFlag::O_CREAT | nix::fcntl::OFlag::O_WRONLY;
             nix::fcntl::openat(mount.as_fd(), name, flags, nix::sys::stat::Mode::S_IRUSR).map(|_| ())
         };
@@ -122,6 +169,31 @@ mod tests {
         assert_eq!(make(&of(true), "not"), Err(nix::errno::Errno::EROFS));
         assert!(folder.path().join("made").exists());
         let missing = Tree { path: folder.path().join("missing"), ..of(false) };
-        assert!(crate::failure::chain(&open(&missing).unwrap_err()).contains("missing"));
+        assert!(crate::failure::chain(&open(&missing, &[]).unwrap_err()).contains("missing"));
+    }
+    #[test]
+    fn what_is_mounted_into_a_tree_that_is_only_read_has_its_place() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: mounts are root's");
+            return;
+        }
+        let (folder, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::os::unix::fs::symlink(outside.path(), folder.path().join("out")).unwrap();
+        std::os::unix::fs::symlink("/in", folder.path().join("link")).unwrap();
+        std::fs::create_dir(folder.path().join("in")).unwrap();
+        let file = Tree { name: "m1".into(), path: "/etc/passwd".into(), recursive: false, read_only: false };
+        let mount = |destination: &str, source: &str| Mount {
+            destination: destination.into(),
+            kind: if source.is_empty() { "tmpfs".into() } else { "tree".into() },
+            source: source.into(),
+            options: Vec::new(),
+        };
+        let mounts = [mount("/a/b", ""), mount("/link/c", ""), mount("/out/d", ""), mount("/etc/f", "m1")];
+        let places = places(&mounts, &[file]);
+        let tree = Tree { name: "root".into(), path: folder.path().into(), recursive: true, read_only: true };
+        open(&tree, &places).unwrap();
+        let has = |name: &str| folder.path().join(name).symlink_metadata().is_ok();
+        assert!(has("a/b") && has("in/c") && folder.path().join("etc/f").is_file());
+        assert_eq!(std::fs::read_dir(outside.path()).unwrap().count(), 0, "a link led out of the tree");
     }
 }
