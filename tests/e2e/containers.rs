@@ -210,7 +210,7 @@ fn runs(checks: &mut Checks, host: &Host) {
         host.docker(&["run", "--detach", "--name", "web1", "--label", "a=b", "busybox", "sleep", "1000"])
             .ok();
         let shown = vm(&host.world, "web1");
-        assert_eq!(shown["state"], "on", "{shown}");
+        assert_eq!(shown["state"], "powered on", "{shown}");
         assert_eq!(shown["container"]["image"], "busybox", "{shown}");
         assert_eq!(shown["container"]["command"], json!(["sleep", "1000"]), "{shown}");
         assert_eq!(shown["container"]["labels"]["a"], "b", "{shown}");
