@@ -170,7 +170,7 @@ impl Host {
         let mut processes = Command::new("ps");
         processes.args(["-eo", "pid,args"]);
         let state = self.world.state_dir();
-        let is_vm = |line: &&str| line.contains("qemu") && line.contains(state.to_str().unwrap());
+        let is_vm = |line: &&str| line.contains("qemu-system") && line.contains(state.to_str().unwrap());
         let all = ran(processes);
         let left: Vec<_> = all.ok().lines().filter(is_vm).collect();
         assert!(left.is_empty(), "{left:?}");
