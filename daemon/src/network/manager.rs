@@ -24,7 +24,7 @@ pub(super) fn keep_away(bridge: &str) {
     match fs::create_dir_all(&folder).and_then(|()| write_public(&path, &text)) {
         Ok(()) => reload(),
         Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "NetworkManager is not told of the bridge")
+            tracing::warn!(%error, path = %path.display(), "NetworkManager is not told of the bridge");
         }
     }
 }
@@ -38,7 +38,7 @@ pub(super) fn withdraw(bridge: &str) {
     match absent_is_fine(fs::remove_file(&path)) {
         Ok(()) => reload(),
         Err(error) => {
-            tracing::warn!(%error, path = %path.display(), "NetworkManager is still told of the bridge")
+            tracing::warn!(%error, path = %path.display(), "NetworkManager is still told of the bridge");
         }
     }
 }

@@ -66,11 +66,11 @@ impl Blocks {
         let mut lower: Option<String> = None;
         let mut needed = HashSet::from([active.clone()]);
         for layer in below.into_iter().rev() {
-            let name = add(qmp, layer.file, layer.format, Some(lower.as_deref())).await?;
+            let name = add(qmp, layer.file, layer.format, Use::Below(lower.as_deref())).await?;
             needed.insert(name.clone());
             lower = Some(name);
         }
-        let node = add(qmp, overlay.file, overlay.format, None).await?;
+        let node = add(qmp, overlay.file, overlay.format, Use::Overlay).await?;
         needed.insert(node.clone());
         qmp.execute("blockdev-snapshot", Some(json!({ "node": active, "overlay": node }))).await?;
         if let Some(lower) = lower {
@@ -108,13 +108,17 @@ fn qcow2(name: &str) -> Value {
     })
 }
 
-/// Adds a file and what is in it as nodes: for reading only on `below`, if that is given; else for writing, and on nothing yet.
-async fn add(
-    qmp: &Qmp,
-    file: OwnedFd,
-    format: Format,
-    below: Option<Option<&str>>,
-) -> Result<String, QmpError> {
+/// What a node is for.
+#[derive(Clone, Copy, Debug)]
+enum Use<'a> {
+    /// To be written, on nothing yet.
+    Overlay,
+    /// To be read only, on that node, if it is on one.
+    Below(Option<&'a str>),
+}
+
+/// Adds a file and what is in it as nodes.
+async fn add(qmp: &Qmp, file: OwnedFd, format: Format, what_for: Use<'_>) -> Result<String, QmpError> {
     // Numbers that were not used before.
     let added = qmp.execute_with("add-fd", None, Some(file)).await?;
     let set = added.get("fdset-id").and_then(Value::as_u64);
@@ -128,7 +132,7 @@ async fn add(
         Format::Qcow2 => qcow2(&name),
         Format::Raw => json!({ "driver": "raw", "node-name": name, "file": format!("{name}{FILE}") }),
     };
-    if let Some(below) = below {
+    if let Use::Below(below) = what_for {
         file["read-only"] = true.into();
         image["read-only"] = true.into();
         if let Some(options) = image.as_object_mut() {
@@ -160,7 +164,8 @@ async fn give_up(qmp: &Qmp, set: u64) {
 /// Deletes all nodes but those that are needed, with their files.
 async fn delete_others(qmp: &Qmp, needed: &HashSet<String>) -> Result<(), QmpError> {
     let answer = qmp.execute("query-named-block-nodes", Some(json!({ "flat": true }))).await?;
-    let mut left: Vec<Node> = nodes(&answer).into_iter().filter(|node| !needed.contains(&node.name)).collect();
+    let mut left: Vec<Node> =
+        nodes(&answer).into_iter().filter(|node| !needed.contains(&node.name)).collect();
     // One that another lies on cannot be deleted before that one is, and which these are is not told.
     loop {
         let before = left.len();

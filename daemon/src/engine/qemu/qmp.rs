@@ -71,7 +71,8 @@ struct Told {
 }
 
 /// Who waits for an answer, by its number; `None` when none comes any more.
-type Answers = Arc<Mutex<Option<HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>>>>;
+type Answers = Arc<Mutex<Option<Waiting>>>;
+type Waiting = HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>;
 
 /// A QMP connection in command mode.
 #[derive(Debug)]
@@ -111,7 +112,14 @@ impl Qmp {
         let (events, told) = watch::channel(Told::default());
         let no_room = Arc::new(Notify::new());
         let reader = tokio::spawn(read_all(read, Arc::clone(&answers), events, Arc::clone(&no_room)));
-        let qmp = Self { write: AsyncMutex::new((write, 0)), answers, told, no_room, blocks: Blocks::default(), reader };
+        let qmp = Self {
+            write: AsyncMutex::new((write, 0)),
+            answers,
+            told,
+            no_room,
+            blocks: Blocks::default(),
+            reader,
+        };
         qmp.execute("qmp_capabilities", None).await?;
         Ok(qmp)
     }
@@ -229,7 +237,7 @@ impl Qmp {
             if let Some(arguments) = arguments {
                 message["arguments"] = arguments;
             }
-            let waits = |all: &mut HashMap<_, _>| all.insert(id, sender);
+            let waits = |all: &mut Waiting| all.insert(id, sender);
             lock(&self.answers).as_mut().map(waits).map_or(Err(QmpError::Closed), |_| Ok(()))?;
             let line = format!("{message}\r\n");
             match descriptor {
@@ -309,7 +317,7 @@ async fn read_all(
     *lock(&answers) = None;
 }
 
-fn lock(answers: &Answers) -> MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Result<Value, QmpError>>>>> {
+fn lock(answers: &Answers) -> MutexGuard<'_, Option<Waiting>> {
     answers.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
