@@ -18,6 +18,7 @@ mod sandbox;
 mod trees;
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -25,10 +26,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use catalyst_agent_link::{AgentError, AgentLink, ProblemKind, sockets};
-use catalyst_agent_protocol::container::{Container, ROOT_TREE};
-use futures_util::StreamExt;
+use catalyst_agent_protocol::container::{Container, Network, ROOT_TREE};
 use nix::sched::{CloneFlags, setns, unshare};
-use rtnetlink::MulticastGroup;
+use tokio::sync::mpsc;
 
 use crate::bundle::{Bundle, PodPart};
 use crate::console;
@@ -41,13 +41,11 @@ use crate::state::Folder;
 use crate::stdio::Ended;
 use crate::wire;
 use guest::{Guest, Stdio};
-use network::Joined;
+use network::Wires;
 use resolver::Outside;
 
 /// How long a guest may take to come up, cold on a software CPU too.
 const UP_LIMIT: Duration = Duration::from_mins(4);
-/// How long the network must be unchanged before the guest is told of a change.
-const SETTLING: Duration = Duration::from_millis(60);
 /// What a container ends with whose VM has ended by itself: as if by SIGSEGV.
 const CRASHED: i32 = 139;
 /// What it ends with whose VM was deleted, or whose program by the kernel since memory was short: as if by SIGKILL.
@@ -120,92 +118,35 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     }
     let input = console::inherited(0).tried(|| "take over stdin".to_owned())?;
     let (mut container, trees) = document::convert(&bundle, !console::is_null(&input))?;
-    let places = trees::places(&container.mounts, &trees);
-    let open = |tree: &Tree| {
-        let is_root = tree.name == ROOT_TREE;
-        Ok((tree.name.clone(), trees::open(tree, if is_root { &places } else { &[] })?))
-    };
-    let trees = trees.iter().map(open).collect::<Outcome<Vec<_>>>()?;
+    let trees = open_trees(&container, &trees)?;
     let stdio = Stdio::of(input, order.console_socket.as_deref(), container.process.terminal.as_ref())?;
-
-    let groups = [
-        MulticastGroup::Link,
-        MulticastGroup::Ipv4Ifaddr,
-        MulticastGroup::Ipv6Ifaddr,
-        MulticastGroup::Ipv4Route,
-        MulticastGroup::Ipv6Route,
-    ];
-    let (connection, handle, mut changes) = rtnetlink::new_multicast_connection(&groups)
-        .tried(|| "hear of the container's network".to_owned())?;
-    tokio::spawn(connection);
-    let seen = network::look(&handle).await?;
-    seen.check_free()?;
+    let mut wires = Wires::open().await?;
 
     let daemon = Daemon::at(order.socket.clone());
-    let metadata = metadata::of(&bundle, &order.id);
-    let ids = metadata::vm_ids(&metadata, &order.id);
-    let wanted = Wanted {
-        cpus: order.cpus,
-        memory_mib: order.memory_mib,
-        container: WantedContainer {
-            pid: std::process::id(),
-            id: order.id.clone(),
-            metadata,
-            address: seen.first_address(),
-        },
-    };
-    let vm = daemon.create(&ids, &wanted)?;
+    let vm = make_vm(order, &bundle, &daemon, wires.seen().first_address())?;
     wire::send(orders, &Report::Making(vm.id.clone()), &[]).tried(|| "tell of the VM".to_owned())?;
     daemon.power(&vm.id, "on")?;
 
-    let mut joined = Joined::default();
-    if seen.count() > 0 {
-        network::set_ports_apart();
-    }
-    container.network = joined.join(&handle, &seen).await?;
-    let (link, mut files) = reach(&vm, &folder, &trees).await?;
-    drop(trees);
-    let notices = link.notices();
-    let leads_out = Arc::new(AtomicBool::new(seen.leads_out()));
+    container.network = wires.wanted();
+    let leads_out = Arc::new(AtomicBool::new(wires.seen().leads_out()));
     let out_of_memory = Arc::new(AtomicBool::new(false));
-    tokio::spawn(resolver::serve(
-        link.clone(),
-        notices,
-        Arc::new(outside),
-        Arc::clone(&leads_out),
-        Arc::clone(&out_of_memory),
-    ));
-    create_container(&link, &container).await?;
+    let made = async {
+        let (link, files) = reach(&vm, &folder, &trees).await?;
+        let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
+        tokio::spawn(resolver::serve(link.clone(), link.notices(), heard.0, heard.1, heard.2));
+        create_container(&link, &container).await?;
+        Ok((link, files))
+    };
+    // Neither needs the other before a program runs.
+    let ((link, mut files), _) = tokio::try_join!(made, wires.join())?;
+    drop(trees);
 
-    let (guest, mut events) = Guest::new(link.clone(), daemon.clone(), vm.id.clone(), stdio);
+    let (guest, events) = Guest::new(link.clone(), daemon.clone(), vm.id.clone(), stdio);
     control::listen(listener, Arc::clone(&guest)).tried(|| "listen for commands".to_owned())?;
     guest.forward_signals().tried(|| "listen for signals".to_owned())?;
     wire::send(orders, &Report::Ready, &[]).tried(|| "tell that the container is ready".to_owned())?;
 
-    let mut told = container.network.clone();
-    let mut status = link.status();
-    let ended = loop {
-        tokio::select! {
-            biased;
-            ended = events.recv() => break ended.unwrap_or(Ended::Lost("nobody waits for it".to_owned())),
-            _ = files.wait() => break Ended::Lost("the process that serves its files has ended".to_owned()),
-            // A program that runs has its own end; before it there is but this.
-            _ = status.wait_for(|status| !status.connected) => {
-                tokio::time::sleep(Duration::from_millis(200)).await;
-                break events.try_recv().unwrap_or(Ended::Lost("its agent is gone".to_owned()));
-            }
-            Some(_) = changes.next() => {
-                while let Ok(Some(_)) = tokio::time::timeout(SETTLING, changes.next()).await {}
-                // What cannot be joined now is tried again at the next change.
-                let Ok(seen) = network::look(&handle).await else { continue };
-                leads_out.store(seen.leads_out(), Ordering::Relaxed);
-                let Ok(network) = joined.join(&handle, &seen).await else { continue };
-                if network != told && link.set_network(network.clone()).await.is_ok() {
-                    told = network;
-                }
-            }
-        }
-    };
+    let ended = attend(&link, events, &mut files, wires, container.network, &leads_out).await;
     drop(files.start_kill());
     let short = out_of_memory.load(Ordering::Relaxed);
     let code = last_code(&ended, &guest, &daemon, &vm, short);
@@ -216,11 +157,59 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     Ok(code)
 }
 
+fn open_trees(container: &Container, trees: &[Tree]) -> Outcome<Vec<(String, OwnedFd)>> {
+    let places = trees::places(&container.mounts, trees);
+    let open = |tree: &Tree| {
+        let is_root = tree.name == ROOT_TREE;
+        Ok((tree.name.clone(), trees::open(tree, if is_root { &places } else { &[] })?))
+    };
+    trees.iter().map(open).collect()
+}
+
+fn make_vm(order: &Order, bundle: &Bundle, daemon: &Daemon, address: Option<String>) -> Outcome<Vm> {
+    let metadata = metadata::of(bundle, &order.id);
+    let ids = metadata::vm_ids(&metadata, &order.id);
+    let container = WantedContainer { pid: std::process::id(), id: order.id.clone(), metadata, address };
+    daemon.create(&ids, &Wanted { cpus: order.cpus, memory_mib: order.memory_mib, container })
+}
+
+/// Stays until the container has ended, and tells the guest of changes in its network.
+async fn attend(
+    link: &AgentLink,
+    mut events: mpsc::UnboundedReceiver<Ended>,
+    files: &mut tokio::process::Child,
+    mut wires: Wires,
+    mut told: Network,
+    leads_out: &AtomicBool,
+) -> Ended {
+    let mut status = link.status();
+    loop {
+        tokio::select! {
+            biased;
+            ended = events.recv() => return ended.unwrap_or(Ended::Lost("nobody waits for it".to_owned())),
+            _ = files.wait() => return Ended::Lost("the process that serves its files has ended".to_owned()),
+            // A program that runs has its own end; before it there is but this.
+            _ = status.wait_for(|status| !status.connected) => {
+                tokio::time::sleep(Duration::from_millis(200)).await;
+                return events.try_recv().unwrap_or(Ended::Lost("its agent is gone".to_owned()));
+            }
+            () = wires.changed() => {
+                // What cannot be joined now is tried again at the next change.
+                let Ok(network) = wires.join_again().await else { continue };
+                leads_out.store(wires.seen().leads_out(), Ordering::Relaxed);
+                if network != told && link.set_network(network.clone()).await.is_ok() {
+                    told = network;
+                }
+            }
+        }
+    }
+}
+
 /// Connects to the agent and serves it the container's files.
 async fn reach(
     vm: &Vm,
     folder: &Folder,
-    trees: &[(String, std::os::fd::OwnedFd)],
+    trees: &[(String, OwnedFd)],
 ) -> Outcome<(AgentLink, tokio::process::Child)> {
     let connect = |name: &'static str| async move {
         sockets::connect(&vm.run, name).await.tried(|| format!("connect to {}/{name}", vm.run.display()))

@@ -5,22 +5,27 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::net::IpAddr;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
+use std::time::Duration;
 
 use catalyst_agent_protocol::container::{Interface, Network, Route};
-use futures_util::TryStreamExt;
+use futures_util::{Stream, StreamExt, TryStreamExt};
 use rtnetlink::packet_route::AddressFamily;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage};
 use rtnetlink::packet_route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
 use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteType,
 };
-use rtnetlink::{Handle, LinkUnspec};
+use rtnetlink::{Handle, LinkUnspec, MulticastGroup};
+use tokio::io::AsyncWriteExt;
+use tokio::time::timeout;
 
 use crate::failure::{Outcome, Tried, said};
 
+/// How long nothing must have changed before the guest is told of a change, and how long that is waited for.
+const SETTLING: Duration = Duration::from_millis(60);
+const SETTLING_LIMIT: Duration = Duration::from_secs(1);
 /// NICs that a VM has.
 const NICS: u8 = 4;
 /// What the daemon calls the VM's taps, with the NIC's number.
@@ -46,7 +51,7 @@ struct Link {
 }
 
 /// Looks at the namespace.
-pub async fn look(handle: &Handle) -> Outcome<Seen> {
+async fn look(handle: &Handle) -> Outcome<Seen> {
     let what = || "list the network interfaces of the container".to_owned();
     let fail = |error: rtnetlink::Error| std::io::Error::other(error.to_string());
     let links: Vec<LinkMessage> =
@@ -199,7 +204,7 @@ impl Seen {
 
 /// Which interface has which NIC.
 #[derive(Debug, Default)]
-pub struct Joined {
+struct Joined {
     nics: BTreeMap<u32, u8>,
     rules: String,
 }
@@ -230,8 +235,7 @@ impl Joined {
         }
     }
 
-    /// Joins interfaces and NICs as they are now. The network as the guest is to have it.
-    pub async fn join(&mut self, handle: &Handle, seen: &Seen) -> Outcome<Network> {
+    async fn join(&mut self, handle: &Handle, seen: &Seen) -> Outcome<Network> {
         let network = self.assign(seen);
         let rules = rules(&network);
         if rules == self.rules {
@@ -240,9 +244,71 @@ impl Joined {
         for interface in &network.interfaces {
             set_up_tap(handle, interface).await?;
         }
-        apply(&rules)?;
+        apply(&rules).await?;
         self.rules = rules;
         Ok(network)
+    }
+}
+
+/// The container's network, and what changes in it.
+pub struct Wires {
+    handle: Handle,
+    changes: Box<dyn Stream<Item = ()> + Unpin>,
+    seen: Seen,
+    joined: Joined,
+}
+
+impl Wires {
+    /// Looks at the namespace, which must not be taken, and listens to it from then on.
+    pub async fn open() -> Outcome<Self> {
+        let groups = [
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ];
+        let (connection, handle, changes) = rtnetlink::new_multicast_connection(&groups)
+            .tried(|| "hear of the container's network".to_owned())?;
+        tokio::spawn(connection);
+        let seen = look(&handle).await?;
+        seen.check_free()?;
+        if seen.count() > 0 {
+            set_ports_apart();
+        }
+        let changes = Box::new(changes.map(|_| ()));
+        Ok(Self { handle, changes, seen, joined: Joined::default() })
+    }
+
+    /// What was there when it was last looked at.
+    pub fn seen(&self) -> &Seen {
+        &self.seen
+    }
+
+    /// The network as the guest is to have it.
+    pub fn wanted(&mut self) -> Network {
+        self.joined.assign(&self.seen)
+    }
+
+    /// Joins interfaces and NICs.
+    pub async fn join(&mut self) -> Outcome<Network> {
+        self.joined.join(&self.handle, &self.seen).await
+    }
+
+    /// Waits until something has changed and nothing changes any more, for a while.
+    pub async fn changed(&mut self) {
+        if self.changes.next().await.is_none() {
+            // The kernel says nothing more.
+            return std::future::pending().await;
+        }
+        let settled = async { while let Ok(Some(())) = timeout(SETTLING, self.changes.next()).await {} };
+        let _ = timeout(SETTLING_LIMIT, settled).await;
+    }
+
+    /// Looks again, and joins what is there now.
+    pub async fn join_again(&mut self) -> Outcome<Network> {
+        self.seen = look(&self.handle).await?;
+        self.join().await
     }
 }
 
@@ -280,15 +346,15 @@ fn rules(network: &Network) -> String {
     text + "}\n"
 }
 
-fn apply(rules: &str) -> Outcome {
+async fn apply(rules: &str) -> Outcome {
     let what = || "run nft (Debian's nftables), which joins the container's network to its VM".to_owned();
-    let mut command = Command::new("nft");
+    let mut command = tokio::process::Command::new("nft");
     command.args(["-f", "-"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().tried(what)?;
     if let Some(mut stdin) = child.stdin.take() {
-        stdin.write_all(rules.as_bytes()).tried(what)?;
+        stdin.write_all(rules.as_bytes()).await.tried(what)?;
     }
-    let output = child.wait_with_output().tried(what)?;
+    let output = child.wait_with_output().await.tried(what)?;
     if output.status.success() {
         return Ok(());
     }
@@ -297,7 +363,7 @@ fn apply(rules: &str) -> Outcome {
 }
 
 /// Sets apart the ports by which the namespace itself asks.
-pub fn set_ports_apart() {
+fn set_ports_apart() {
     let (first, last) = OWN_PORTS;
     // Where it cannot be set, answers to Docker's resolver go to the guest, and names from outside are not found.
     let _ = std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", format!("{first} {last}"));
