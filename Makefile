@@ -134,7 +134,9 @@ e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root
 e2e-lab: image
 	tests/lab/sample
 
-test: lint licences unit e2e e2e-lab fuzz-short ## all tests, but for those that take hours
+# The last two take one processor each.
+test: lint licences unit e2e ## all tests, but for those that take hours
+	@$(MAKE) -j2 e2e-lab fuzz-short
 
 # A daemon killed at every step, and hundreds of rounds, where `make test` tries some. CATALYST_TEST_CHECKS='words|others' has
 # only those checks run whose name has such words.
