@@ -193,7 +193,9 @@ fn input_beyond_its_credit_ends_the_command() {
     for _ in 0..10 {
         host.send_frame(stream, Channel::Input, &vec![0; 60_000]);
     }
-    assert_eq!(host.finish(stream, b"").exit, Some(ExecExit::Signal(libc::SIGHUP)));
+    // By the hangup; on a machine that stands still for a second, by what comes after it.
+    let exit = host.finish(stream, b"").exit;
+    assert!(matches!(exit, Some(ExecExit::Signal(libc::SIGHUP | libc::SIGKILL))), "{exit:?}");
     assert_eq!(host.request(Request::Ping), Reply::Done);
     host.send(&Control::Up);
     assert_eq!(host.request(Request::Ping), Reply::Done);
