@@ -45,9 +45,10 @@ fn talk(address: &SocketAddr, data: &[u8]) {
         if client.write_all(piece).is_err() {
             break;
         }
-        // Enough of them to be read apart.
-        if count < 4 {
-            threads().settle();
+        // Enough of them to be read apart. A socket holds few pieces, however small, so what reads them goes on then.
+        match count {
+            0..4 => threads().settle(),
+            _ => threads().reactor.resume(),
         }
     }
     // It may have closed already.
