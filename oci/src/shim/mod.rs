@@ -108,7 +108,7 @@ fn loopback_up() -> std::io::Result<()> {
 
 /// Makes the container ready, and stays until it has ended.
 async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32> {
-    let bundle = Bundle::load(&order.bundle)?;
+    let bundle = Bundle::read(&order.bundle)?;
     let folder = Folder::of(&order.root, &order.id)?;
     let listener = folder.listen()?;
     if bundle.pod_part() == PodPart::Sandbox {
@@ -131,11 +131,19 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     let leads_out = Arc::new(AtomicBool::new(wires.seen().leads_out()));
     let out_of_memory = Arc::new(AtomicBool::new(false));
     let made = async {
-        let (link, files) = reach(&vm, &folder, &trees).await?;
-        let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
-        tokio::spawn(resolver::serve(link.clone(), link.notices(), heard.0, heard.1, heard.2));
-        create_container(&link, &container).await?;
-        Ok((link, files))
+        let mut files = serve_trees(&vm, &folder, &trees).await?;
+        let made = async {
+            let link = reach(&vm).await?;
+            let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
+            tokio::spawn(resolver::serve(link.clone(), link.notices(), heard.0, heard.1, heard.2));
+            create_container(&link, &container).await?;
+            Ok(link)
+        };
+        tokio::select! {
+            link = made => Ok((link?, files)),
+            // The guest would wait for it for long.
+            _ = files.wait() => said("The process that serves the container's files has ended"),
+        }
     };
     // Neither needs the other before a program runs.
     let ((link, mut files), _) = tokio::try_join!(made, wires.join())?;
@@ -205,23 +213,30 @@ async fn attend(
     }
 }
 
-/// Connects to the agent and serves it the container's files.
-async fn reach(
+/// Connects to a port of the VM's.
+async fn connect(vm: &Vm, name: &str) -> Outcome<tokio::net::UnixStream> {
+    sockets::connect(&vm.run, name).await.tried(|| format!("connect to {}/{name}", vm.run.display()))
+}
+
+/// Serves the guest the container's files.
+async fn serve_trees(
     vm: &Vm,
     folder: &Folder,
     trees: &[(String, OwnedFd)],
-) -> Outcome<(AgentLink, tokio::process::Child)> {
-    let connect = |name: &'static str| async move {
-        sockets::connect(&vm.run, name).await.tried(|| format!("connect to {}/{name}", vm.run.display()))
-    };
+) -> Outcome<tokio::process::Child> {
     let log =
         File::create(folder.path().join("folders.log")).tried(|| "make the log of folders".to_owned())?;
-    let port = connect(sockets::FOLDERS).await?.into_std().tried(|| "take the port of folders".to_owned())?;
+    let port = connect(vm, sockets::FOLDERS).await?;
+    let port = port.into_std().tried(|| "take the port of folders".to_owned())?;
     // Whoever serves it waits for it.
     port.set_nonblocking(false).tried(|| "take the port of folders".to_owned())?;
-    let files = trees::serve(&port, trees, log)?;
+    trees::serve(&port, trees, log)
+}
+
+/// Connects to the agent.
+async fn reach(vm: &Vm) -> Outcome<AgentLink> {
     let agent = |source| Failure::Agent { what: "answer", source };
-    let link = AgentLink::connect(connect(sockets::CONTAINER).await?).await.map_err(agent)?;
+    let link = AgentLink::connect(connect(vm, sockets::CONTAINER).await?).await.map_err(agent)?;
     let mut status = link.status();
     let up = status.wait_for(|status| status.hello.is_some() || !status.connected);
     match tokio::time::timeout(UP_LIMIT, up).await {
@@ -229,7 +244,7 @@ async fn reach(
         Ok(_) => return said(format!("The VM {} ended while it started", vm.id)),
         Err(_) => return said(format!("The VM {} did not come up within {} s", vm.id, UP_LIMIT.as_secs())),
     }
-    Ok((link, files))
+    Ok(link)
 }
 
 async fn create_container(link: &AgentLink, container: &Container) -> Outcome {
