@@ -162,7 +162,7 @@ fuzz: ## fuzz the monitor: TARGET=name for one, SECONDS=600 each
 fuzz-short: ## every fuzz target of the monitor for 10 seconds
 	vmm/fuzz/run $${FUZZ_SECONDS:-10}
 
-bench: image ## the promises of docs/SPECIFICATION.md, measured
+bench: image firewall-tools ## the promises of docs/SPECIFICATION.md, measured
 	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')
 
 bench-monitor: export LAB_TIMEOUT ?= 900
