@@ -47,6 +47,13 @@ const DOCKERFILE: &str = "FROM busybox\n\
     CMD cat /both; ls /made; id -u\n";
 const REGISTRY: &str = "version: 0.1\nlog: {accesslog: {disabled: false}}\nstorage: {filesystem: {rootdirectory: ROOT}}\n\
     http: {addr: '127.0.0.1:5000'}\n";
+/// A network namespace as CNI's plugins leave it.
+const NETWORK: &str = "ip netns add pod
+    ip link add pod0 type veth peer name eth0 netns pod
+    ip address add 10.99.0.1/24 dev pod0
+    ip link set pod0 up
+    ip -n pod address add 10.99.0.2/24 dev eth0
+    ip -n pod link set eth0 up";
 const REGISTRY_IMAGE: &str = "127.0.0.1:5000/pulled";
 
 pub fn container_clients(checks: &mut Checks) {
@@ -144,8 +151,15 @@ fn built(checks: &mut Checks, host: &Host) {
         let docker = programs().join("firewall-tools/usr/bin/docker");
         let build = |file: &str| {
             let file = folder.join(file);
-            let args =
-                ["build", "--tag", "built", "--file", file.to_str().unwrap(), folder.to_str().unwrap()];
+            let args = [
+                "build",
+                "--force-rm",
+                "--tag",
+                "built",
+                "--file",
+                file.to_str().unwrap(),
+                folder.to_str().unwrap(),
+            ];
             client(host, docker.to_str().unwrap(), &args)
         };
         build("Dockerfile").ok();
@@ -154,6 +168,7 @@ fn built(checks: &mut Checks, host: &Host) {
         fs::write(folder.join("Broken"), "FROM busybox\nRUN exit 3\n").unwrap();
         let broken = build("Broken");
         assert!(broken.code() != 0 && broken.stderr.contains("returned a non-zero code: 3"), "{broken:?}");
+        host.docker(&["rmi", "built"]).ok();
     });
 }
 
@@ -176,7 +191,7 @@ fn started_again(checks: &mut Checks, host: &Host) {
         let before = host.world.vm_pid("always").unwrap();
         run(Command::new("kill").args(["-9", &before.to_string()]));
         wait_until("it runs again", LIMIT, || {
-            host.inspect("always", "{{.RestartCount}} {{.State.Running}}") == "1 true"
+            host.inspect("always", "{{.RestartCount}} {{.State.Status}}") == "1 running"
         });
         assert_eq!(host.docker(&["exec", "always", "echo", "again"]).ok(), "again");
         assert_ne!(host.world.vm_pid("always").unwrap(), before);
@@ -271,10 +286,11 @@ fn updated(checks: &mut Checks, host: &Host) {
     checks.check("processor time is limited while a container runs, memory is not changed", || {
         host.start("busy", &["--memory", "160m", "busybox", "sh", "-c", "while true; do true; done"]);
         let process = host.world.vm_pid("busy").unwrap();
-        assert!(share_of(process) > 0.4, "it takes what there is");
+        // Others may be busy as well.
+        assert!(share_of(process) > 0.2, "it takes what there is");
         host.docker(&["update", "--cpus", "0.1", "busy"]).ok();
         let share = share_of(process);
-        assert!(share < 0.2, "{share}");
+        assert!(share < 0.15, "{share}");
         assert_eq!(host.docker(&["exec", "busy", "echo", "slow"]).ok(), "slow");
         let refused = host.docker(&["update", "--memory", "320m", "--memory-swap", "640m", "busy"]);
         assert!(refused.code() == 1 && refused.stderr.contains("160 MiB"), "{refused:?}");
@@ -282,7 +298,7 @@ fn updated(checks: &mut Checks, host: &Host) {
         assert!(refused.code() == 1 && refused.stderr.contains("processes"), "{refused:?}");
         assert_eq!(host.inspect("busy", "{{.HostConfig.Memory}}"), (160 << 20).to_string());
         host.docker(&["update", "--cpus", "0.9", "busy"]).ok();
-        assert!(share_of(process) > 0.25, "it has more again");
+        assert!(share_of(process) > 0.15, "it has more again");
         host.remove(&["busy"]);
     });
 }
@@ -329,7 +345,7 @@ fn pulled(checks: &mut Checks, host: &Host) {
         }
         let before = fetched();
         host.docker(&["pull", REGISTRY_IMAGE]).ok();
-        assert!(fetched() > before, "its layer was fetched: {}", fs::read_to_string(&log).unwrap());
+        assert!(fetched() >= before + 2, "its layer was fetched: {}", fs::read_to_string(&log).unwrap());
         let before = fetched();
         assert!(host.docker(&["pull", REGISTRY_IMAGE]).ok().contains("up to date"));
         for _ in 0..2 {
@@ -375,6 +391,32 @@ fn by_ctr(checks: &mut Checks, host: &Host) {
         ctr(&["tasks", "resume", "two"]).ok();
         assert!(ctr(&["tasks", "metrics", "two"]).ok().contains("memory"));
     });
+    checks.check(
+        "a container in a network namespace that is there has its network, and is alone in it",
+        || {
+            let mut network = host.inside("sh");
+            ran({
+                network.args(["-ec", NETWORK]);
+                network
+            })
+            .ok();
+            let joined = ["--with-ns", "network:/run/netns/pod"];
+            let serve = "mkdir /www; echo of the pod >/www/index.html; exec httpd -f -h /www";
+            run(&[&joined[..], &["--detach"]].concat(), &["pod", "sh", "-c", serve]).ok();
+            wait_until("it answers", LIMIT, || get(host, "http://10.99.0.2/") == "of the pod\n");
+            let second = run(&[&joined[..], &["--rm"]].concat(), &["second", "true"]);
+            assert!(second.stderr.contains("whose VM has its interfaces"), "{second:?}");
+            assert_eq!(get(host, "http://10.99.0.2/"), "of the pod\n");
+            ctr(&["tasks", "delete", "--force", "pod"]).ok();
+            ctr(&["containers", "delete", "pod"]).ok();
+            let mut gone = host.inside("ip");
+            ran({
+                gone.args(["netns", "del", "pod"]);
+                gone
+            })
+            .ok();
+        },
+    );
     checks.check("ctr kills and deletes it, and its VM is gone", || {
         ctr(&["tasks", "kill", "--signal", "SIGKILL", "two"]).ok();
         wait_until("it has ended", LIMIT, || ctr(&["tasks", "list"]).ok().contains("STOPPED"));

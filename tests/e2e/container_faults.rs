@@ -155,7 +155,9 @@ fn during_create(checks: &mut Checks, host: &mut Host) {
             || {
                 let (ran, killed) = creation(host, || {
                     let found = find(host, victim);
-                    found.iter().for_each(|pid| signal(*pid, SIGKILL));
+                    for pid in &found {
+                        signal(*pid, SIGKILL);
+                    }
                     !found.is_empty()
                 });
                 assert!(killed, "there was nothing to kill: {ran:?}");
