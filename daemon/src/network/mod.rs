@@ -103,6 +103,8 @@ pub struct NetworkStatus {
     pub forwarding_set_by_us: bool,
     /// Firewalls of others on this host that let the bridge through, since it was put there.
     pub admitted_by: Vec<String>,
+    /// Whether NetworkManager is there and told to leave bridge and taps alone.
+    pub unmanaged: bool,
     /// What may keep guests from the network, each with what to do about it.
     pub warnings: Vec<String>,
 }
