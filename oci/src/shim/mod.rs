@@ -119,6 +119,10 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     let input = console::inherited(0).tried(|| "take over stdin".to_owned())?;
     let (mut container, trees) = document::convert(&bundle, !console::is_null(&input))?;
     let trees = open_trees(&container, &trees)?;
+    let log =
+        File::create(folder.path().join("folders.log")).tried(|| "make the log of folders".to_owned())?;
+    let mut files = trees::serve(&trees, log)?;
+    drop(trees);
     let stdio = Stdio::of(input, order.console_socket.as_deref(), container.process.terminal.as_ref())?;
     let mut wires = Wires::open().await?;
 
@@ -131,23 +135,22 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     let leads_out = Arc::new(AtomicBool::new(wires.seen().leads_out()));
     let out_of_memory = Arc::new(AtomicBool::new(false));
     let made = async {
-        let (link, files) = reach(&vm, &folder, &trees).await?;
+        let link = reach(&vm, &files).await?;
         let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
         tokio::spawn(resolver::serve(link.clone(), link.notices(), heard.0, heard.1, heard.2));
         create_container(&link, &container).await?;
-        Ok((link, files))
+        Ok(link)
     };
     // Neither needs the other before a program runs.
-    let ((link, mut files), _) = tokio::try_join!(made, wires.join())?;
-    drop(trees);
+    let (link, _) = tokio::try_join!(made, wires.join())?;
 
     let (guest, events) = Guest::new(link.clone(), daemon.clone(), vm.id.clone(), stdio);
     control::listen(listener, Arc::clone(&guest)).tried(|| "listen for commands".to_owned())?;
     guest.forward_signals().tried(|| "listen for signals".to_owned())?;
     wire::send(orders, &Report::Ready, &[]).tried(|| "tell that the container is ready".to_owned())?;
 
-    let ended = attend(&link, events, &mut files, wires, container.network, &leads_out).await;
-    drop(files.start_kill());
+    let ended = attend(&link, events, &mut files.process, wires, container.network, &leads_out).await;
+    drop(files.process.start_kill());
     let short = out_of_memory.load(Ordering::Relaxed);
     let code = last_code(&ended, &guest, &daemon, &vm, short);
     if short && code == DELETED {
@@ -206,22 +209,16 @@ async fn attend(
 }
 
 /// Connects to the agent and serves it the container's files.
-async fn reach(
-    vm: &Vm,
-    folder: &Folder,
-    trees: &[(String, OwnedFd)],
-) -> Outcome<(AgentLink, tokio::process::Child)> {
+async fn reach(vm: &Vm, files: &trees::Server) -> Outcome<AgentLink> {
     let connect = |name: &'static str| async move {
         sockets::connect(&vm.run, name).await.tried(|| format!("connect to {}/{name}", vm.run.display()))
     };
-    let log =
-        File::create(folder.path().join("folders.log")).tried(|| "make the log of folders".to_owned())?;
     let port = connect(sockets::FOLDERS).await?.into_std().tried(|| "take the port of folders".to_owned())?;
     // Whoever serves it waits for it.
     port.set_nonblocking(false).tried(|| "take the port of folders".to_owned())?;
-    let files = trees::serve(&port, trees, log)?;
+    files.begin(&port)?;
     let agent = |source| Failure::Agent { what: "answer", source };
-    let link = AgentLink::connect(connect(sockets::CONTAINER).await?).await.map_err(agent)?;
+    let link = AgentLink::connect_first(connect(sockets::CONTAINER).await?).await.map_err(agent)?;
     let mut status = link.status();
     let up = status.wait_for(|status| status.hello.is_some() || !status.connected);
     match tokio::time::timeout(UP_LIMIT, up).await {
@@ -229,7 +226,7 @@ async fn reach(
         Ok(_) => return said(format!("The VM {} ended while it started", vm.id)),
         Err(_) => return said(format!("The VM {} did not come up within {} s", vm.id, UP_LIMIT.as_secs())),
     }
-    Ok((link, files))
+    Ok(link)
 }
 
 async fn create_container(link: &AgentLink, container: &Container) -> Outcome {
