@@ -174,7 +174,7 @@ fuzz-short: ## every fuzz target of the monitor for 10 seconds
 fuzz-aside:
 	@nice -n 10 $(MAKE) -s fuzz-short
 
-bench: image ## the promises of docs/SPECIFICATION.md, measured
+bench: image firewall-tools ## the promises of docs/SPECIFICATION.md, measured
 	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')
 
 bench-monitor: export LAB_TIMEOUT ?= 900

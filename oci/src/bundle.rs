@@ -48,6 +48,13 @@ pub struct Bundle {
 impl Bundle {
     /// Reads the bundle in a folder and refuses what is not supported.
     pub fn load(folder: &Path) -> Outcome<Self> {
+        let bundle = Self::read(folder)?;
+        check(&bundle.spec)?;
+        Ok(bundle)
+    }
+
+    /// Reads the bundle of a container that is made already, or by this process, which may be in its namespaces by now.
+    pub fn read(folder: &Path) -> Outcome<Self> {
         let path = folder.canonicalize().tried(|| format!("find the bundle {}", folder.display()))?;
         let document = path.join("config.json");
         let found = document.metadata().tried(|| format!("read {}", document.display()))?;
@@ -61,7 +68,6 @@ impl Bundle {
         let text = std::fs::read(&document).tried(|| format!("read {}", document.display()))?;
         let spec = parse(&text)
             .map_err(|source| Failure::Document { what: document.display().to_string(), source })?;
-        check(&spec)?;
         let Some(root) = spec.root() else {
             return said(format!("{} names no root file system", document.display()));
         };
@@ -237,6 +243,11 @@ pub mod tests {
         let bundle = Bundle::load(folder.path()).unwrap();
         assert!(bundle.rootfs.is_absolute() && bundle.rootfs.ends_with("rootfs"));
         assert_eq!(bundle.spec.hostname().as_deref(), Some("box"));
+        // As its shim finds it, which is in that network namespace.
+        let mut inside = example();
+        inside["linux"]["namespaces"][1]["path"] = json!("/proc/self/ns/net");
+        std::fs::write(folder.path().join("config.json"), inside.to_string()).unwrap();
+        assert!(Bundle::load(folder.path()).is_err() && Bundle::read(folder.path()).is_ok());
     }
 
     #[test]

@@ -33,22 +33,38 @@ pub struct Cgroup {
     folders: Vec<PathBuf>,
 }
 
-impl Cgroup {
-    /// Makes the cgroup of a container: as `linux.cgroupsPath` says, or of its own.
-    pub fn make(path: Option<&Path>, id: &str, systemd: bool) -> Outcome<Self> {
+/// Where a container's cgroup is to be.
+#[derive(Debug)]
+pub struct Plan(Vec<(Hierarchy, PathBuf)>);
+
+impl Plan {
+    /// As `linux.cgroupsPath` says, or of its own.
+    pub fn new(path: Option<&Path>, id: &str, systemd: bool) -> Outcome<Self> {
         let mounts =
             fs::read_to_string("/proc/self/mountinfo").tried(|| "read what is mounted".to_owned())?;
         let own = fs::read_to_string("/proc/self/cgroup").tried(|| "read the own cgroup".to_owned())?;
-        let mut folders = Vec::new();
-        for hierarchy in hierarchies(&mounts) {
+        let places = hierarchies(&mounts).into_iter().map(|hierarchy| {
             let below = place(path, id, systemd, &own_path(&own, &hierarchy))?;
-            let made = make_folder(&hierarchy, &below);
-            folders
-                .push(made.tried(|| format!("make the cgroup {}", hierarchy.mount.join(&below).display()))?);
-        }
-        Ok(Self { folders })
+            Ok((hierarchy, below))
+        });
+        places.collect::<Outcome<_>>().map(Self)
     }
 
+    /// The cgroup, whether it is there or not.
+    pub fn cgroup(&self) -> Cgroup {
+        Cgroup { folders: self.0.iter().map(|(hierarchy, below)| hierarchy.mount.join(below)).collect() }
+    }
+
+    /// Makes it.
+    pub fn make(&self) -> Outcome {
+        self.0.iter().try_for_each(|(hierarchy, below)| {
+            let made = make_folder(hierarchy, below);
+            made.tried(|| format!("make the cgroup {}", hierarchy.mount.join(below).display()))
+        })
+    }
+}
+
+impl Cgroup {
     /// The cgroup with these folders.
     pub fn with(folders: Vec<PathBuf>) -> Self {
         Self { folders }
@@ -264,7 +280,7 @@ fn slice_path(slice: &str) -> PathBuf {
 }
 
 /// Makes the folder and those above it, so that processes can be put into it.
-fn make_folder(hierarchy: &Hierarchy, below: &Path) -> io::Result<PathBuf> {
+fn make_folder(hierarchy: &Hierarchy, below: &Path) -> io::Result<()> {
     let mut folder = hierarchy.mount.clone();
     for part in below.components() {
         let parent = folder.clone();
@@ -280,7 +296,7 @@ fn make_folder(hierarchy: &Hierarchy, below: &Path) -> io::Result<PathBuf> {
             inherit_cpus(&parent, &folder)?;
         }
     }
-    Ok(folder)
+    Ok(())
 }
 
 /// Version 2: has the folder's children be controlled; a controller that cannot be is not there for them.
@@ -390,6 +406,41 @@ mod tests {
             ("cpuset.cpus", "0-1"),
         ] {
             assert_eq!(cgroup.read(name).as_deref(), Some(value), "{name}");
+        }
+    }
+
+    #[test]
+    fn folders_of_version_2_are_made_with_their_controllers_and_removed_with_what_is_below() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("cgroup.controllers"), "memory\n").unwrap();
+        let plan = Plan(vec![(
+            Hierarchy { mount: root.path().to_owned(), controllers: Vec::new() },
+            PathBuf::from("docker/c1"),
+        )]);
+        let cgroup = plan.cgroup();
+        assert_eq!(cgroup.folders(), [root.path().join("docker/c1")]);
+        cgroup.remove().unwrap();
+        plan.make().unwrap();
+        plan.make().unwrap();
+        assert_eq!(fs::read_to_string(root.path().join("cgroup.subtree_control")).unwrap(), "+memory");
+        fs::create_dir(root.path().join("docker/c1/of-the-container")).unwrap();
+        cgroup.remove().unwrap();
+        assert!(root.path().join("docker").exists() && !root.path().join("docker/c1").exists());
+    }
+
+    #[test]
+    fn processor_time_of_version_2_is_given_back_in_one_line() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join("cpu.max"), "max 100000").unwrap();
+        let cgroup = Cgroup::with(vec![folder.path().to_owned()]);
+        for (cpu, expected) in [
+            (json!({"quota": 20_000, "period": 100_000}), "20000 100000"),
+            (json!({"quota": -1}), "max"),
+            (json!({"quota": 0, "period": 0}), "max"),
+            (json!({"quota": 5_000}), "5000"),
+        ] {
+            cgroup.apply(&serde_json::from_value(json!({"cpu": cpu})).unwrap(), None).unwrap();
+            assert_eq!(cgroup.read("cpu.max").as_deref(), Some(expected), "{cpu}");
         }
     }
 

@@ -47,7 +47,7 @@ pub fn start(root: &Path, id: &str) -> Outcome {
         status => return said(format!("cannot start a container that is {status}: {id}")),
     }
     folder.ask(&Request::Start, Some(GUEST_LIMIT))?;
-    let bundle = Bundle::load(&kept.bundle)?;
+    let bundle = Bundle::read(&kept.bundle)?;
     if let Err(failure) = hooks::run(&bundle.spec, Step::Started, &kept, Status::Running) {
         // As the specification has it ("Lifecycle", step 9), it is but told.
         eprintln!("catalyst-oci: {}", crate::failure::chain(&failure));
@@ -134,7 +134,7 @@ fn clean(folder: &Folder, kept: &Kept) -> Outcome {
     Cgroup::with(kept.cgroup.clone()).remove()?;
     folder.remove()?;
     // The bundle may be gone by now, and with it its hooks.
-    if let Ok(bundle) = Bundle::load(&kept.bundle)
+    if let Ok(bundle) = Bundle::read(&kept.bundle)
         && let Err(failure) = hooks::run(&bundle.spec, Step::Stopped, kept, Status::Stopped)
     {
         eprintln!("catalyst-oci: {}", crate::failure::chain(&failure));
@@ -193,7 +193,21 @@ pub fn update(root: &Path, arguments: &Update) -> Outcome {
             kept.memory_mib
         ));
     }
+    if let Some(limit) = processes_limit(&resources) {
+        // It is the guest's own kernel that counts them.
+        let before = Bundle::read(&kept.bundle)?.linux()?.resources().as_ref().and_then(processes_limit);
+        if limit != before.unwrap_or_default() {
+            return said(
+                "The limit of processes in a VM cannot be changed while it runs: create the container anew",
+            );
+        }
+    }
     Cgroup::with(kept.cgroup).apply(&resources, None)
+}
+
+/// The limit that is asked for, if it is spoken of; 0 is none.
+fn processes_limit(resources: &LinuxResources) -> Option<u64> {
+    resources.pids().as_ref().map(|pids| u64::try_from(pids.limit()).unwrap_or_default())
 }
 
 fn wanted(arguments: &Update) -> Outcome<LinuxResources> {
@@ -256,7 +270,7 @@ pub fn run(arguments: Run, root: &Path, daemon: &Daemon, systemd: bool) -> Outco
     }
     let stdin = crate::console::inherited(0).tried(|| "look at stdin".to_owned())?;
     let terminal =
-        Bundle::load(&create.bundle)?.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal);
+        Bundle::read(&create.bundle)?.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal);
     let own = terminal == Some(true) && create.console_socket.is_none();
     let raw = own.then(|| crate::console::make_raw(&stdin).ok()).flatten();
     let code = exec::wait_for(shim);
@@ -310,6 +324,33 @@ mod tests {
         assert_eq!(std::fs::read_to_string(root.path().join("cpu.shares")).unwrap(), "512");
         let refused = update_by(&["--memory", &(256 << 20).to_string(), "c1"]).unwrap_err().to_string();
         assert!(refused.contains("128 MiB"), "{refused}");
+    }
+
+    #[test]
+    fn the_limit_of_processes_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let bundle = root.path().join("bundle");
+        std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
+        let mut document = crate::bundle::tests::example();
+        document["linux"]["resources"]["pids"] = json!({"limit": 7});
+        std::fs::write(bundle.join("config.json"), document.to_string()).unwrap();
+        let folder = Folder::of(root.path(), "c1").unwrap();
+        folder.make().unwrap();
+        folder.save(&Kept { id: "c1".into(), bundle, ..Kept::default() }).unwrap();
+        let resources = root.path().join("resources.json");
+        let update_to = |limit: i64| {
+            std::fs::write(&resources, json!({"pids": {"limit": limit}}).to_string()).unwrap();
+            let words = ["catalyst-oci", "update", "--resources", resources.to_str().unwrap(), "c1"];
+            let Command::Update(arguments) = Arguments::try_parse_from(words).unwrap().command else {
+                panic!()
+            };
+            update(root.path(), &arguments)
+        };
+        update_to(7).unwrap();
+        for other in [8, -1] {
+            let refused = update_to(other).unwrap_err().to_string();
+            assert!(refused.contains("processes"), "{refused}");
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use catalyst_agent_protocol::container::{Container, Mount};
 use oci_spec::runtime;
 
-use crate::bundle::Bundle;
+use crate::bundle::{Bundle, PodPart};
 use crate::failure::{Outcome, said};
 use crate::process;
 
@@ -64,7 +64,11 @@ pub fn convert(bundle: &Bundle, stdin: bool) -> Outcome<(Container, Vec<Tree>)> 
     let mut sysctls: Vec<_> = linux.sysctl().clone().unwrap_or_default().into_iter().collect();
     sysctls.sort();
     let container = Container {
-        hostname: spec.hostname().clone().unwrap_or_default(),
+        hostname: spec
+            .hostname()
+            .clone()
+            .filter(|name| !name.is_empty())
+            .unwrap_or_else(|| pod_hostname(bundle)),
         domainname: spec.domainname().clone().unwrap_or_default(),
         read_only,
         mounts,
@@ -114,6 +118,16 @@ fn convert_mount(mount: &runtime::Mount, bundle: &Path, trees: &mut Vec<Tree>) -
         ));
     }
     Ok(Mount { destination, kind, source: String::new(), options: passed })
+}
+
+/// In a pod it is that of a UTS namespace, which no VM shares; the file that comes along says the same.
+fn pod_hostname(bundle: &Bundle) -> String {
+    let file = Some("/etc/hostname").filter(|_| bundle.pod_part() == PodPart::Container);
+    let file = file.and_then(|path| mount_source(&bundle.spec, path, &bundle.path));
+    let text = file.and_then(|path| std::fs::read_to_string(path).ok()).unwrap_or_default();
+    let name = text.trim();
+    // What the kernel takes (sethostname(2)).
+    if name.len() <= 64 && !name.contains(char::is_whitespace) { name.to_owned() } else { String::new() }
 }
 
 /// Whether names are asked of Docker's resolver: the container's resolv.conf says so.
@@ -197,6 +211,26 @@ mod tests {
         assert_eq!(convert(&bundle("/linux/resources", resources), false).unwrap().0.pids_limit, 12);
         let resources = json!({"pids": {"limit": -1}});
         assert_eq!(convert(&bundle("/linux/resources", resources), false).unwrap().0.pids_limit, 0);
+    }
+
+    #[test]
+    fn a_pod_s_container_has_the_name_that_its_file_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("hostname");
+        std::fs::write(&file, "web-1\n").unwrap();
+        let mounts =
+            json!([{"destination": "/etc/hostname", "type": "bind", "source": file, "options": ["rbind"]}]);
+        let named = |annotations: serde_json::Value| {
+            let mut document = crate::bundle::tests::example();
+            document["mounts"] = mounts.clone();
+            document["hostname"] = json!("");
+            document["annotations"] = annotations;
+            let spec = serde_json::from_value(document).unwrap();
+            let bundle = Bundle { path: "/b".into(), spec, rootfs: "/b/rootfs".into() };
+            convert(&bundle, false).unwrap().0.hostname
+        };
+        assert_eq!(named(json!({"io.kubernetes.cri.container-type": "container"})), "web-1");
+        assert_eq!(named(json!({})), "");
     }
 
     #[test]

@@ -121,7 +121,7 @@ fn specified(arguments: &Exec, bundle: &Path) -> Outcome<runtime::Process> {
         return serde_json::from_slice(&text)
             .map_err(|source| Failure::Document { what: path.display().to_string(), source });
     }
-    let bundle = Bundle::load(bundle)?;
+    let bundle = Bundle::read(bundle)?;
     let Some(mut process) = bundle.spec.process().clone() else {
         return said("The container's specification has no part 'process'");
     };

@@ -13,7 +13,7 @@ use oci_spec::runtime::{LinuxMemory, LinuxNamespaceType, LinuxResources};
 use serde::{Deserialize, Serialize};
 
 use crate::bundle::Bundle;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Plan};
 use crate::daemon::Daemon;
 use crate::document;
 use crate::failure::{Outcome, Tried, said};
@@ -135,8 +135,24 @@ impl Made<'_> {
         let linux = bundle.linux()?;
         let resources = linux.resources().clone().unwrap_or_default();
         let (cpus, memory_mib) = size(&resources)?;
-        let cgroup = Cgroup::make(linux.cgroups_path().as_deref(), id, creation.systemd)?;
-        let cgroup = self.cgroup.insert(cgroup);
+        let plan = Plan::new(linux.cgroups_path().as_deref(), id, creation.systemd)?;
+        let cgroup = self.cgroup.insert(plan.cgroup());
+        let mut kept = Kept {
+            id: id.clone(),
+            pid: 0,
+            start_time: 0,
+            bundle: bundle.path.clone(),
+            rootfs: bundle.rootfs.clone(),
+            annotations: bundle.spec.annotations().clone().unwrap_or_default().into_iter().collect(),
+            created: state::rfc3339(SystemTime::now()),
+            vm: String::new(),
+            socket: creation.daemon.socket().to_owned(),
+            cgroup: cgroup.folders().to_vec(),
+            memory_mib,
+        };
+        // Before it is made: whoever deletes what a creation that was cut off leaves knows it by this.
+        self.folder.save(&kept)?;
+        plan.make()?;
         let limited = memory_limit(&resources).is_some();
         cgroup.apply(&resources, limited.then_some(memory_mib))?;
 
@@ -150,20 +166,8 @@ impl Made<'_> {
         let pid = shim.id();
         self.shim = Some(shim);
         cgroup.join(pid)?;
-        let cgroup = cgroup.folders().to_vec();
-        let mut kept = Kept {
-            id: id.clone(),
-            pid,
-            start_time: state::start_time(pid).unwrap_or_default(),
-            bundle: bundle.path.clone(),
-            rootfs: bundle.rootfs.clone(),
-            annotations: bundle.spec.annotations().clone().unwrap_or_default().into_iter().collect(),
-            created: state::rfc3339(SystemTime::now()),
-            vm: String::new(),
-            socket: creation.daemon.socket().to_owned(),
-            cgroup: cgroup.clone(),
-            memory_mib,
-        };
+        kept.pid = pid;
+        kept.start_time = state::start_time(pid).unwrap_or_default();
         self.folder.save(&kept)?;
         let (root, socket) = (creation.root.to_owned(), kept.socket.clone());
         let bundle_path = bundle.path.clone();
@@ -175,7 +179,7 @@ impl Made<'_> {
             console_socket,
             cpus,
             memory_mib,
-            cgroup,
+            cgroup: kept.cgroup.clone(),
         };
         tell(&orders, &order)?;
         if let Some(adjustment) = process.and_then(oci_spec::runtime::Process::oom_score_adj) {

@@ -5,8 +5,9 @@ use std::io::Seek;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+pub use catalyst_tests::world::wait_until;
 use catalyst_tests::world::{image_dir, programs, ran, run, vm_name};
 use catalyst_tests::{Answer, World, skip};
 use serde_json::{Value, json};
@@ -163,16 +164,6 @@ pub fn vm(world: &World, id: &str) -> Value {
     let answer = world.curl("GET", &format!("/v1/vms/{id}"), None);
     assert_eq!(answer.status, 200, "{answer:?}");
     answer.json()
-}
-
-/// Waits until `fact` holds: a limit against hanging, not a promise, unless the caller says so.
-#[track_caller]
-pub fn wait_until(what: &str, limit: Duration, mut fact: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !fact() {
-        assert!(started.elapsed() < limit, "not within {limit:?}: {what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
 }
 
 /// Whether a process lives: it is there and no zombie.

@@ -1,37 +1,16 @@
 //! Containers that are VMs: the real Docker daemon and its client, with the runtime `catalyst-oci`.
 
 use std::fs;
-use std::io::Write;
-use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
+use std::os::unix::fs::MetadataExt;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::{programs, ran, run};
-use catalyst_tests::{Checks, Ran, World, skip};
-use serde_json::{Value, json};
+use catalyst_tests::Checks;
+use catalyst_tests::docker::{Host, LIMIT};
+use catalyst_tests::world::{ran, run};
+use serde_json::json;
 
 use crate::common::{lives, vm, wait_until};
-
-/// A system of its own for Docker's daemon: /run, the programs of `make firewall-tools` laid over /usr, /sys of this network
-/// namespace with the machine's control groups.
-const SYSTEM: &str = r#"
-    mkdir "$0/groups"
-    mount --rbind /sys/fs/cgroup "$0/groups"
-    mount -t sysfs sysfs /sys
-    mount --rbind "$0/groups" /sys/fs/cgroup
-    mount -t overlay -o "lowerdir=$1/usr:/usr" overlay /usr
-    mount -t tmpfs tmpfs /run
-    echo 1 > /proc/sys/net/ipv4/ip_forward
-    exec dockerd --config-file "$0/docker.json" --data-root "$0/data" --exec-root /run/docker --pidfile /run/docker.pid \
-        --host "unix://$0/docker.sock""#;
-/// Busybox's programs in the image.
-const APPLETS: [&str; 25] = [
-    "sh", "cat", "echo", "sleep", "id", "ls", "wget", "httpd", "stty", "env", "hostname", "touch", "mkdir",
-    "kill", "seq", "yes", "head", "true", "nslookup", "sysctl", "uname", "tail", "dd", "stat", "date",
-];
-/// How long what takes a VM may take here: a limit against hanging.
-const LIMIT: Duration = Duration::from_mins(1);
 
 pub fn containers(checks: &mut Checks) {
     let host = Host::new();
@@ -46,150 +25,6 @@ pub fn containers(checks: &mut Checks) {
     either_side(checks, &host);
     many(checks, &host);
     checks.check("nothing is left of all of them", || host.check_empty());
-}
-
-/// A world with both daemons, and an image `busybox`.
-struct Host {
-    world: World,
-    root: PathBuf,
-    client: PathBuf,
-    docker: Child,
-}
-
-impl Host {
-    fn new() -> Self {
-        let tools = programs().join("firewall-tools");
-        let client = tools.join("usr/bin/docker");
-        if !client.exists() || !tools.join("usr/sbin/dockerd").exists() {
-            skip("Docker's daemon is not in target/release/firewall-tools (make firewall-tools)");
-        }
-        if !programs().join("catalyst-oci").exists() {
-            skip("catalyst-oci is not built (make build)");
-        }
-        let world = World::new();
-        if !world.images.join("micro/current").exists() {
-            skip("the image micro is not built (make image)");
-        }
-        let root = world.path("docker");
-        fs::create_dir(&root).unwrap();
-        let socket = world.state_dir().join("catalyst.sock");
-        let runtime = json!({"path": programs().join("catalyst-oci"), "runtimeArgs": ["--socket", socket]});
-        let config = json!({"runtimes": {"catalyst": runtime}, "default-runtime": "catalyst"});
-        fs::write(root.join("docker.json"), config.to_string()).unwrap();
-        let log = fs::File::create(root.join("dockerd.log")).unwrap();
-        let mut docker = Command::new("nsenter");
-        docker
-            .arg(format!("--net=/run/netns/{}", world.netns()))
-            .args(["unshare", "-m", "sh", "-ec", SYSTEM]);
-        docker.arg(&root).arg(&tools).stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
-        let docker = docker.spawn().unwrap();
-        let host = Self { world, root, client, docker };
-        wait_until("Docker's daemon answers", LIMIT, || host.docker(&["version"]).status.success());
-        host.import_image();
-        host
-    }
-
-    fn import_image(&self) {
-        let image = self.root.join("image");
-        fs::create_dir_all(image.join("bin")).unwrap();
-        fs::create_dir_all(image.join("tmp")).unwrap();
-        fs::copy("/bin/busybox", image.join("bin/busybox")).unwrap();
-        for applet in APPLETS {
-            symlink("busybox", image.join("bin").join(applet)).unwrap();
-        }
-        fs::write(image.join("note"), "no program\n").unwrap();
-        let archive = self.root.join("image.tar");
-        run(Command::new("tar").arg("-C").arg(&image).arg("-cf").arg(&archive).arg("."));
-        self.docker(&["import", archive.to_str().unwrap(), "busybox"]).ok();
-    }
-
-    fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new("timeout");
-        command.arg("100").arg(&self.client);
-        command.arg("--host").arg(format!("unix://{}/docker.sock", self.root.display()));
-        command.args(args).env("HOME", &self.root).stdin(Stdio::null());
-        command
-    }
-
-    /// Runs `docker ARGS`.
-    fn docker(&self, args: &[&str]) -> Ran {
-        ran(self.command(args))
-    }
-
-    /// The same with `input` on its stdin.
-    fn docker_with_input(&self, args: &[&str], input: &str) -> Ran {
-        let mut command = self.command(args);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-        child.wait_with_output().unwrap().into()
-    }
-
-    /// The same on a terminal.
-    fn docker_on_terminal(&self, args: &[&str]) -> Ran {
-        let socket = format!("unix://{}/docker.sock", self.root.display());
-        let words = [
-            &["stty", "rows", "33", "cols", "111;", "exec"][..],
-            &[self.client.to_str().unwrap(), "--host", &socket],
-            args,
-        ];
-        let mut command = Command::new("timeout");
-        command.args(["100", "script", "-qec", &words.concat().join(" "), "/dev/null"]);
-        command.env("HOME", &self.root).env("SHELL", "/bin/sh").stdin(Stdio::null());
-        ran(command)
-    }
-
-    /// A part of what `docker inspect` tells.
-    fn inspect(&self, name: &str, format: &str) -> String {
-        self.docker(&["inspect", "--format", format, name]).ok().to_owned()
-    }
-
-    fn pid(&self, name: &str) -> u32 {
-        self.inspect(name, "{{.State.Pid}}").parse().unwrap()
-    }
-
-    /// IDs of the VMs.
-    fn vms(&self) -> Vec<String> {
-        let all = self.world.curl("GET", "/v1/vms", None).json();
-        let ids =
-            |all: &Vec<Value>| all.iter().filter_map(|vm| Some(vm["id"].as_str()?.to_owned())).collect();
-        all.as_array().or_else(|| all["vms"].as_array()).map(ids).unwrap_or_default()
-    }
-
-    fn remove(&self, names: &[&str]) {
-        self.docker(&[&["rm", "--force", "--volumes"], names].concat()).ok();
-    }
-
-    /// No container, VM, control group and process of either is there.
-    fn check_empty(&self) {
-        let ids = self.docker(&["ps", "--all", "--quiet"]);
-        for id in ids.ok().lines() {
-            self.remove(&[id]);
-        }
-        wait_until("no VM is left", LIMIT, || self.vms().is_empty());
-        let mut processes = Command::new("ps");
-        processes.args(["-eo", "pid,args"]);
-        let state = self.world.state_dir();
-        let is_vm = |line: &&str| line.contains("qemu-system") && line.contains(state.to_str().unwrap());
-        let all = ran(processes);
-        let left: Vec<_> = all.ok().lines().filter(is_vm).collect();
-        assert!(left.is_empty(), "{left:?}");
-        assert!(
-            fs::read_dir(state.join("vms")).is_ok_and(|mut entries| entries.next().is_none()),
-            "folders of VMs are left"
-        );
-    }
-}
-
-impl Drop for Host {
-    fn drop(&mut self) {
-        for id in self.docker(&["ps", "--all", "--quiet"]).stdout.lines() {
-            self.docker(&["rm", "--force", id]);
-        }
-        let pid = nix::unistd::Pid::from_raw(self.docker.id().cast_signed());
-        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
-        let _ = self.docker.wait();
-    }
 }
 
 fn runs(checks: &mut Checks, host: &Host) {
@@ -538,6 +373,13 @@ fn refusals(checks: &mut Checks, host: &Host) {
             assert!(refused.stderr.contains(word), "{option}: {refused:?}");
         }
         assert!(host.vms().is_empty());
+        host.start("owner", &["busybox", "sleep", "1000"]);
+        let refused = host.docker(&["run", "--rm", "--network", "container:owner", "busybox", "true"]);
+        assert_eq!(refused.code(), 125, "{refused:?}");
+        assert!(refused.stderr.contains("whose VM has its interfaces"), "{refused:?}");
+        assert_eq!(host.docker(&["exec", "owner", "ls", "/sys/class/net"]).ok(), "eth0\nlo");
+        assert_eq!(host.vms(), ["owner"]);
+        host.remove(&["owner"]);
     });
 }
 

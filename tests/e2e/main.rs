@@ -10,6 +10,8 @@ mod access;
 mod bad_input;
 mod beside;
 mod common;
+mod container_clients;
+mod container_faults;
 mod containers;
 mod cpus;
 mod crash;
@@ -48,6 +50,8 @@ const GROUPS: &[Group] = &[
     ("beside", beside::beside),
     ("docker_tools", docker_tools::docker_tools),
     ("containers", containers::containers),
+    ("container_clients", container_clients::container_clients),
+    ("container_faults", container_faults::container_faults),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),

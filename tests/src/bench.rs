@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use catalyst_tests::world::{engine, image_dir, programs, ran};
-use catalyst_tests::{World, instant, load};
+use catalyst_tests::{World, containers, instant, load};
 
 struct Row {
     name: &'static str,
@@ -40,6 +40,8 @@ const ROWS: &[Measure] = &[
     ("instant: twenty at once to SSH banner", 10.0, "s", instant::many_to_banner),
     ("instant: memory of twenty idle clones", 1.2, "GiB", instant::many_memory),
     ("instant: a running VM stands while it is cloned", 300.0, "ms", instant::frozen),
+    ("containers: docker run to its output", 1.2, "s", containers::to_output),
+    ("containers: ten docker run --detach at once", 10.0, "s", containers::many),
     ("cold boot to docker run, 2 CPUs", 30.0, "s", || cold_boot("2")),
     ("cold boot to docker run, 1 CPU", 40.0, "s", || cold_boot("1")),
 ];

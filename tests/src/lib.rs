@@ -5,6 +5,8 @@
 // A test says what went wrong by panicking, and that is what its helpers do as well.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::missing_panics_doc)]
 
+pub mod containers;
+pub mod docker;
 pub mod harness;
 pub mod instant;
 pub mod load;

@@ -480,6 +480,16 @@ fn kill(pid: i32) {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
 }
 
+/// Waits until `fact` holds: a limit against hanging, not a promise, unless the caller says so.
+#[track_caller]
+pub fn wait_until(what: &str, limit: Duration, mut fact: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !fact() {
+        assert!(started.elapsed() < limit, "not within {limit:?}: {what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// Runs a command that must succeed.
 #[track_caller]
 pub fn run(command: &mut Command) {

@@ -108,7 +108,7 @@ fn loopback_up() -> std::io::Result<()> {
 
 /// Makes the container ready, and stays until it has ended.
 async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32> {
-    let bundle = Bundle::load(&order.bundle)?;
+    let bundle = Bundle::read(&order.bundle)?;
     let folder = Folder::of(&order.root, &order.id)?;
     let listener = folder.listen()?;
     if bundle.pod_part() == PodPart::Sandbox {
@@ -135,11 +135,19 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     let leads_out = Arc::new(AtomicBool::new(wires.seen().leads_out()));
     let out_of_memory = Arc::new(AtomicBool::new(false));
     let made = async {
-        let link = reach(&vm, &files).await?;
-        let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
-        tokio::spawn(resolver::serve(link.clone(), link.notices(), heard.0, heard.1, heard.2));
-        create_container(&link, &container).await?;
-        Ok(link)
+        serve_trees(&vm, &files).await?;
+        let made = async {
+            let link = reach(&vm).await?;
+            let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
+            tokio::spawn(resolver::serve(link.clone(), link.notices(), heard.0, heard.1, heard.2));
+            create_container(&link, &container).await?;
+            Ok(link)
+        };
+        tokio::select! {
+            link = made => link,
+            // The guest would wait for it for long.
+            _ = files.process.wait() => said("The process that serves the container's files has ended"),
+        }
     };
     // Neither needs the other before a program runs.
     let (link, _) = tokio::try_join!(made, wires.join())?;
@@ -208,17 +216,24 @@ async fn attend(
     }
 }
 
-/// Connects to the agent and serves it the container's files.
-async fn reach(vm: &Vm, files: &trees::Server) -> Outcome<AgentLink> {
-    let connect = |name: &'static str| async move {
-        sockets::connect(&vm.run, name).await.tried(|| format!("connect to {}/{name}", vm.run.display()))
-    };
-    let port = connect(sockets::FOLDERS).await?.into_std().tried(|| "take the port of folders".to_owned())?;
+/// Connects to a port of the VM's.
+async fn connect(vm: &Vm, name: &str) -> Outcome<tokio::net::UnixStream> {
+    sockets::connect(&vm.run, name).await.tried(|| format!("connect to {}/{name}", vm.run.display()))
+}
+
+/// Serves the guest the container's files.
+async fn serve_trees(vm: &Vm, files: &trees::Server) -> Outcome {
+    let port = connect(vm, sockets::FOLDERS).await?;
+    let port = port.into_std().tried(|| "take the port of folders".to_owned())?;
     // Whoever serves it waits for it.
     port.set_nonblocking(false).tried(|| "take the port of folders".to_owned())?;
-    files.begin(&port)?;
+    files.begin(&port)
+}
+
+/// Connects to the agent.
+async fn reach(vm: &Vm) -> Outcome<AgentLink> {
     let agent = |source| Failure::Agent { what: "answer", source };
-    let link = AgentLink::connect_first(connect(sockets::CONTAINER).await?).await.map_err(agent)?;
+    let link = AgentLink::connect_first(connect(vm, sockets::CONTAINER).await?).await.map_err(agent)?;
     let mut status = link.status();
     let up = status.wait_for(|status| status.hello.is_some() || !status.connected);
     match tokio::time::timeout(UP_LIMIT, up).await {
