@@ -67,7 +67,7 @@ pub enum Command {
     Ssh(Ssh),
     /// Let plain ssh, and what uses it, reach VMs by name: `ssh web1.catalyst`
     SshConfig(SshConfig),
-    /// Use a VM's Docker with the Docker tools of this machine
+    /// Run containers as VMs by a Docker daemon of your own, or use a VM's Docker
     #[command(subcommand)]
     Docker(Docker),
     /// Attach to a VM's serial console; Ctrl-] leaves

@@ -175,7 +175,8 @@ impl Process {
         }
     }
 
-    fn open(pid: Pid) -> Result<Self, EngineError> {
+    /// The process that has that number now.
+    pub(crate) fn open(pid: Pid) -> Result<Self, EngineError> {
         let error = |what| EngineError::io(format!("{what} process {}", pid.as_raw_nonzero()));
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)
             .map_err(|errno| error("watch")(errno.into()))?;
@@ -197,7 +198,16 @@ impl Process {
 
     /// Ends it at once.
     pub fn kill(&self) -> Result<(), EngineError> {
-        match rustix::process::pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
+        self.signal(Signal::KILL)
+    }
+
+    /// Asks it to end.
+    pub(crate) fn terminate(&self) -> Result<(), EngineError> {
+        self.signal(Signal::TERM)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), EngineError> {
+        match rustix::process::pidfd_send_signal(self.pidfd.get_ref(), signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(errno) => Err(EngineError::io(format!("end process {}", self.pid()))(errno.into())),
         }

@@ -24,10 +24,10 @@ mod lifecycle;
 mod manager;
 mod nat;
 mod netlink;
-mod process;
-mod program;
+pub(crate) mod process;
+pub(crate) mod program;
 mod publish;
-mod state;
+pub(crate) mod state;
 mod subnet;
 mod supervision;
 pub(crate) mod tap;
@@ -307,6 +307,11 @@ impl Network {
             tracing::debug!(%error, %address, "no ARP answer");
             false
         })
+    }
+
+    /// Root's folder for what belongs to Docker's daemon and lasts until the next boot.
+    pub(crate) fn docker_folder(&self) -> PathBuf {
+        self.inner.run.docker(&self.inner.bridge)
     }
 
     /// The host's address in the network.
