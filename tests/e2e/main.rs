@@ -16,6 +16,7 @@ mod crash;
 mod daemons;
 mod deb;
 mod docker_tools;
+mod docker_up;
 mod faults;
 mod folders;
 mod foreign;
@@ -48,6 +49,7 @@ const GROUPS: &[Group] = &[
     ("beside", beside::beside),
     ("docker_tools", docker_tools::docker_tools),
     ("containers", containers::containers),
+    ("docker_up", docker_up::docker_up),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),

@@ -82,6 +82,12 @@ impl Files {
         self.run.join("daemon.json")
     }
 
+    /// The name of its cable's end on the bridge, if it has one.
+    pub fn cable(&self) -> Option<String> {
+        let name = read_small(&self.run.join("cable")).ok()??;
+        Some(name.trim().to_owned())
+    }
+
     fn lease(&self) -> PathBuf {
         self.run.join("lease.json")
     }

@@ -272,14 +272,22 @@ impl Docker {
     /// Takes away all that is left of one that has ended, but for its data and its log.
     async fn clean(&self) {
         let (files, cgroup) = (self.0.files.clone(), self.cgroup());
-        as_root_blocking(move || {
+        let cable = as_root_blocking(move || {
             leftovers::end_all(&files.mark());
             leftovers::remove_cgroup(&cgroup);
+            let cable = files.cable();
             if let Err(error) = std::fs::remove_dir_all(files.run()) {
                 tracing::debug!(%error, "the folder of Docker's daemon");
             }
+            cable
         })
         .await;
+        // It would go with its namespace, but only in a while.
+        if let Some(cable) = cable
+            && let Err(error) = self.0.network.unplug(&cable).await
+        {
+            tracing::warn!(%error, "the cable of Docker's daemon");
+        }
         // One that stays is replaced by the next start.
         let _ = std::fs::remove_file(self.0.files.socket());
         self.0.network.release(LEASE);

@@ -14,6 +14,7 @@ mount -t overlay -o lowerdir=/etc/docker,upperdir=/run/catalyst/docker/upper,wor
 [ ! -e /etc/resolv.conf ] || mount --bind "$run/resolv.conf" /etc/resolv.conf
 # A cable to the bridge of the VMs. Its end there is called as their taps are, which NetworkManager leaves alone.
 port=cattapd$$
+echo "$port" >"$run/cable"
 ip link set lo up
 ip link add eth0 address "$mac" type veth peer name "$port" netns "$daemon"
 in_host() { nsenter --net="$run/host-net" "$@"; }

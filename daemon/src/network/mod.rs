@@ -273,6 +273,15 @@ impl Network {
         Ok(())
     }
 
+    /// Removes an interface of ours; one that is gone already is no error.
+    pub(crate) async fn unplug(&self, name: &str) -> Result<(), NetworkError> {
+        let netlink = Netlink::open()?;
+        match netlink.link(name).await? {
+            Some(link) => netlink.remove(&link).await,
+            None => Ok(()),
+        }
+    }
+
     /// Lets the host forget who had this address before, so that what is sent to the guest from now on waits for it.
     pub async fn forget_neighbour(&self, lease: &Lease) {
         self.introduce(lease, None).await;
