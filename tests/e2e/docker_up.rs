@@ -126,9 +126,10 @@ impl Host {
         let mut links = self.world.command("ip");
         links.args(["-brief", "link"]);
         assert!(!ran(links).ok().contains("cattap"), "an interface is left");
-        for cgroup in cgroups() {
-            assert!(!cgroup.exists(), "{} is left", cgroup.display());
-        }
+        let mut cgroups = Command::new("find");
+        let name = Path::new(&of_world).file_name().unwrap().to_str().unwrap();
+        cgroups.args(["/sys/fs/cgroup", "-name", &format!("catalyst-docker-{name}-*")]);
+        assert_eq!(ran(cgroups).stdout, "", "a cgroup is left");
     }
 
     /// The folder of this world's network namespace below /run/catalyst.
@@ -145,13 +146,6 @@ impl Drop for Host {
     fn drop(&mut self) {
         self.world.catalyst(&["docker", "down"]);
     }
-}
-
-/// Where its containers' cgroups are, in each hierarchy.
-fn cgroups() -> Vec<PathBuf> {
-    let root = Path::new("/sys/fs/cgroup");
-    let below = fs::read_dir(root).into_iter().flatten().flatten().map(|entry| entry.path());
-    below.chain([root.to_owned()]).map(|folder| folder.join("catalyst-docker-catalyst0")).collect()
 }
 
 fn comes_up(host: &Host) {
@@ -180,8 +174,9 @@ fn runs(host: &Host) {
     let started = Instant::now();
     assert_eq!(host.docker(&["run", "--rm", "busybox", "echo", "hi"]).ok(), "hi");
     println!("    docker run: {:.1} s", started.elapsed().as_secs_f32());
-    host.docker(&["run", "--detach", "--name", "web1", "--restart", "always", "busybox", "sleep", "1000"])
-        .ok();
+    // It does not heed the request to end, so that `docker down` waits.
+    let run = ["run", "--detach", "--name", "web1", "--restart", "always", "--stop-timeout", "1"];
+    host.docker(&[&run[..], &["busybox", "sleep", "1000"]].concat()).ok();
     assert_eq!(host.vms(), ["web1"]);
     assert_eq!(vm(&host.world, "web1")["container"]["image"], "busybox");
 }

@@ -62,21 +62,21 @@ pub enum DockerError {
     #[error("Docker's daemon cannot be taken in hand")]
     Process(#[from] EngineError),
     /// It ended at once.
-    #[error("Docker's daemon did not start; its log {} ends: {said}", .log.display())]
+    #[error("Docker's daemon did not start; its log {} says: {said}", .log.display())]
     Ended {
         /// The log.
         log: PathBuf,
-        /// Its last lines.
+        /// What it says of that.
         said: String,
     },
     /// It is not ready in time.
-    #[error("Docker's daemon was not ready within {seconds} s and was ended; its log {} ends: {said}", .log.display())]
+    #[error("Docker's daemon was not ready within {seconds} s and was ended; its log {} says: {said}", .log.display())]
     Slow {
         /// How long was waited.
         seconds: u64,
         /// The log.
         log: PathBuf,
-        /// Its last lines.
+        /// What it says of that.
         said: String,
     },
     /// Catalyst's daemon stops.

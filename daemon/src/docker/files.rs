@@ -196,7 +196,7 @@ impl Files {
         work().map_err(|source| DockerError::File { what: "open", path, source })
     }
 
-    /// The end of the log from there on, in one line. With the owner's rights.
+    /// What the log from there on says of a failure, in one line. With the owner's rights.
     pub fn said(&self, from: u64) -> String {
         const LONGEST: u64 = 64 << 10;
         let read = || {
@@ -209,8 +209,17 @@ impl Files {
             log.take(LONGEST).read_to_end(&mut said)?;
             Ok::<_, io::Error>(said)
         };
-        last_lines(&String::from_utf8_lossy(&read().unwrap_or_default()), 3)
+        telling(&String::from_utf8_lossy(&read().unwrap_or_default()))
     }
+}
+
+/// The last line that tells of an error; the last one where none does.
+fn telling(log: &str) -> String {
+    let tells = |line: &&str| {
+        !line.starts_with("time=") || line.contains(" level=error ") || line.contains(" level=fatal ")
+    };
+    let lines = || log.lines().rev().filter(|line| !line.trim().is_empty());
+    last_lines(lines().find(tells).or_else(|| lines().next()).unwrap_or_default(), 1)
 }
 
 /// A name as sh(1) takes it for one word.
@@ -288,7 +297,9 @@ mod tests {
         fs::write(files.log(), "old\n").unwrap();
         let (mut log, length) = files.open_log().unwrap();
         io::Write::write_all(&mut log, b"failed to start: no room\n").unwrap();
+        io::Write::write_all(&mut log, b"time=\"t\" level=info msg=\"stopped\"\n").unwrap();
         assert_eq!(files.said(length), "failed to start: no room");
+        assert_eq!(telling("time=1 level=info msg=a\ntime=2 level=info msg=b\n"), "time=2 level=info msg=b");
         assert_eq!(quoted(Path::new("/a b'c")), r"'/a b'\''c'");
     }
 }

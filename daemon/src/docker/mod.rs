@@ -248,10 +248,10 @@ impl Docker {
             if !is_it(&docker.state()) {
                 return;
             }
-            let said = docker.0.files.said(0);
-            tracing::warn!(pid = process.pid(), %said, "Docker's daemon has ended by itself");
-            *docker.state() = State::Down(Some(format!("it ended by itself; its log ends: {said}")));
+            tracing::warn!(pid = process.pid(), "Docker's daemon has ended by itself");
             docker.clean().await;
+            let log = docker.0.files.log();
+            *docker.state() = State::Down(Some(format!("it ended by itself; see {}", log.display())));
         });
     }
 
@@ -273,8 +273,7 @@ impl Docker {
     async fn clean(&self) {
         let (files, cgroup) = (self.0.files.clone(), self.cgroup());
         let cable = as_root_blocking(move || {
-            leftovers::end_all(&files.mark());
-            leftovers::remove_cgroup(&cgroup);
+            leftovers::end_all(&files.mark(), &leftovers::cgroups(&cgroup));
             let cable = files.cable();
             if let Err(error) = std::fs::remove_dir_all(files.run()) {
                 tracing::debug!(%error, "the folder of Docker's daemon");
@@ -293,8 +292,10 @@ impl Docker {
         self.0.network.release(LEASE);
     }
 
+    /// The cgroup above those of its containers: of no other daemon of this boot, as its folder is.
     fn cgroup(&self) -> String {
-        format!("/catalyst-docker-{}", self.0.network.bridge())
+        let namespace = self.0.files.run().ancestors().nth(2).and_then(Path::file_name).unwrap_or_default();
+        format!("/catalyst-docker-{}-{}", namespace.to_string_lossy(), self.0.network.bridge())
     }
 }
 

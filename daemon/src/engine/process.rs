@@ -406,7 +406,7 @@ fn check<T: PartialOrd + Default + Copy>(result: T) -> io::Result<()> {
 }
 
 /// The real user of a process, from the `Uid:` line of proc_pid_status(5).
-fn status_uid(pid: Pid) -> Option<u32> {
+pub(crate) fn status_uid(pid: Pid) -> Option<u32> {
     let text = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
     text.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok())
 }
