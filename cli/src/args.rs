@@ -376,9 +376,9 @@ pub enum Network {
 pub enum Daemon {
     /// Start a daemon in the background
     Start(DaemonStart),
-    /// Stop the daemon; VMs keep running
+    /// Stop the daemon; VMs and Docker's daemon keep running
     Stop {
-        /// Shut the guests down first, and take down the network
+        /// Take Docker's daemon down and shut the guests down first, and take down the network
         #[arg(long)]
         vms: bool,
     },

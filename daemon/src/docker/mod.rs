@@ -30,6 +30,7 @@ use crate::engine::process::Process;
 use crate::network::program::find;
 use crate::network::{Lease, Network};
 use crate::privilege::{as_root, as_root_blocking};
+use crate::systemd;
 use crate::user_data::host::proxy_behind;
 
 /// What makes its namespaces.
@@ -199,16 +200,20 @@ impl Docker {
         let pid = child.id().and_then(|pid| Pid::from_raw(pid.cast_signed()));
         let ended = || DockerError::Ended { log: files.log(), said: files.said(log_began) };
         let process = Process::open(pid.ok_or_else(ended)?)?;
-        tokio::select! {
-            said = ready(&notify) => said.map_err(failed("read", files.notify()))?,
-            _ = process.exited() => return Err(ended()),
+        // Before it has started containerd.
+        systemd::place_docker(self.0.network.bridge(), process.pid()).await;
+        let outcome = tokio::select! {
+            said = ready(&notify) => said.map_err(failed("read", files.notify())),
+            _ = process.exited() => Err(ended()),
             () = tokio::time::sleep(START) => {
-                process.end().await?;
                 let said = files.said(log_began);
-                return Err(DockerError::Slow { seconds: START.as_secs(), log: files.log(), said });
+                Err(DockerError::Slow { seconds: START.as_secs(), log: files.log(), said })
             }
+        };
+        if outcome.is_err() {
+            process.end().await?;
         }
-        Ok(process)
+        outcome.map(|()| process)
     }
 
     fn command(&self, programs: &Programs, lease: &Lease) -> Command {
