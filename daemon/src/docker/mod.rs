@@ -44,7 +44,7 @@ const GROUP: &str = "docker";
 /// Longest wait until it is ready; the first time it makes its folders.
 const START: Duration = Duration::from_secs(90);
 /// Longest wait for its end. It gives containers 10 s, or what they were made with, and then kills them.
-const STOP: Duration = Duration::from_secs(60);
+const STOP: Duration = Duration::from_mins(1);
 
 /// The Docker daemon of this state folder; copies are the same one.
 #[derive(Debug, Clone)]

@@ -330,8 +330,11 @@ impl Failure for DockerError {
         match self {
             Self::NotAllowed { .. } => ErrorCode::Forbidden,
             Self::Settings { .. } => ErrorCode::InvalidRequest,
-            Self::Network(_) | Self::Socket(_) | Self::Run { .. } => ErrorCode::HostUnfit,
-            Self::Ended { .. } | Self::Slow { .. } => ErrorCode::HostUnfit,
+            Self::Network(_)
+            | Self::Socket(_)
+            | Self::Run { .. }
+            | Self::Ended { .. }
+            | Self::Slow { .. } => ErrorCode::HostUnfit,
             Self::File { source, .. } => io_code(source),
             Self::Process(engine) => engine_code(engine),
             Self::Peer(_) | Self::Stopping => ErrorCode::Internal,
