@@ -12,7 +12,7 @@ use serde_json::{Map, Value, json};
 use super::error::DockerError;
 use crate::network::Lease;
 use crate::network::program::last_lines;
-use crate::network::state::{make_folder, read_small, write_public};
+use crate::network::state::{absent_is_fine, make_folder, read_small, write_public};
 use crate::settings::sibling;
 
 /// Where things lie in the mount namespace of Docker's daemon, on a file system of its own: sockets' paths are to be short.
@@ -114,6 +114,10 @@ impl Files {
         };
         for folder in OVERLAID.map(Path::new).into_iter().chain(self.above()).chain([self.run()]) {
             make_missing(folder).map_err(failed("make the folder", folder))?;
+        }
+        // Of one whose folder could not be removed: a socket in its place cannot be made, a pid file refuses a start.
+        for path in [self.pid(), self.notify(), self.run.join("cable")] {
+            absent_is_fine(fs::remove_file(&path)).map_err(failed("remove", &path))?;
         }
         let lease_text = serde_json::to_string(lease).unwrap_or_default();
         for (path, text) in [
