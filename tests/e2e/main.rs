@@ -87,5 +87,5 @@ const GROUPS: &[Group] = &[
 ];
 
 fn main() {
-    harness::run(GROUPS, 2);
+    harness::run(GROUPS, 3);
 }
