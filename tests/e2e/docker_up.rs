@@ -17,8 +17,11 @@ use crate::common::{lives, signal, vm, wait_until};
 const OWNER: u32 = 9;
 /// How long what takes a VM may take here: a limit against hanging.
 const LIMIT: Duration = Duration::from_mins(1);
+/// Sends datagrams back. Perl is essential in Debian, and its busybox has nothing for UDP.
+const ECHO: &str = "$s = IO::Socket::INET->new(LocalPort => 53, Proto => 'udp') or die; \
+                    while ($s->recv($d, 99)) { $s->send($d) }";
 /// Busybox's programs in the image.
-const APPLETS: [&str; 6] = ["sh", "echo", "sleep", "httpd", "mkdir", "wget"];
+const APPLETS: [&str; 5] = ["sh", "echo", "sleep", "httpd", "mkdir"];
 
 /// The group.
 pub fn docker_up(checks: &mut Checks) {
@@ -100,6 +103,9 @@ impl Host {
         fs::copy("/bin/busybox", image.join("bin/busybox")).unwrap();
         for applet in APPLETS {
             symlink("busybox", image.join("bin").join(applet)).unwrap();
+        }
+        for folder in ["lib", "lib64"] {
+            symlink(format!("usr/{folder}"), image.join(folder)).unwrap();
         }
         let archive = self.root.join("image.tar");
         run(Command::new("tar").arg("-C").arg(&image).arg("-cf").arg(&archive).arg("."));
@@ -202,18 +208,30 @@ fn published(host: &Host) {
     let serve = "mkdir /www; echo page >/www/index.html; exec httpd -f -h /www";
     let run = ["run", "--detach", "--publish", "8099:80", "--publish", "127.0.0.1:8098:80"];
     host.docker(&[&run[..], &["--name", "site", "busybox", "sh", "-c", serve]].concat()).ok();
+    let run = ["run", "--detach", "--publish", "8097:53/udp", "--volume", "/usr:/usr:ro", "--name", "echo"];
+    host.docker(&[&run[..], &["busybox", "/usr/bin/perl", "-MIO::Socket::INET", "-e", ECHO]].concat()).ok();
     let ask = |port: u16| {
         let mut curl = host.world.command("curl");
         curl.args(["-s", "--max-time", "5"]).arg(format!("http://localhost:{port}/"));
         ran(curl).stdout
     };
     wait_until("both ports answer", LIMIT, || ask(8099) == "page\n" && ask(8098) == "page\n");
+    // Docker's daemon itself finds it too, as a registry that is a container.
+    let mut curl = Command::new("nsenter");
+    curl.arg(format!("--net=/proc/{}/ns/net", host.pid())).args(["curl", "-s", "http://localhost:8099/"]);
+    assert_eq!(ran(curl).stdout, "page\n");
+    wait_until("a datagram comes back", LIMIT, || {
+        let mut datagram = host.world.command("timeout");
+        let ask = "exec 3<>/dev/udp/127.0.0.1/8097; echo datagram >&3; head -n1 <&3";
+        datagram.args(["1", "bash", "-c", ask]);
+        ran(datagram).stdout == "datagram\n"
+    });
     let taken = host.docker(&["run", "--rm", "--publish", "8099:80", "busybox", "echo", "no"]);
     assert!(taken.code() == 125 && taken.stderr.contains("8099"), "{taken:?}");
     // One that a program of the host has, which Docker's daemon cannot know.
     let taken = host.docker(&["run", "--rm", "--publish", "8080:80", "busybox", "echo", "no"]);
     assert!(taken.stderr.contains("8080") && taken.stderr.contains("in use"), "{taken:?}");
-    host.docker(&["rm", "--force", "site"]).ok();
+    host.docker(&["rm", "--force", "site", "echo"]).ok();
     assert_eq!(ask(8099), "");
 }
 
