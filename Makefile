@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools docker-tools firewall-tools
+.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-needs e2e-run e2e-lab e2e-kvm test-full test-long lint licences fuzz fuzz-short fuzz-aside bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools docker-tools firewall-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -115,7 +115,13 @@ unit: build rspec go ## unit tests
 rspec: setup-tests gem ## tests of the Vagrant provider, without VMs
 	cd drivers/vagrant && rspec
 
-e2e: image setup-tests ui-tools machine-driver machine-tools docker-tools firewall-tools schemathesis ## end-to-end tests on real VMs (root)
+e2e: e2e-needs ## end-to-end tests on real VMs (root)
+	@$(MAKE) e2e-run
+
+e2e-needs: image setup-tests ui-tools machine-driver machine-tools docker-tools firewall-tools schemathesis
+	cargo test --release -p catalyst-tests --no-run
+
+e2e-run:
 	@$(MAKE) -s place
 	@tests/versions $(RELEASE)
 	cargo test --release -p catalyst-tests -- --nocapture
@@ -134,9 +140,12 @@ e2e-kvm: image ## groups of the end-to-end tests on engine kvm, in the lab (root
 e2e-lab: image
 	tests/lab/sample
 
-# The last two take one processor each.
-test: lint licences unit e2e ## all tests, but for those that take hours
-	@$(MAKE) -j2 e2e-lab fuzz-short
+# The image is built by one processor at a time; fuzzing takes what the end-to-end tests leave while they wait.
+test: lint licences build ## all tests, but for those that take hours
+	@$(MAKE) -j2 unit image
+	@$(MAKE) e2e-needs
+	@$(MAKE) -j2 e2e-run fuzz-aside
+	@$(MAKE) e2e-lab
 
 # A daemon killed at every step, and hundreds of rounds, where `make test` tries some. CATALYST_TEST_CHECKS='words|others' has
 # only those checks run whose name has such words.
@@ -161,6 +170,9 @@ fuzz: ## fuzz the monitor: TARGET=name for one, SECONDS=600 each
 
 fuzz-short: ## every fuzz target of the monitor for 10 seconds
 	vmm/fuzz/run $${FUZZ_SECONDS:-10}
+
+fuzz-aside:
+	@nice -n 10 $(MAKE) -s fuzz-short
 
 bench: image firewall-tools ## the promises of docs/SPECIFICATION.md, measured
 	cargo run --release -p catalyst-tests --bin bench -- $(if $(BENCH),'$(BENCH)')

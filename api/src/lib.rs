@@ -6,6 +6,7 @@
 //! in files ([`config`]), which both daemon and CLI must read alike.
 
 pub mod config;
+pub mod docker;
 pub mod doctor;
 pub mod error;
 pub mod event;
@@ -20,6 +21,7 @@ pub mod template;
 pub mod vm;
 pub mod words;
 
+pub use docker::DockerInfo;
 pub use doctor::{Check, CheckStatus, Doctor};
 pub use error::{ApiError, ErrorCode};
 pub use event::{Event, EventKind};

@@ -67,7 +67,7 @@ pub enum Command {
     Ssh(Ssh),
     /// Let plain ssh, and what uses it, reach VMs by name: `ssh web1.catalyst`
     SshConfig(SshConfig),
-    /// Use a VM's Docker with the Docker tools of this machine
+    /// Run containers as VMs by a Docker daemon of your own, or use a VM's Docker
     #[command(subcommand)]
     Docker(Docker),
     /// Attach to a VM's serial console; Ctrl-] leaves
@@ -376,9 +376,9 @@ pub enum Network {
 pub enum Daemon {
     /// Start a daemon in the background
     Start(DaemonStart),
-    /// Stop the daemon; VMs keep running
+    /// Stop the daemon; VMs and Docker's daemon keep running
     Stop {
-        /// Shut the guests down first, and take down the network
+        /// Take Docker's daemon down and shut the guests down first, and take down the network
         #[arg(long)]
         vms: bool,
     },

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{
-    Address, ApiError, CloneVm, CreateFolder, CreateSnapshot, CreateTemplate, CreateVm, Doctor, ErrorCode,
-    ExportVm, Folder, ImageInfo, ImportImage, MemoryInfo, NetworkInfo, Port, PortName, PowerRequest,
-    PublishPort, RestoreSnapshot, Snapshot, SshInfo, Task, TemplateInfo, UpdateVm, Version, Vm, WarmRequest,
+    Address, ApiError, CloneVm, CreateFolder, CreateSnapshot, CreateTemplate, CreateVm, DockerInfo, Doctor,
+    ErrorCode, ExportVm, Folder, ImageInfo, ImportImage, MemoryInfo, NetworkInfo, Port, PortName,
+    PowerRequest, PublishPort, RestoreSnapshot, Snapshot, SshInfo, Task, TemplateInfo, UpdateVm, Version, Vm,
+    WarmRequest,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -373,6 +374,21 @@ impl Client {
     /// `GET /v1/tasks/{id}`.
     pub fn task(&self, id: u64) -> Result<Task, ClientError> {
         self.get(&path(&["tasks", &id.to_string()]))
+    }
+
+    /// `GET /v1/docker`.
+    pub fn docker(&self) -> Result<DockerInfo, ClientError> {
+        self.get(&path(&["docker"]))
+    }
+
+    /// `POST /v1/docker`; returns when it is up.
+    pub fn docker_up(&self) -> Result<DockerInfo, ClientError> {
+        self.call::<(), _>(&Method::POST, &path(&["docker"]), None, POWER)
+    }
+
+    /// `DELETE /v1/docker`; returns when it has ended.
+    pub fn docker_down(&self) -> Result<(), ClientError> {
+        self.discard_within(&Method::DELETE, &path(&["docker"]), POWER)
     }
 
     /// `GET /v1/network`.

@@ -119,7 +119,8 @@ async fn network(context: &Context) -> Check {
     let found =
         format!("bridge {} with {}, {up}; {} leases", status.bridge, status.subnet, status.leases.len());
     let admitted = status.admitted_by.iter().map(|place| format!("; let through by {place}"));
-    let found = found + &admitted.collect::<String>();
+    let unmanaged = if status.unmanaged { "; left alone by NetworkManager" } else { "" };
+    let found = found + &admitted.collect::<String>() + unmanaged;
     match status.warnings.as_slice() {
         [] => check("network", CheckStatus::Ok, found, None),
         warnings => {

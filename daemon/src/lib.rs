@@ -6,6 +6,7 @@
 
 pub mod access;
 pub mod access_keys;
+pub mod docker;
 pub mod doctor;
 pub mod engine;
 pub mod events;

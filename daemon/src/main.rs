@@ -16,6 +16,7 @@ use catalyst_daemon::access::listen::ListenOptions;
 use catalyst_daemon::access::owner::Owner;
 use catalyst_daemon::access::peer::Peer;
 use catalyst_daemon::access_keys::AccessKeys;
+use catalyst_daemon::docker::Docker;
 use catalyst_daemon::engine::Engines;
 use catalyst_daemon::events::Events;
 use catalyst_daemon::http::{self, App};
@@ -169,6 +170,7 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     let store = Store::open(&state_dir)?;
     let engines = engines.await.map_err(|error| StartError::Runtime(std::io::Error::other(error)))??;
     tracing::info!(engine = %engines.name(), why = engines.why(), "engine");
+    let docker = Docker::load(&state_dir, network.clone(), owner.clone()).await;
     let mut context = Context::new(store, images, network, engines, tasks, owner.clone(), access_keys);
     context.warms_by_itself = !args.no_warming;
     context.parent = config.parent;
@@ -176,7 +178,8 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
 
     let usage = Arc::new(Usage::new(machines.clone()));
     let app_machines = machines.clone();
-    let app = App { machines, images: image_tasks, usage, settings, stop: Arc::clone(&stop) };
+    let stopping_docker = docker.clone();
+    let app = App { machines, docker, images: image_tasks, usage, settings, stop: Arc::clone(&stop) };
     let router = protect(http::router(app), listener.policy());
     tracing::info!(listen, state_dir = %state_dir.display(), owner = %owner.name, "ready");
     background::tell_ready();
@@ -187,17 +190,17 @@ async fn serve(args: Args, config: Config, owner: Owner) -> Result<(), Box<dyn E
     });
     let stopping = Arc::new(Notify::new());
     let served = axum::serve(listener, router.into_make_service_with_connect_info::<Peer>())
-        .with_graceful_shutdown(stopped(stop, app_machines, Arc::clone(&stopping)));
+        .with_graceful_shutdown(stopped(stop, (app_machines, stopping_docker), Arc::clone(&stopping)));
     tokio::select! {
         result = served => result.map_err(StartError::Runtime)?,
         () = overdue(stopping) => {}
     }
-    tracing::info!("stopped; VMs run on");
+    tracing::info!("stopped; VMs and Docker's daemon run on");
     Ok(())
 }
 
 /// Waits for a signal or a request to stop, and passes it on as `stopping`. Where the host stops, guests shut down first.
-async fn stopped(stop: Arc<Notify>, machines: Machines, stopping: Arc<Notify>) {
+async fn stopped(stop: Arc<Notify>, (machines, docker): (Machines, Docker), stopping: Arc<Notify>) {
     let signals = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()));
     match signals {
         (Ok(mut terminate), Ok(mut interrupt)) => tokio::select! {
@@ -209,6 +212,12 @@ async fn stopped(stop: Arc<Notify>, machines: Machines, stopping: Arc<Notify>) {
     }
     if systemd::host_stops().await {
         tracing::info!("the host stops; guests shut down");
+        if let Err(error) = docker.down().await {
+            tracing::warn!(
+                reason = http::error::chain(&error).join(": "),
+                "Docker's daemon was not taken down"
+            );
+        }
         machines.shut_down().await;
     }
     stopping.notify_one();

@@ -1,4 +1,4 @@
-//! systemd, where it runs: a scope for each VM's process, and whether the host is being shut down.
+//! systemd, where it runs: a scope for each VM's process and for Docker's daemon, and whether the host is being shut down.
 //!
 //! A scope (systemd.scope(5)) is what systemd knows the VM by, and what keeps it when the daemon's unit ends. It is asked for
 //! when the VM runs already: nobody waits for it.
@@ -63,10 +63,11 @@ pub fn place(id: VmId, pid: u32) {
         }
         let begun = std::time::Instant::now();
         let plain = format!("{SCOPE}{id}.scope");
-        let placed = match start_scope(&plain, &id, pid).await {
+        let description = format!("Catalyst VM {id}");
+        let placed = match start_scope(&plain, &description, pid).await {
             // That of its last process may not be gone yet, and another daemon may have a VM of that id.
             Err(SystemdError::Refused { .. }) => {
-                start_scope(&format!("{SCOPE}{id}-{pid}.scope"), &id, pid).await
+                start_scope(&format!("{SCOPE}{id}-{pid}.scope"), &description, pid).await
             }
             other => other,
         };
@@ -78,6 +79,18 @@ pub fn place(id: VmId, pid: u32) {
             }
         }
     });
+}
+
+/// Puts Docker's daemon on that bridge into a scope of its own, and with it what it will start.
+pub async fn place_docker(bridge: &str, pid: u32) {
+    if !runs() {
+        return;
+    }
+    let name = format!("{SCOPE}docker-{bridge}-{pid}.scope");
+    if let Err(error) = start_scope(&name, "Docker's daemon of Catalyst", pid).await {
+        let reason = crate::http::error::chain(&error).join(": ");
+        tracing::warn!(reason, "Docker's daemon has no scope of systemd; it runs all the same");
+    }
 }
 
 /// What names of our scopes begin with.
@@ -104,15 +117,14 @@ fn unit_in(groups: &str) -> Option<String> {
 
 /// `StartTransientUnit` (org.freedesktop.systemd1(5)). When the host goes down, the daemon's own unit is stopped first,
 /// and with it the guests.
-async fn start_scope(name: &str, id: &VmId, pid: u32) -> Result<(), SystemdError> {
-    let description = format!("Catalyst VM {id}");
+async fn start_scope(name: &str, description: &str, pid: u32) -> Result<(), SystemdError> {
     let pid = pid.to_string();
     let own = unit_of("self");
     let mut words = vec!["--quiet", "call"];
     words.extend(MANAGER);
     words.extend(["StartTransientUnit", "ssa(sv)a(sa(sv))", name, "fail"]);
     words.push(if own.is_some() { "5" } else { "4" });
-    words.extend(["Description", "s", &description, "Slice", "s", "machine.slice", "PIDs", "au", "1", &pid]);
+    words.extend(["Description", "s", description, "Slice", "s", "machine.slice", "PIDs", "au", "1", &pid]);
     words.extend(["CollectMode", "s", "inactive-or-failed"]);
     if let Some(own) = &own {
         words.extend(["Before", "as", "1", own]);

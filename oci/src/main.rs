@@ -6,6 +6,7 @@
 //! - `launch`, `hooks`, `cgroup`, `daemon`: the command `create`.
 //! - `shim`, `stdio`, `console`: the process that is the container to its engine.
 //! - `exec`, `commands`, `about`: the other commands.
+//! - `port`: what a Docker daemon of `catalyst docker up` runs for each published port.
 
 mod about;
 mod args;
@@ -21,6 +22,7 @@ mod hooks;
 mod launch;
 mod log;
 mod metadata;
+mod port;
 mod process;
 mod shim;
 mod state;
@@ -40,6 +42,7 @@ fn main() {
     std::process::exit(match std::env::var(launch::ROLE).as_deref() {
         Ok("shim") => shim::run(),
         Ok("exec") => exec::stand_in(),
+        Ok("port") => port::run(),
         _ => command(),
     });
 }

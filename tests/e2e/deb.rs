@@ -4,6 +4,7 @@ mod debian;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -66,6 +67,7 @@ fn built(world: &World) -> Vec<PathBuf> {
     };
     let manifest = image_dir().join("lumen/current/manifest.json");
     let mut key = fs::read_to_string(&manifest).unwrap_or_else(|_| skip("there is no image: make image"));
+    key += &fs::read_to_string(image_dir().join("micro/current/manifest.json")).unwrap();
     for file in ["deb", "catalyst-lumen/control", "catalyst-lumen/postinst", "catalyst-lumen/prerm"] {
         key += &fs::read_to_string(format!("{SOURCE}/packaging/{file}")).unwrap();
     }
@@ -99,6 +101,8 @@ fn lives(checks: &mut Checks, debian: &Debian, debs: &[PathBuf]) {
         let address = debian.ok("catalyst guest getip --wait web1");
         assert!(address.starts_with("10."), "{address}");
         assert!(debian.ok("catalyst vm show web1").contains(", warm"), "it boots");
+        let micro = debian.path("var/lib/catalyst/images/micro/current/vmlinux").metadata().unwrap();
+        assert_eq!(micro.nlink(), 2, "the kernel of lumen and micro is there twice");
         assert_eq!(debian.ok("catalyst ssh web1 -- docker run --rm busybox echo hello"), "hello");
         debian.ok("catalyst guest exec web1 -- sh -c 'echo kept >/root/file; sync'");
         debian.ok("catalyst vmpower shutdown web1");
@@ -115,7 +119,9 @@ fn lives(checks: &mut Checks, debian: &Debian, debs: &[PathBuf]) {
     });
     checks.check("manual pages, completions and the unit are there", || {
         for path in [
+            "usr/bin/catalyst-oci",
             "usr/share/man/man1/catalyst-vm-create.1.gz",
+            "usr/share/man/man1/catalyst-docker-up.1.gz",
             "usr/share/man/man8/catalyst-daemon.8.gz",
             "usr/share/bash-completion/completions/catalyst",
             "usr/lib/systemd/system/catalyst@.service",
@@ -126,12 +132,19 @@ fn lives(checks: &mut Checks, debian: &Debian, debs: &[PathBuf]) {
     });
 }
 
+/// Waits for the warm states of a daemon's first start: of lumen, and of micro, which containers go on from.
 fn warm(debian: &Debian) {
-    wait_until("the template is warm", HANG, || {
-        let shown: serde_json::Value =
-            serde_json::from_str(&debian.ok("catalyst template show --json")).unwrap();
-        shown["warm"].as_array().is_some_and(|all| all.iter().any(|warm| warm["fits"] == true))
-    });
+    for (template, cpus, memory_mib) in [("lumen", 1, 1024), ("micro", 1, 128)] {
+        wait_until("the template is warm", HANG, || {
+            let shown = debian.ok(&format!("catalyst template show {template} --json"));
+            let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+            shown["warm"].as_array().is_some_and(|all| {
+                all.iter().any(|warm| {
+                    warm["fits"] == true && warm["cpus"] == cpus && warm["memory_mib"] == memory_mib
+                })
+            })
+        });
+    }
 }
 
 fn removed(checks: &mut Checks, debian: &Debian, debs: &[PathBuf], before: &BTreeSet<String>) {

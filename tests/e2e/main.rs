@@ -18,6 +18,7 @@ mod crash;
 mod daemons;
 mod deb;
 mod docker_tools;
+mod docker_up;
 mod faults;
 mod folders;
 mod foreign;
@@ -52,6 +53,7 @@ const GROUPS: &[Group] = &[
     ("containers", containers::containers),
     ("container_clients", container_clients::container_clients),
     ("container_faults", container_faults::container_faults),
+    ("docker_up", docker_up::docker_up),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),
@@ -85,5 +87,5 @@ const GROUPS: &[Group] = &[
 ];
 
 fn main() {
-    harness::run(GROUPS, 2);
+    harness::run(GROUPS, 3);
 }

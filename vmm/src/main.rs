@@ -28,7 +28,7 @@ enum Command {
     },
     /// Serves folders of the host to a VM's guest over a port, until the VM's process ends.
     Folders {
-        /// Connected stream socket of the port.
+        /// Connected stream socket of the port; with --keep-owners one by which that comes (SCM_RIGHTS).
         #[arg(long, value_name = "FD", value_parser = clap::value_parser!(RawFd).range(3..))]
         port_fd: RawFd,
         /// Listening stream socket on which it is told what there is, and asked for its state.

@@ -7,10 +7,16 @@ use crate::names;
 /// `docker …`
 #[derive(Debug, Subcommand)]
 pub enum Docker {
-    /// Print what makes a shell's Docker tools use a VM: eval "$(catalyst docker env web1)"
+    /// Start a Docker daemon of your own, whose containers are VMs
+    Up,
+    /// End that Docker daemon with its containers; images and volumes stay
+    Down,
+    /// Show whether that Docker daemon is up, its socket and its log
+    Status,
+    /// Print what makes a shell's Docker tools use that Docker daemon, or a VM's: eval "$(catalyst docker env)"
     Env {
-        /// The VM
-        #[arg(value_parser = names::vm_id, required_unless_present = "unset", conflicts_with = "unset")]
+        /// The VM whose Docker it is [default: the Docker daemon of `docker up`]
+        #[arg(value_parser = names::vm_id, conflicts_with = "unset")]
         id: Option<String>,
         /// The shell to write for [default: that of SHELL, else sh]
         #[arg(long, value_name = "SHELL")]

@@ -17,8 +17,8 @@ use crate::{Outcome, launch, output};
 
 /// Longest wait for a stopped daemon to end.
 const END: Duration = Duration::from_secs(30);
-/// Longest wait for one whose guests shut down first, for which they have 50 s.
-const END_WITH_VMS: Duration = Duration::from_secs(90);
+/// Longest wait for one with which Docker's daemon ends, in 60 s, and then the guests, which have 50 s.
+const END_WITH_VMS: Duration = Duration::from_secs(130);
 
 /// Runs a `daemon` command.
 pub fn run(context: &Context, command: Daemon) -> Outcome {

@@ -26,4 +26,4 @@ pub mod peer;
 pub(crate) mod port_holder;
 mod refusal;
 mod sock_diag;
-mod unix_socket;
+pub(crate) mod unix_socket;

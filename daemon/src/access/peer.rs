@@ -57,6 +57,21 @@ pub enum PeerError {
     Lookup(#[source] SockDiagError),
 }
 
+impl Peer {
+    /// Whether root is at the other end, now.
+    pub fn is_root(&self) -> Result<bool, PeerError> {
+        match *self {
+            Self::Unix { uid, .. } => Ok(uid == 0),
+            Self::Tcp { local, remote, inode } => {
+                let socket = sock_diag::find(remote, local).map_err(PeerError::Lookup)?;
+                Ok(socket.is_some_and(|socket| {
+                    socket.state == ESTABLISHED && inode != 0 && socket.inode == inode && socket.uid == 0
+                }))
+            }
+        }
+    }
+}
+
 impl Policy {
     /// Serves the user `owner`, and root.
     pub fn new(owner: u32) -> Self {

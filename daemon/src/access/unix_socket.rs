@@ -73,33 +73,46 @@ pub(super) struct UnixSocket {
     file: (u64, u64),
 }
 
+/// A socket that was just made and listens, with what its file is known by.
+struct Made {
+    socket: OwnedFd,
+    folder: OwnedFd,
+    name: OsString,
+    file: (u64, u64),
+}
+
+/// Listens at `path` for another program, which the descriptor is for; the file stays until somebody removes it.
+pub(crate) fn listen_for_another(path: &Path, owner: &Owner) -> Result<OwnedFd, UnixSocketError> {
+    make(path, owner).map(|made| made.socket)
+}
+
+fn make(path: &Path, owner: &Owner) -> Result<Made, UnixSocketError> {
+    let step =
+        |step, source: Errno| UnixSocketError::Step { step, path: path.to_owned(), source: source.into() };
+    let (folder, name) = open_folder(path)?;
+    check_free(&folder, &name, path)?;
+    let aside = aside_name(&name);
+    remove_leftover(&folder, &aside).map_err(|source| step("removing a leftover", source))?;
+
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket =
+        socket(AddressFamily::Unix, SockType::Stream, flags, None).map_err(|error| step("socket", error))?;
+    // The file takes the descriptor's mode (unix_bind in net/unix/af_unix.c): it is never open to others.
+    fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|error| step("fchmod", error))?;
+    let address = address_in(&folder, &aside).map_err(|error| step("naming the socket", error))?;
+    bind(socket.as_raw_fd(), &address).map_err(|error| step("bind", error))?;
+    let file = own(&folder, &aside, owner).map_err(|error| step("giving the socket to its owner", error))?;
+    let backlog = Backlog::new(BACKLOG).unwrap_or(Backlog::MAXCONN);
+    listen(&socket, backlog).map_err(|error| step("listen", error))?;
+    renameat(&folder, aside.as_os_str(), &folder, name.as_os_str()).map_err(|error| step("rename", error))?;
+    Ok(Made { socket, folder, name, file })
+}
+
 impl UnixSocket {
     /// Listens at `path`. A socket there that nobody serves is replaced at once, without a moment in which there is
     /// none.
     pub(super) fn bind(path: &Path, owner: &Owner) -> Result<Self, UnixSocketError> {
-        let step = |step, source: Errno| UnixSocketError::Step {
-            step,
-            path: path.to_owned(),
-            source: source.into(),
-        };
-        let (folder, name) = open_folder(path)?;
-        check_free(&folder, &name, path)?;
-        let aside = aside_name(&name);
-        remove_leftover(&folder, &aside).map_err(|source| step("removing a leftover", source))?;
-
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)
-            .map_err(|error| step("socket", error))?;
-        // The file takes the descriptor's mode (unix_bind in net/unix/af_unix.c): it is never open to others.
-        fchmod(&socket, Mode::S_IRUSR | Mode::S_IWUSR).map_err(|error| step("fchmod", error))?;
-        let address = address_in(&folder, &aside).map_err(|error| step("naming the socket", error))?;
-        bind(socket.as_raw_fd(), &address).map_err(|error| step("bind", error))?;
-        let file =
-            own(&folder, &aside, owner).map_err(|error| step("giving the socket to its owner", error))?;
-        let backlog = Backlog::new(BACKLOG).unwrap_or(Backlog::MAXCONN);
-        listen(&socket, backlog).map_err(|error| step("listen", error))?;
-        renameat(&folder, aside.as_os_str(), &folder, name.as_os_str())
-            .map_err(|error| step("rename", error))?;
+        let Made { socket, folder, name, file } = make(path, owner)?;
         let listener = UnixListener::from_std(socket.into()).map_err(|source| UnixSocketError::Step {
             step: "registering the socket",
             path: path.to_owned(),

@@ -175,7 +175,8 @@ impl Process {
         }
     }
 
-    fn open(pid: Pid) -> Result<Self, EngineError> {
+    /// The process that has that number now.
+    pub(crate) fn open(pid: Pid) -> Result<Self, EngineError> {
         let error = |what| EngineError::io(format!("{what} process {}", pid.as_raw_nonzero()));
         let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)
             .map_err(|errno| error("watch")(errno.into()))?;
@@ -197,7 +198,16 @@ impl Process {
 
     /// Ends it at once.
     pub fn kill(&self) -> Result<(), EngineError> {
-        match rustix::process::pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL) {
+        self.signal(Signal::KILL)
+    }
+
+    /// Asks it to end.
+    pub(crate) fn terminate(&self) -> Result<(), EngineError> {
+        self.signal(Signal::TERM)
+    }
+
+    fn signal(&self, signal: Signal) -> Result<(), EngineError> {
+        match rustix::process::pidfd_send_signal(self.pidfd.get_ref(), signal) {
             Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
             Err(errno) => Err(EngineError::io(format!("end process {}", self.pid()))(errno.into())),
         }
@@ -396,7 +406,7 @@ fn check<T: PartialOrd + Default + Copy>(result: T) -> io::Result<()> {
 }
 
 /// The real user of a process, from the `Uid:` line of proc_pid_status(5).
-fn status_uid(pid: Pid) -> Option<u32> {
+pub(crate) fn status_uid(pid: Pid) -> Option<u32> {
     let text = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).ok()?;
     text.lines().find_map(|line| line.strip_prefix("Uid:")?.split_whitespace().next()?.parse().ok())
 }

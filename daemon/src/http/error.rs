@@ -10,6 +10,7 @@ use catalyst_api::legacy::CodeMessage;
 use catalyst_api::{ApiError, ErrorCode};
 use catalyst_images::ImageError;
 
+use crate::docker::DockerError;
 use crate::engine::EngineError;
 use crate::machines::error::{
     ChangeError, CreateError, FolderError, FreezeError, GuestError, PowerError, SnapshotError, UnknownVm,
@@ -320,6 +321,23 @@ impl Failure for PortError {
             Self::Bind { .. } => ErrorCode::HostUnfit,
             Self::Store(store) => store_code(store),
             Self::Stopping => ErrorCode::Internal,
+        }
+    }
+}
+
+impl Failure for DockerError {
+    fn code(&self) -> ErrorCode {
+        match self {
+            Self::NotAllowed { .. } => ErrorCode::Forbidden,
+            Self::Settings { .. } => ErrorCode::InvalidRequest,
+            Self::Network(_)
+            | Self::Socket(_)
+            | Self::Run { .. }
+            | Self::Ended { .. }
+            | Self::Slow { .. } => ErrorCode::HostUnfit,
+            Self::File { source, .. } => io_code(source),
+            Self::Process(engine) => engine_code(engine),
+            Self::Peer(_) | Self::Stopping => ErrorCode::Internal,
         }
     }
 }

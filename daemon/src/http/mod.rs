@@ -18,6 +18,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::OpenApi;
 use utoipa_swagger_ui::{SwaggerUi, Url};
 
+use crate::docker::Docker;
 use crate::images::Images;
 use crate::machines::Machines;
 use crate::settings::Settings;
@@ -28,6 +29,8 @@ use crate::usage::Usage;
 pub struct App {
     /// The VMs.
     pub machines: Machines,
+    /// Docker's daemon.
+    pub docker: Docker,
     /// Images and their tasks.
     pub images: Images,
     /// What VMs take.
@@ -47,6 +50,7 @@ pub struct App {
         (name = "Ports", description = "Ports of guests on the host"),
         (name = "Guest", description = "Inside a VM"),
         (name = "Images", description = "Templates that VMs are made from"),
+        (name = "Docker", description = "Docker's daemon whose containers are VMs"),
         (name = "Daemon", description = "The daemon and its host"),
     )
 )]

@@ -19,12 +19,19 @@ const CLOCK_INTERVAL: Duration = Duration::from_mins(1);
 /// A guest may have no sshd, or one that does not start.
 const LONGEST_WAIT_FOR_SSH: Duration = Duration::from_secs(5);
 
-/// Attends to the agent until the task is aborted, which is when the process ends.
-pub(super) async fn attend(context: Arc<Context>, shared: Arc<Shared>, process: Arc<dyn VmProcess>) {
+/// Attends to the agent until the task is aborted, which is when the process ends. `first` says that nobody has left anything
+/// half written on its port.
+pub(super) async fn attend(
+    context: Arc<Context>,
+    shared: Arc<Shared>,
+    process: Arc<dyn VmProcess>,
+    mut first: bool,
+) {
     let mut pause = Duration::from_millis(250);
     loop {
         let id = shared.dir().id();
         let link = match sockets::connect(&shared.dir().run(), sockets::AGENT).await {
+            Ok(stream) if std::mem::take(&mut first) => AgentLink::connect_first(stream).await,
             Ok(stream) => AgentLink::connect(stream).await,
             Err(error) => Err(error.into()),
         };
@@ -57,14 +64,9 @@ async fn follow(context: &Context, shared: &Arc<Shared>, process: &dyn VmProcess
         if unnamed {
             (now.identity, now.ssh, now.docker) = (false, false, false);
         }
-        if let Some(hello) = &now.hello
-            && shared.container().is_some()
-        {
-            // Its engine tells it who it is, by another port.
-            if told.replace(hello.epoch) != Some(hello.epoch) {
-                set_clock(shared, link.clone());
-            }
-            now.identity = true;
+        if shared.container().is_some() {
+            // Its engine tells it who it is and what time it is, by another port.
+            now.identity = now.hello.is_some();
         } else if let Some(hello) = &now.hello
             && !now.identity
             && told.as_ref() != Some(&hello.epoch)

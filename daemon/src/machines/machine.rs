@@ -397,6 +397,8 @@ impl Machine {
         let dir = self.shared.dir();
         // Why it was off the last time says nothing of the next.
         let _ = std::fs::remove_file(dir.reason());
+        // Nobody has spoken with its agent yet, but who has let a template come to rest.
+        let first = began.is_some_and(|began| matches!(began.mode, StartMode::Cold | StartMode::Warm));
         let began = match began {
             Some(began) => {
                 if let Err(error) = dir.note_began() {
@@ -422,7 +424,7 @@ impl Machine {
         let attendant = if shared.is_foreign() {
             tokio::spawn(registered::attend(context, shared))
         } else {
-            tokio::spawn(attendant::attend(context, shared, Arc::clone(&process)))
+            tokio::spawn(attendant::attend(context, shared, Arc::clone(&process), first))
         };
         let (context, shared) = (Arc::clone(&self.context), Arc::clone(&self.shared));
         let folders = tokio::spawn(folders::attend(context, shared));

@@ -78,7 +78,7 @@ impl Firewall {
     fn look(self, bridge: &str) -> Option<Found> {
         let admits = match self {
             Self::Docker => {
-                let chain = ask(&program("iptables")?, &["-w", "-S", "DOCKER-USER"]).ok()?;
+                let chain = docker_chain()?;
                 docker_rules(bridge).iter().all(|rule| chain.lines().any(|line| is_rule(line, rule)))
             }
             Self::Ufw => {
@@ -116,8 +116,9 @@ impl Firewall {
     fn withdraw(self, bridge: &str) -> Result<(), String> {
         match self {
             Self::Docker => {
-                let Some(iptables) = program("iptables") else { return Ok(()) };
-                let Ok(chain) = ask(&iptables, &["-w", "-S", "DOCKER-USER"]) else { return Ok(()) };
+                let (Some(iptables), Some(chain)) = (program("iptables"), docker_chain()) else {
+                    return Ok(());
+                };
                 for rule in docker_rules(bridge) {
                     for _ in chain.lines().filter(|line| is_rule(line, &rule)) {
                         with(&iptables, &["-w", "-D", "DOCKER-USER"], &rule)?;
@@ -170,6 +171,17 @@ pub(crate) fn withdraw(bridge: &str) {
             tracing::warn!(bridge, %said, "the bridge could not be taken out of {}", firewall.place());
         }
     }
+}
+
+/// Whether somebody else here forwards packets: Docker's daemon switches forwarding on when it starts, where we had not done
+/// that before, and its containers would lose their network with it. Waits.
+pub(crate) fn others_forward() -> bool {
+    docker_chain().is_some()
+}
+
+/// The rules of Docker's chain for users, where Docker's daemon is or was.
+fn docker_chain() -> Option<String> {
+    ask(&program("iptables")?, &["-w", "-S", "DOCKER-USER"]).ok()
 }
 
 /// What says that a rule is ours.

@@ -46,9 +46,14 @@ pub(crate) fn enable(folder: &Path, bridge: &str) -> Result<(), NetworkError> {
 }
 
 /// Takes the mark of the network with that bridge away and, if no other network is left, puts the host's settings
-/// back. `bridges` are the bridges there are: the mark of one that somebody removed by hand counts for nothing.
-/// To be called under the lock and as root.
-pub(crate) fn disable(folder: &Path, bridge: &str, bridges: &[String]) -> Result<(), NetworkError> {
+/// back, unless somebody else has come to need them. `bridges` are the bridges there are: the mark of one that somebody removed
+/// by hand counts for nothing. To be called under the lock and as root.
+pub(crate) fn disable(
+    folder: &Path,
+    bridge: &str,
+    bridges: &[String],
+    needed: bool,
+) -> Result<(), NetworkError> {
     let own = folder.join(mark(bridge));
     absent_is_fine(fs::remove_file(&own)).map_err(NetworkError::file("remove", &own))?;
     let before_path = folder.join("before");
@@ -59,7 +64,9 @@ pub(crate) fn disable(folder: &Path, bridge: &str, bridges: &[String]) -> Result
         return Ok(());
     }
     // Root's own file, written whole: not to be read only if somebody else changed it. Then nothing is put back.
-    if let Ok(before) = serde_json::from_str::<Before>(&text) {
+    if let Ok(before) = serde_json::from_str::<Before>(&text)
+        && !needed
+    {
         before.put_back().map_err(|(path, source)| NetworkError::File { verb: "write", path, source })?;
     }
     fs::remove_dir_all(folder).map_err(NetworkError::file("remove", folder))

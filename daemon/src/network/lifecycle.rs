@@ -88,6 +88,7 @@ impl Network {
             leases,
             forwarding_set_by_us: as_root(|| forwarding::set_by_us(&self.inner.run.forwarding())),
             admitted_by: Vec::new(),
+            unmanaged: false,
             warnings: Vec::new(),
         };
         if let Err(error) = self.look(&mut status).await {
@@ -111,12 +112,13 @@ impl Network {
         status.up = bridge.is_up && status.dnsmasq_pid.is_some();
         if geteuid().is_root() {
             let (nft, name) = (program::nft()?, bridge.name);
-            let (found, obstacles) = as_root_blocking(move || {
+            let (found, obstacles, unmanaged) = as_root_blocking(move || {
                 let found = beside::found(&name);
                 let obstacles = nat::obstacles(&nft, &name, &found);
-                (found, obstacles)
+                (found, obstacles, manager::is_kept_away(&name))
             })
             .await;
+            status.unmanaged = unmanaged;
             let admitting = found.iter().filter(|found| found.admits);
             status.admitted_by = admitting.map(|found| found.firewall.place().to_owned()).collect();
             status.warnings.extend(obstacles?);
@@ -279,6 +281,7 @@ impl Network {
             nat::remove(&nft, &network.inner.bridge, lock.as_ref())
         })
         .await?;
+        let needed = as_root_blocking(beside::others_forward).await;
         if let Some(bridge) = &bridge {
             netlink.remove(bridge).await?;
         }
@@ -287,7 +290,7 @@ impl Network {
         let bridges: Vec<String> =
             netlink.links().await?.into_iter().filter(|link| link.is_bridge).map(|link| link.name).collect();
         as_root(|| {
-            forwarding::disable(&self.inner.run.forwarding(), &self.inner.bridge, &bridges)?;
+            forwarding::disable(&self.inner.run.forwarding(), &self.inner.bridge, &bridges, needed)?;
             self.inner.run.remove_network(&self.inner.bridge)
         })
     }

@@ -16,10 +16,10 @@ pub(super) fn keep_away(bridge: &str) {
     if program("NetworkManager").is_none() || !owns_the_system() {
         return;
     }
-    let (path, text) = (file(bridge), text(bridge));
-    if read_small(&path).is_ok_and(|old| old.as_ref() == Some(&text)) {
+    if is_kept_away(bridge) {
         return;
     }
+    let (path, text) = (file(bridge), text(bridge));
     let folder = Path::new(RUN).join("conf.d");
     match fs::create_dir_all(&folder).and_then(|()| write_public(&path, &text)) {
         Ok(()) => reload(),
@@ -27,6 +27,11 @@ pub(super) fn keep_away(bridge: &str) {
             tracing::warn!(%error, path = %path.display(), "NetworkManager is not told of the bridge");
         }
     }
+}
+
+/// Whether NetworkManager is told to.
+pub(super) fn is_kept_away(bridge: &str) -> bool {
+    owns_the_system() && read_small(&file(bridge)).is_ok_and(|old| old == Some(text(bridge)))
 }
 
 /// Takes that back. Waits.

@@ -24,10 +24,10 @@ mod lifecycle;
 mod manager;
 mod nat;
 mod netlink;
-mod process;
-mod program;
+pub(crate) mod process;
+pub(crate) mod program;
 mod publish;
-mod state;
+pub(crate) mod state;
 mod subnet;
 mod supervision;
 pub(crate) mod tap;
@@ -103,6 +103,8 @@ pub struct NetworkStatus {
     pub forwarding_set_by_us: bool,
     /// Firewalls of others on this host that let the bridge through, since it was put there.
     pub admitted_by: Vec<String>,
+    /// Whether NetworkManager is there and told to leave bridge and taps alone.
+    pub unmanaged: bool,
     /// What may keep guests from the network, each with what to do about it.
     pub warnings: Vec<String>,
 }
@@ -271,6 +273,15 @@ impl Network {
         Ok(())
     }
 
+    /// Removes an interface of ours; one that is gone already is no error.
+    pub(crate) async fn unplug(&self, name: &str) -> Result<(), NetworkError> {
+        let netlink = Netlink::open()?;
+        match netlink.link(name).await? {
+            Some(link) => netlink.remove(&link).await,
+            None => Ok(()),
+        }
+    }
+
     /// Lets the host forget who had this address before, so that what is sent to the guest from now on waits for it.
     pub async fn forget_neighbour(&self, lease: &Lease) {
         self.introduce(lease, None).await;
@@ -305,6 +316,11 @@ impl Network {
             tracing::debug!(%error, %address, "no ARP answer");
             false
         })
+    }
+
+    /// Root's folder for what belongs to Docker's daemon and lasts until the next boot.
+    pub(crate) fn docker_folder(&self) -> PathBuf {
+        self.inner.run.docker(&self.inner.bridge)
     }
 
     /// The host's address in the network.

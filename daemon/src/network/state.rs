@@ -116,6 +116,11 @@ impl RunDir {
         self.namespace.join("networks").join(bridge)
     }
 
+    /// Where Docker's daemon on the network with that bridge keeps its files.
+    pub fn docker(&self, bridge: &str) -> PathBuf {
+        self.namespace.join("docker").join(bridge)
+    }
+
     /// Where the host's forwarding settings of before are kept.
     pub fn forwarding(&self) -> PathBuf {
         self.namespace.join("forwarding")

@@ -62,6 +62,11 @@ pub enum HostError {
     TooMany(usize),
 }
 
+/// A proxy as what is behind the `gateway` reaches it.
+pub(crate) fn proxy_behind(gateway: Ipv4Addr, proxy: &str) -> Result<String, HostError> {
+    reachable(proxy, gateway, listens)
+}
+
 /// Adds proxies. Those of the host's loopback become those of the `gateway`, if they listen there too.
 pub fn add_proxy(set_up: &mut SetUp, proxy: &Proxy, gateway: Ipv4Addr) -> Result<(), HostError> {
     let reached =

@@ -269,6 +269,8 @@ impl Template {
             self.bring_to_rest(&tell).await?;
         } else {
             let link = self.greet().await?;
+            // That it came up is no news to runtimes of what goes on from here, who would greet it twice.
+            drop(self.greet_by(sockets::CONTAINER).await?);
             tell(50, "coming to rest");
             rest(link).await?;
         }
@@ -315,7 +317,11 @@ impl Template {
 
     /// A link to its agent, which has said hello.
     pub async fn greet(&self) -> Result<AgentLink, WarmError> {
-        let stream = sockets::connect(&self.dir.run(), sockets::AGENT).await.map_err(AgentError::from)?;
+        self.greet_by(sockets::AGENT).await
+    }
+
+    async fn greet_by(&self, port: &str) -> Result<AgentLink, WarmError> {
+        let stream = sockets::connect(&self.dir.run(), port).await.map_err(AgentError::from)?;
         let link = AgentLink::connect(stream).await?;
         let up = reaches(&link, |status| status.hello.is_some());
         tokio::time::timeout(BOOT_LIMIT, up).await.map_err(|_| WarmError::Slow)??;

@@ -204,7 +204,7 @@ impl Session {
                 Ok(()) => Reply::Done,
                 Err(error) => failed(ProblemKind::Failed, format!("coming to rest failed: {error}")),
             },
-            Request::CreateContainer
+            Request::CreateContainer { .. }
             | Request::StartContainer
             | Request::ExecContainer(_)
             | Request::SetNetwork(_)
@@ -236,7 +236,9 @@ impl Session {
             return self.reply(epoch, id, failed(ProblemKind::Unsupported, problem));
         };
         match request {
-            Request::CreateContainer => self.later(epoch, id, move |session| keeper.create(session)),
+            Request::CreateContainer { document } => {
+                self.later(epoch, id, move |session| keeper.create(session, document));
+            }
             Request::StartContainer => {
                 self.open_later(epoch, id, move |session, stream| keeper.start(session, stream));
             }
@@ -314,7 +316,7 @@ impl Session {
         }
         match identity::apply(&self.config, identity) {
             Ok(restarting) => {
-                if let Some(sshd) = restarting {
+                if let Some(mut sshd) = restarting {
                     self.set_status(|status| status.ssh = false);
                     let session = Arc::clone(self);
                     thread::spawn(move || {

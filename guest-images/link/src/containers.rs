@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use catalyst_agent_protocol::container::{Container, DOCUMENT, Network, Process};
+use catalyst_agent_protocol::container::{Container, DOCUMENT, MAX_INLINE, Network, Process};
 use catalyst_agent_protocol::{Content, FileSpec, Request};
 use tokio::sync::mpsc;
 
@@ -16,11 +16,16 @@ impl AgentLink {
     /// Makes a container ready, all but its program's start. Time and random bytes are filled in here.
     pub async fn create_container(&self, container: &Container) -> Result<(), AgentError> {
         let container = Container { unix_ns: unix_ns(), seed: seed(), ..container.clone() };
-        let text = serde_json::to_vec(&container).map_err(|error| AgentError::Io(error.into()))?;
-        let size = text.len() as u64;
-        let spec = FileSpec { path: DOCUMENT.to_owned(), mode: 0o600, owner: None, size };
-        self.put_file(spec, text.as_slice()).await?;
-        self.done_within(Request::CreateContainer, CREATE_LIMIT).await
+        let text = serde_json::to_string(&container).map_err(|error| AgentError::Io(error.into()))?;
+        let document = if text.len() <= MAX_INLINE {
+            Some(text)
+        } else {
+            let size = text.len() as u64;
+            let spec = FileSpec { path: DOCUMENT.to_owned(), mode: 0o600, owner: None, size };
+            self.put_file(spec, text.as_bytes()).await?;
+            None
+        };
+        self.done_within(Request::CreateContainer { document }, CREATE_LIMIT).await
     }
 
     /// Starts the container's program; returns when it runs.

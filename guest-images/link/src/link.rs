@@ -48,6 +48,23 @@ struct State {
 impl AgentLink {
     /// Takes over a connection to the port and says hello. The guest may answer much later.
     pub async fn connect(stream: UnixStream) -> Result<Self, AgentError> {
+        let link = Self::silent(stream);
+        // A daemon that was killed may have left half a frame; this completes the longest there is.
+        let flush = vec![0; MAX_PAYLOAD + HEADER];
+        link.0.outbox.send(flush).await.map_err(|_| AgentError::Gone("its port is closed".to_owned()))?;
+        link.0.greet().await?;
+        Ok(link)
+    }
+
+    /// The same for a port on which all that was ever written was written whole: a guest on a software CPU is long at what would
+    /// complete a half.
+    pub async fn connect_first(stream: UnixStream) -> Result<Self, AgentError> {
+        let link = Self::silent(stream);
+        link.0.greet().await?;
+        Ok(link)
+    }
+
+    fn silent(stream: UnixStream) -> Self {
         let (read, write) = stream.into_split();
         let (outbox, frames) = mpsc::channel(OUTBOX);
         let status = AgentStatus { connected: true, ..AgentStatus::default() };
@@ -64,11 +81,7 @@ impl AgentLink {
         let reader = tokio::spawn(read_all(read, weak));
         // The reader ends with the connection; the link's last user ends the connection.
         drop(reader);
-        // A daemon that was killed may have left half a frame; this completes the longest there is.
-        let flush = vec![0; MAX_PAYLOAD + HEADER];
-        inner.outbox.send(flush).await.map_err(|_| AgentError::Gone("its port is closed".to_owned()))?;
-        inner.greet().await?;
-        Ok(Self(inner))
+        Self(inner)
     }
 
     /// Notes that the guest has its identity, before its agent says so.

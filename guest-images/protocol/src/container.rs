@@ -1,15 +1,17 @@
 //! Containers: what a runtime on the host asks of the agent of a VM that is one container (docs/CONTAINERS.md).
 //!
 //! Over a port of its own ([`crate::CONTAINER_PORT_NAME`]), with the frames, epochs and streams of the agent's port. The order is:
-//! the document is written to [`DOCUMENT`] by `put_file`; `create_container` makes all ready; `start_container` opens the
-//! stream of its program; `exec_container` opens those of others, meanwhile.
+//! `create_container` brings the document and makes all ready; `start_container` opens the stream of its program;
+//! `exec_container` opens those of others, meanwhile. A document that is too long for that is written to [`DOCUMENT`] by `put_file` before.
 
 use serde::{Deserialize, Serialize};
 
 use crate::message::Terminal;
 
-/// Where the document is written to, a [`Container`] as JSON.
+/// Where a document is written to that is longer than [`MAX_INLINE`], a [`Container`] as JSON.
 pub const DOCUMENT: &str = "/run/catalyst/container.json";
+/// Longest document that comes with its request, in bytes: as a string in JSON it may have twice as many, and fits a frame.
+pub const MAX_INLINE: usize = 24 * 1024;
 /// The name of the tree that is the container's root, among the folders that are served.
 pub const ROOT_TREE: &str = "root";
 /// Longest DNS message that is passed on, so that it fits a frame as base64. RFC 1035, section 4.2.2, would have twice as much by TCP.

@@ -160,8 +160,12 @@ pub enum Request {
         /// Its name.
         name: String,
     },
-    /// Make the container of the document ready: [`crate::container::DOCUMENT`]. Once. `not_found` and `denied` are about its program.
-    CreateContainer,
+    /// Make the container of the document ready. Once. `not_found` and `denied` are about its program.
+    CreateContainer {
+        /// The document, a [`crate::container::Container`] as JSON; one that fits no frame lies in [`crate::container::DOCUMENT`].
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        document: Option<String>,
+    },
     /// Start the container's program, once; the request's number is its stream. When it ends, so do all other programs.
     StartContainer,
     /// Run another program in the container; the request's number is its stream.

@@ -119,6 +119,10 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     let input = console::inherited(0).tried(|| "take over stdin".to_owned())?;
     let (mut container, trees) = document::convert(&bundle, !console::is_null(&input))?;
     let trees = open_trees(&container, &trees)?;
+    let log =
+        File::create(folder.path().join("folders.log")).tried(|| "make the log of folders".to_owned())?;
+    let mut files = trees::serve(&trees, log)?;
+    drop(trees);
     let stdio = Stdio::of(input, order.console_socket.as_deref(), container.process.terminal.as_ref())?;
     let mut wires = Wires::open().await?;
 
@@ -131,7 +135,7 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     let leads_out = Arc::new(AtomicBool::new(wires.seen().leads_out()));
     let out_of_memory = Arc::new(AtomicBool::new(false));
     let made = async {
-        let mut files = serve_trees(&vm, &folder, &trees).await?;
+        serve_trees(&vm, &files).await?;
         let made = async {
             let link = reach(&vm).await?;
             let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
@@ -140,22 +144,21 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
             Ok(link)
         };
         tokio::select! {
-            link = made => Ok((link?, files)),
+            link = made => link,
             // The guest would wait for it for long.
-            _ = files.wait() => said("The process that serves the container's files has ended"),
+            _ = files.process.wait() => said("The process that serves the container's files has ended"),
         }
     };
     // Neither needs the other before a program runs.
-    let ((link, mut files), _) = tokio::try_join!(made, wires.join())?;
-    drop(trees);
+    let (link, _) = tokio::try_join!(made, wires.join())?;
 
     let (guest, events) = Guest::new(link.clone(), daemon.clone(), vm.id.clone(), stdio);
     control::listen(listener, Arc::clone(&guest)).tried(|| "listen for commands".to_owned())?;
     guest.forward_signals().tried(|| "listen for signals".to_owned())?;
     wire::send(orders, &Report::Ready, &[]).tried(|| "tell that the container is ready".to_owned())?;
 
-    let ended = attend(&link, events, &mut files, wires, container.network, &leads_out).await;
-    drop(files.start_kill());
+    let ended = attend(&link, events, &mut files.process, wires, container.network, &leads_out).await;
+    drop(files.process.start_kill());
     let short = out_of_memory.load(Ordering::Relaxed);
     let code = last_code(&ended, &guest, &daemon, &vm, short);
     if short && code == DELETED {
@@ -219,24 +222,18 @@ async fn connect(vm: &Vm, name: &str) -> Outcome<tokio::net::UnixStream> {
 }
 
 /// Serves the guest the container's files.
-async fn serve_trees(
-    vm: &Vm,
-    folder: &Folder,
-    trees: &[(String, OwnedFd)],
-) -> Outcome<tokio::process::Child> {
-    let log =
-        File::create(folder.path().join("folders.log")).tried(|| "make the log of folders".to_owned())?;
+async fn serve_trees(vm: &Vm, files: &trees::Server) -> Outcome {
     let port = connect(vm, sockets::FOLDERS).await?;
     let port = port.into_std().tried(|| "take the port of folders".to_owned())?;
     // Whoever serves it waits for it.
     port.set_nonblocking(false).tried(|| "take the port of folders".to_owned())?;
-    trees::serve(&port, trees, log)
+    files.begin(&port)
 }
 
 /// Connects to the agent.
 async fn reach(vm: &Vm) -> Outcome<AgentLink> {
     let agent = |source| Failure::Agent { what: "answer", source };
-    let link = AgentLink::connect(connect(vm, sockets::CONTAINER).await?).await.map_err(agent)?;
+    let link = AgentLink::connect_first(connect(vm, sockets::CONTAINER).await?).await.map_err(agent)?;
     let mut status = link.status();
     let up = status.wait_for(|status| status.hello.is_some() || !status.connected);
     match tokio::time::timeout(UP_LIMIT, up).await {

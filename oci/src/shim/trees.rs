@@ -2,13 +2,15 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Component, Path, PathBuf};
 
 use catalyst_agent_protocol::container::Mount;
 use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat, openat2};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::stat::{Mode, mkdirat};
 
 use crate::document::Tree;
@@ -112,8 +114,33 @@ fn make_read_only(mount: &OwnedFd) -> io::Result<()> {
     if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// Starts the process that serves the trees on the VM's port; it ends with the port, and with this process.
-pub fn serve(port: &impl AsRawFd, trees: &[(String, OwnedFd)], log: File) -> Outcome<tokio::process::Child> {
+/// The process that serves the trees.
+#[derive(Debug)]
+pub struct Server {
+    /// It.
+    pub process: tokio::process::Child,
+    port: UnixStream,
+}
+
+impl Server {
+    /// Gives it the VM's port.
+    pub fn begin(&self, port: &impl AsRawFd) -> Outcome {
+        let rights = [port.as_raw_fd()];
+        let sent = sendmsg::<()>(
+            self.port.as_raw_fd(),
+            &[IoSlice::new(&[0])],
+            &[ControlMessage::ScmRights(&rights)],
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        );
+        sent.map(drop).tried(|| "give the container's files to its VM".to_owned())
+    }
+}
+
+/// Starts the process that serves the trees, which makes itself ready until there is a VM; it ends with the VM's port, and with this
+/// process.
+pub fn serve(trees: &[(String, OwnedFd)], log: File) -> Outcome<Server> {
+    let (ours, port) = UnixStream::pair().tried(|| "make a socket".to_owned())?;
     let program = sibling("catalyst-vmm");
     let mut command = tokio::process::Command::new(&program);
     command.args(["folders", "--keep-owners", "--port-fd"]).arg(port.as_raw_fd().to_string());
@@ -134,7 +161,10 @@ pub fn serve(port: &impl AsRawFd, trees: &[(String, OwnedFd)], log: File) -> Out
     };
     // SAFETY: the closure makes system calls only.
     unsafe { command.pre_exec(prepare) };
-    command.spawn().tried(|| format!("run {}, which serves the container's files", program.display()))
+    let process = command.spawn();
+    let process =
+        process.tried(|| format!("run {}, which serves the container's files", program.display()))?;
+    Ok(Server { process, port: ours })
 }
 
 /// A program of ours: beside this one, as built, or in `../lib/catalyst`, as installed; else as PATH has it.

@@ -100,6 +100,10 @@ pub fn firewalls(checks: &mut Checks) {
                 host.world.catalyst(&["network", "down"]).ok();
                 let without = host.sh(firewall.list).ok().to_owned();
                 assert!(!without.contains("catalyst") && without.contains(mark_of(&firewall)), "{without}");
+                if name == "dockerd" {
+                    // Its containers need it, whoever has switched it on.
+                    assert_eq!(host.sh("cat /proc/sys/net/ipv4/ip_forward").ok().trim(), "1");
+                }
                 host.on();
                 is_let_through(host, &firewall);
                 host.off();
@@ -198,6 +202,7 @@ pub fn network_manager(checks: &mut Checks, host: &Host) {
         wait_until("it has looked at all links", PATIENCE, || states().contains("cattap0:"));
         let found = states();
         assert!(unmanaged(&found) && found.contains("up0:connected"), "{found}");
+        assert!(host.doctor().contains("left alone by NetworkManager"), "{}", host.doctor());
         host.off();
         host.world.catalyst(&["network", "down"]).ok();
         assert_eq!(host.sh("ls /run/NetworkManager/conf.d").stdout, "");

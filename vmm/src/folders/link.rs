@@ -33,6 +33,8 @@ pub(super) struct Link {
     epoch: u32,
     /// Whether the guest has answered the greeting.
     greeted: bool,
+    /// Nobody else has written to the port.
+    alone: bool,
     pub(super) session: u64,
     pub(super) line: Line,
 }
@@ -52,9 +54,18 @@ impl Link {
         stream.set_nonblocking(true)?;
         let (decoder, out) = (Decoder::new(), VecDeque::new());
         let buffer = vec![0; 64 * 1024].into_boxed_slice();
-        let mut link = Self { stream, decoder, buffer, out, epoch: 0, greeted: false, session, line };
+        let mut link =
+            Self { stream, decoder, buffer, out, epoch: 0, greeted: false, alone: false, session, line };
         link.greet()?;
         Ok(link)
+    }
+
+    /// Begins anew on a port that nobody else has written to, where there is no half frame to be completed: a guest on a software
+    /// CPU is long at what completes it.
+    pub(super) fn begin_alone(&mut self) -> io::Result<()> {
+        self.alone = true;
+        self.out.clear();
+        self.greet()
     }
 
     /// Whether something waits to be written.
@@ -79,8 +90,10 @@ impl Link {
         }
         self.epoch = u32::from_le_bytes(random).max(1);
         self.greeted = false;
-        // They complete whatever half frame was left there.
-        self.out.extend(std::iter::repeat_n(0, MAX_PAYLOAD + HEADER));
+        if !self.alone {
+            // They complete whatever half frame was left there.
+            self.out.extend(std::iter::repeat_n(0, MAX_PAYLOAD + HEADER));
+        }
         self.tell(LineControl::Hello { session: self.session, received: self.line.received() });
         Ok(())
     }

@@ -29,10 +29,11 @@ mod trees;
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::{FromRawFd, RawFd};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use serde::{Deserialize, Serialize};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::confine::{self, ConfineError, Filters, Role, SeccompError};
 use crate::devices::fs::{Files, FsError, Unrooted};
@@ -84,7 +85,8 @@ pub enum Answer {
 /// The descriptors that the process gets.
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptors {
-    /// Connected stream socket of the port.
+    /// Connected stream socket of the port; where trees are served, a stream socket by which that comes (unix(7), SCM_RIGHTS) when
+    /// there is a VM: all else is ready by then.
     pub port: RawFd,
     /// Listening stream socket, for [`Request`]s. Only trees are served without one.
     pub control: Option<RawFd>,
@@ -166,9 +168,20 @@ pub fn run(descriptors: Descriptors, serving: Serving) -> Result<(), FoldersErro
     drop(trees);
     confine::keep_owners(&[&root])?;
     let files = Files::keeping_owners(unrooted.at(&root)?)?;
-    let server = serve::Server::new(files, answers, port, control, state)?.with_all_known();
+    let port = awaited(&port)?;
+    let server = serve::Server::new(files, answers, port, control, state)?.with_all_known()?;
     filters.install(Role::Trees)?;
     server.run()
+}
+
+/// Waits for the port.
+fn awaited(socket: &UnixStream) -> Result<UnixStream, FoldersError> {
+    let wait = failed("wait for the port");
+    match socket.recv_with_fd(&mut [0]) {
+        Ok((_, Some(port))) => Ok(UnixStream::from(OwnedFd::from(port))),
+        Ok((_, None)) => Err(wait(io::ErrorKind::UnexpectedEof.into())),
+        Err(error) => Err(wait(error.into())),
+    }
 }
 
 fn read_state(file: File) -> Result<Saved, FoldersError> {

@@ -22,6 +22,8 @@ use crate::devices::fs::Files;
 const ONCE: u32 = (libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC).cast_unsigned();
 /// Seconds for which the guest does not ask again, where it need not.
 const LASTS: u64 = 1;
+/// The same where nothing ever changes.
+const FOR_EVER: u64 = 1 << 30;
 /// LOOKUP.
 const LOOKUP: u32 = 1;
 
@@ -139,7 +141,8 @@ impl Numbers {
     }
 
     /// Has the guest take folders and links of a folder below the root for the same for a second: the host hardly changes a
-    /// container's root, and each path asks for them. What is new is seen at once, and so is all that a file has.
+    /// container's root, and each path asks for them. What is new is seen at once, and so is all that a file has. The root and what
+    /// it has are those of the container for as long as it lives.
     pub(super) fn let_last(&mut self, folder: &[u8]) {
         self.lasting = Some(Arc::from(folder));
     }
@@ -258,6 +261,9 @@ impl Numbers {
             Kind::Init => fuse::bound(answer),
             Kind::Entry | Kind::Link => {
                 self.name_entry(answer, folder);
+                if id == ROOT_ID && self.lasting.is_some() {
+                    answer.put_u64(answer::ENTRY_VALID, FOR_EVER);
+                }
             }
             Kind::Create => {
                 let node = self.name_entry(answer, folder);
@@ -268,6 +274,9 @@ impl Numbers {
             Kind::Attributes | Kind::SetAttributes => {
                 self.show_owner(answer, answer::ATTR, folder);
                 self.last(answer, answer::ATTR, &[answer::ATTR_VALID], folder);
+                if id == ROOT_ID && self.lasting.is_some() {
+                    answer.put_u64(answer::ATTR_VALID, FOR_EVER);
+                }
             }
             _ => {}
         }

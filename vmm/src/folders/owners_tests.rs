@@ -13,6 +13,8 @@ use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
 use super::tests::{CREATE, GETATTR, Guest, LOOKUP, OPEN, ROOT, SETATTR, WRITE, number};
 use super::{Descriptors, Serving, Tree};
 use crate::devices::fs::mounting::clone_mount;
@@ -63,7 +65,9 @@ impl Drop for Served {
 }
 
 fn serve(trees: &[(&str, &File)]) -> (Served, Guest) {
-    let (port, guest) = UnixStream::pair().unwrap();
+    let (port, giver) = UnixStream::pair().unwrap();
+    let (given, guest) = UnixStream::pair().unwrap();
+    giver.send_with_fd(&[0_u8][..], given.as_raw_fd()).unwrap();
     guest.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     let list: Vec<String> = trees.iter().map(|(name, tree)| format!("{name}={}", tree.as_raw_fd())).collect();
     let fds: Vec<RawFd> = trees.iter().map(|(_, tree)| tree.as_raw_fd()).chain([port.as_raw_fd()]).collect();
@@ -283,6 +287,22 @@ fn names_do_not_go_from_one_tree_to_another() {
     assert_eq!(guest.answer().unwrap_err(), libc::EXDEV);
     guest.ask(LINK, root, &[&file.to_le_bytes()[..], b"b\0"].concat());
     assert_eq!(fs::metadata(one.path().join("b")).unwrap().nlink(), 2);
+}
+
+#[test]
+fn what_never_changes_is_asked_for_once_and_files_each_time() {
+    if !is_root() {
+        return;
+    }
+    let ((_one, first), (_two, second)) = (world(false), world(false));
+    let (_served, mut guest) = serve(&[("root", &first), ("volume", &second)]);
+    // `entry_valid` and `attr_valid` of `struct fuse_entry_out`.
+    let valid = |entry: &[u8]| (word(entry, 16), word(entry, 24));
+    assert_eq!(valid(&guest.ask(LOOKUP, ROOT, b"root\0")), (1 << 30, 1));
+    assert_eq!(valid(&guest.ask(LOOKUP, ROOT, b"volume\0")), (1 << 30, 0));
+    let root = guest.node("root");
+    assert_eq!(valid(&guest.ask(LOOKUP, root, b"a\0")), (0, 0));
+    assert_eq!(word(&guest.ask(GETATTR, ROOT, &[0; 16]), 0), 1 << 30);
 }
 
 #[test]

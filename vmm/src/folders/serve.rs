@@ -51,11 +51,12 @@ impl Server {
         })
     }
 
-    /// Serves at once, without being told whose files are: they are whose they are.
-    pub(super) fn with_all_known(mut self) -> Self {
+    /// Serves at once, without being told whose files are: they are whose they are. It is the only one that ever serves this guest.
+    pub(super) fn with_all_known(mut self) -> Result<Self, FoldersError> {
         self.numbers.set_owners(Vec::new());
         self.numbers.let_last(ROOT_TREE.as_bytes());
-        self
+        self.link.begin_alone().map_err(failed("greet the guest"))?;
+        Ok(self)
     }
 
     /// Until the port ends.

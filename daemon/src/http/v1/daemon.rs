@@ -67,6 +67,10 @@ async fn network_down(State(app): State<App>) -> Result<StatusCode, Refusal> {
         let message = format!("VMs use the network, '{}' for one; power them off first", vm.dir().id());
         return Err(Refusal::new(ErrorCode::InUse, message));
     }
+    if app.docker.is_up() {
+        let message = "Docker's daemon uses the network; take it down first: catalyst docker down";
+        return Err(Refusal::new(ErrorCode::InUse, message));
+    }
     app.machines.context().network.down().await.map_err(|error| {
         let message = chain(&error).join(": ");
         Refusal::new(ErrorCode::HostUnfit, message)
@@ -80,13 +84,16 @@ struct StopQuery {
     vms: bool,
 }
 
-/// Stops the daemon; VMs go on running, unless they are to be shut down too. Then guests that do not within 50 s are ended, and
-/// the network is taken down.
+/// Stops the daemon; VMs and Docker's daemon go on running, unless they are to end too. Then guests that do not shut down within
+/// 50 s are ended, and the network is taken down.
 #[utoipa::path(post, path = "/v1/daemon/stop", tag = TAG,
     params(("vms" = Option<bool>, Query, description = "Shut the guests down first")), responses((status = 202)))]
 async fn stop(State(app): State<App>, Query(query): Query<StopQuery>) -> StatusCode {
     if query.vms {
         tokio::spawn(async move {
+            if let Err(error) = app.docker.down().await {
+                tracing::warn!(reason = chain(&error).join(": "), "Docker's daemon stays");
+            }
             app.machines.shut_down().await;
             if let Err(error) = app.machines.context().network.down().await {
                 tracing::warn!(reason = chain(&error).join(": "), "the VM network stays");

@@ -1,6 +1,7 @@
 //! `/v1/…`: Catalyst's own API.
 
 mod daemon;
+mod docker;
 mod events;
 mod files;
 mod folders;
@@ -29,5 +30,6 @@ pub(super) fn routes() -> OpenApiRouter<App> {
         .merge(snapshots::routes())
         .merge(templates::routes())
         .merge(events::routes())
+        .merge(docker::routes())
         .merge(daemon::routes())
 }

@@ -25,9 +25,14 @@ pub fn enable(top: &Path) {
     }
 }
 
+/// The container's cgroup.
+pub fn of_container(top: &Path) -> PathBuf {
+    top.join(NAME)
+}
+
 /// Makes the container's cgroup; 0 processes are as many as there can be.
 pub fn make(top: &Path, most_processes: u64) -> io::Result<PathBuf> {
-    let cgroup = top.join(NAME);
+    let cgroup = of_container(top);
     match fs::create_dir(&cgroup) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, IoSliceMut, Seek, SeekFrom, Write};
+use std::io::{self, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::thread;
 
@@ -10,7 +10,6 @@ use catalyst_agent_protocol::ProblemKind;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sched::{CloneFlags, setns};
-use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{
     AddressFamily, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg, send, socketpair,
@@ -24,6 +23,8 @@ use crate::spawn::{Spawned, set_nonblocking};
 
 /// The agent's own program.
 const SELF: &str = "/proc/self/exe";
+/// What is tried.
+const STARTING: &str = "starting a process in the container";
 /// Where the numbers begin that no descriptor of the new process has.
 const ASIDE: RawFd = 16;
 
@@ -48,15 +49,85 @@ pub struct Launched {
     socket: OwnedFd,
 }
 
+/// A process that waits for its plan.
+#[derive(Debug)]
+pub struct Waiting {
+    spawned: Spawned,
+    socket: OwnedFd,
+    plan: File,
+}
+
 /// Starts a process and waits until its program is ready to begin.
 pub fn launch(plan: &Plan, shape: Shape<'_>) -> Step<Launched> {
-    let (mut spawned, socket) = start(plan, shape).map_err(doing("starting a process in the container"))?;
-    match listen(&socket, &mut spawned) {
-        Ok(()) => Ok(Launched { spawned, socket }),
-        Err(failure) => {
-            end(&spawned);
-            Err(failure)
+    Waiting::start(shape).map_err(doing(STARTING))?.follow(plan)
+}
+
+impl Waiting {
+    /// Its number among the agent's processes.
+    pub fn pid(&self) -> i32 {
+        self.spawned.pid
+    }
+
+    /// Takes away what its program will not have after all.
+    pub fn without(mut self, terminal: bool, stdin: bool) -> Self {
+        if terminal || !stdin {
+            self.spawned.input = None;
         }
+        if terminal {
+            self.spawned.errors = None;
+        }
+        self
+    }
+
+    /// Starts it.
+    pub fn start(shape: Shape<'_>) -> io::Result<Self> {
+        let (socket, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
+        let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC);
+        let (input, near_input) = if shape.stdin && !shape.terminal {
+            pipe().map(|(far, near)| (far, Some(File::from(near))))?
+        } else {
+            (null()?, None)
+        };
+        let (near_output, output) = pipe()?;
+        let (near_errors, errors) = pipe()?;
+        let (text, plan) = pipe()?;
+        if let Some(input) = &near_input {
+            set_nonblocking(input)?;
+        }
+        let mut fds = vec![input, output, errors, theirs, text];
+        if shape.terminal {
+            // Until it has its terminal it has nothing.
+            fds[..3].iter_mut().try_for_each(|fd| null().map(|null| *fd = null))?;
+        }
+        if let Some(init) = shape.init {
+            fds.push(init.try_clone_to_owned()?);
+        }
+        let pid = clone_in(&fds, shape)?;
+        let errors = (!shape.terminal).then(|| File::from(near_errors));
+        let spawned = Spawned { pid, input: near_input, output: near_output.into(), errors, terminal: None };
+        Ok(Self { spawned, socket, plan: plan.into() })
+    }
+
+    /// Gives it its plan, and waits until its program is ready to begin.
+    pub fn follow(self, plan: &Plan) -> Step<Launched> {
+        let Self { mut spawned, socket, plan: mut pipe } = self;
+        let told = serde_json::to_vec(plan).map_err(io::Error::from).and_then(|text| pipe.write_all(&text));
+        // Its end is the plan's.
+        drop(pipe);
+        match told.map_err(doing(STARTING)).and_then(|()| listen(&socket, &mut spawned)) {
+            Ok(()) => Ok(Launched { spawned, socket }),
+            Err(failure) => {
+                end(&spawned);
+                Err(failure)
+            }
+        }
+    }
+
+    /// Ends it.
+    pub fn give_up(self) {
+        end(&self.spawned);
     }
 }
 
@@ -143,38 +214,6 @@ fn hear(socket: &OwnedFd) -> io::Result<Option<(Told, Option<OwnedFd>)>> {
         return Ok(None);
     }
     Ok(Some((serde_json::from_slice(&text[..count])?, fd)))
-}
-
-fn start(plan: &Plan, shape: Shape<'_>) -> io::Result<(Spawned, OwnedFd)> {
-    let mut text = File::from(memfd_create(c"container-plan", MFdFlags::MFD_CLOEXEC)?);
-    text.write_all(&serde_json::to_vec(plan)?)?;
-    text.seek(SeekFrom::Start(0))?;
-    let (socket, theirs) =
-        socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
-    let null = || File::options().read(true).write(true).open("/dev/null").map(OwnedFd::from);
-    let pipe = || nix::unistd::pipe2(OFlag::O_CLOEXEC);
-    let (input, near_input) = if shape.stdin && !shape.terminal {
-        pipe().map(|(far, near)| (far, Some(File::from(near))))?
-    } else {
-        (null()?, None)
-    };
-    let (near_output, output) = pipe()?;
-    let (near_errors, errors) = pipe()?;
-    if let Some(input) = &near_input {
-        set_nonblocking(input)?;
-    }
-    let mut fds = vec![input, output, errors, theirs, text.into()];
-    if shape.terminal {
-        // Until it has its terminal it has nothing.
-        fds[..3].iter_mut().try_for_each(|fd| null().map(|null| *fd = null))?;
-    }
-    if let Some(init) = shape.init {
-        fds.push(init.try_clone_to_owned()?);
-    }
-    let pid = clone_in(&fds, shape)?;
-    let errors = (!shape.terminal).then(|| File::from(near_errors));
-    let spawned = Spawned { pid, input: near_input, output: near_output.into(), errors, terminal: None };
-    Ok((spawned, socket))
 }
 
 /// Which processes a new one is among is said by the thread that makes it: one of its own, where that is not the agent's

@@ -33,7 +33,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 
 use self::cgroup::Watch;
-use self::launch::{Launched, Shape, launch};
+use self::launch::{Launched, Shape, Waiting, launch};
 use self::network::Nics;
 use self::plan::{Plan, Task};
 use self::resolver::Resolver;
@@ -60,6 +60,12 @@ fn doing<E: Display>(what: impl Display) -> impl FnOnce(E) -> Problem {
     move |error| problem(ProblemKind::Failed, format!("{what}: {error}"))
 }
 
+/// Namespaces that a container's first process has for itself.
+const OWN: CloneFlags = CloneFlags::CLONE_NEWPID
+    .union(CloneFlags::CLONE_NEWNS)
+    .union(CloneFlags::CLONE_NEWIPC)
+    .union(CloneFlags::CLONE_NEWUTS);
+
 /// What a VM has for its container.
 #[derive(Debug, Default)]
 pub struct Place {
@@ -72,6 +78,16 @@ pub struct Place {
     nics: Option<Nics>,
     /// The host's trees, if they come over a port.
     folders: Option<Arc<Folders>>,
+    /// The container's first process, until it is made.
+    first: Mutex<Option<First>>,
+}
+
+/// A container's first process, made before there is a container. In a VM that goes on from another's memory it is there already.
+#[derive(Debug)]
+struct First {
+    waiting: Waiting,
+    /// The mount of the host's trees that it sees.
+    trees: u64,
 }
 
 impl Place {
@@ -92,12 +108,44 @@ impl Place {
         if let Err(error) = cgroup::make(&cgroups, 0) {
             eprintln!("catalyst-agent: the container's cgroup cannot be made: {error}");
         }
+        let folders = Folders::of_container();
+        let first = First::prepare(&folders, &cgroups);
+        if let Err(error) = &first {
+            eprintln!("catalyst-agent: the container's first process is not made in advance: {error}");
+        }
         Self {
             trees: crate::folders::ROOT.into(),
             cgroups: Some(cgroups),
             of_vm: true,
             nics: nics.ok(),
-            folders: Some(Folders::of_container()),
+            folders: Some(folders),
+            first: Mutex::new(first.ok()),
+        }
+    }
+
+    /// The process that was made in advance, if it sees what there is now.
+    fn take_first(&self) -> Option<Waiting> {
+        let First { waiting, trees } = lock(&self.first).take()?;
+        if self.folders.as_ref().is_some_and(|folders| folders.mounted() == Some(trees)) {
+            return Some(waiting);
+        }
+        waiting.give_up();
+        None
+    }
+}
+
+impl First {
+    fn prepare(folders: &Arc<Folders>, cgroups: &Path) -> std::io::Result<Self> {
+        // It has what is mounted now.
+        let trees = folders.mount_all().map_err(|problem| std::io::Error::other(problem.message))?;
+        let waiting = Waiting::start(Shape { own: OWN, init: None, terminal: false, stdin: true })?;
+        let joined = fs::write(cgroup::of_container(cgroups).join("cgroup.procs"), waiting.pid().to_string());
+        match joined {
+            Ok(()) => Ok(Self { waiting, trees }),
+            Err(error) => {
+                waiting.give_up();
+                Err(error)
+            }
         }
     }
 }
@@ -153,8 +201,8 @@ impl Keeper {
         Arc::new(Self { place, state: Mutex::default(), resolver: Mutex::default(), watch: Mutex::default() })
     }
 
-    /// Makes the container of the document that lies ready.
-    pub fn create(&self, session: &Arc<Session>) -> Step<()> {
+    /// Makes the container of the document, or of the one that lies ready.
+    pub fn create(&self, session: &Arc<Session>, document: Option<String>) -> Step<()> {
         {
             let mut state = lock(&self.state);
             if !matches!(*state, State::None) {
@@ -162,7 +210,7 @@ impl Keeper {
             }
             *state = State::Making;
         }
-        let made = self.make(session);
+        let made = self.make(session, document);
         let (state, result) = match made {
             Ok(ready) => (State::Ready(Box::new(ready)), Ok(())),
             Err(problem) => (State::None, Err(problem)),
@@ -171,8 +219,12 @@ impl Keeper {
         result
     }
 
-    fn make(&self, session: &Arc<Session>) -> Step<Ready> {
-        let container = read_document(&session.config.root.join(DOCUMENT.trim_start_matches('/')))?;
+    fn make(&self, session: &Arc<Session>, document: Option<String>) -> Step<Ready> {
+        let document = match document {
+            Some(document) => document,
+            None => read_document(&session.config.root.join(DOCUMENT.trim_start_matches('/')))?,
+        };
+        let container = plan::container(&document)?;
         if container.unix_ns > 0 {
             identity::go_on(&session.config, container.unix_ns, &container.seed)?;
         }
@@ -193,7 +245,7 @@ impl Keeper {
         if let Some(cgroup) = &cgroup {
             lock(&self.watch).get_or_insert_with(|| Watch::begin(cgroup, session));
         }
-        self.launch_first(container, cgroup)
+        self.launch_first(container, document, cgroup)
     }
 
     /// Where an earlier attempt at the container has begun to listen, that goes on.
@@ -208,16 +260,19 @@ impl Keeper {
         Ok(())
     }
 
-    fn launch_first(&self, container: Container, cgroup: Option<PathBuf>) -> Step<Ready> {
-        let own = CloneFlags::CLONE_NEWPID
-            | CloneFlags::CLONE_NEWNS
-            | CloneFlags::CLONE_NEWIPC
-            | CloneFlags::CLONE_NEWUTS;
-        let Process { ref terminal, stdin, capabilities, .. } = container.process;
-        let shape = Shape { own, init: None, terminal: terminal.is_some(), stdin };
-        let trees = self.place.trees.clone();
-        let task = Task::Create { container: Box::new(container), trees };
-        let launched = launch(&Plan { cgroup: cgroup.clone(), task }, shape)?;
+    fn launch_first(&self, container: Container, document: String, cgroup: Option<PathBuf>) -> Step<Ready> {
+        let Process { terminal, stdin, capabilities, .. } = container.process;
+        let task = Task::Create { document, trees: self.place.trees.clone() };
+        let launched = match self.place.take_first() {
+            Some(waiting) => {
+                // It is in the cgroup already.
+                waiting.without(terminal.is_some(), stdin).follow(&Plan { cgroup: None, task })?
+            }
+            None => {
+                let shape = Shape { own: OWN, init: None, terminal: terminal.is_some(), stdin };
+                launch(&Plan { cgroup: cgroup.clone(), task }, shape)?
+            }
+        };
         match exec::pidfd(launched.spawned.pid) {
             Ok(init) => Ok(Ready { launched, begun: Begun { init, cgroup, capabilities } }),
             Err(error) => {
@@ -311,10 +366,10 @@ impl Keeper {
 }
 
 /// Reads the document, which may hold secrets and so does not stay.
-fn read_document(path: &Path) -> Step<Container> {
-    let read = || -> std::io::Result<Vec<u8>> {
-        let mut text = Vec::new();
-        File::open(path)?.take(MAX_DOCUMENT + 1).read_to_end(&mut text)?;
+fn read_document(path: &Path) -> Step<String> {
+    let read = || -> std::io::Result<String> {
+        let mut text = String::new();
+        File::open(path)?.take(MAX_DOCUMENT + 1).read_to_string(&mut text)?;
         fs::remove_file(path)?;
         Ok(text)
     };
@@ -323,6 +378,5 @@ fn read_document(path: &Path) -> Step<Container> {
         let message = format!("the container's document is longer than {MAX_DOCUMENT} bytes");
         return Err(problem(ProblemKind::Invalid, message));
     }
-    serde_json::from_slice(&text)
-        .map_err(|error| problem(ProblemKind::Invalid, format!("the container's document is none: {error}")))
+    Ok(text)
 }

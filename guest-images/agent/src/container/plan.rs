@@ -1,13 +1,15 @@
 //! What the agent tells the first process of a program in a container, and what that tells it.
 //!
-//! The process is the agent's own program, begun anew in the container's namespaces ([`super::stage`]). It gets its plan as a file and
+//! The process is the agent's own program, begun anew in the container's namespaces ([`super::stage`]). It gets its plan by a pipe and
 //! says how far it is over a socket, whose end without a word is that the program runs.
 
 use std::path::PathBuf;
 
 use catalyst_agent_protocol::container::{Capabilities, Container, Process};
-use catalyst_agent_protocol::{ExecSpec, Problem};
+use catalyst_agent_protocol::{ExecSpec, Problem, ProblemKind};
 use serde::{Deserialize, Serialize};
+
+use super::{Step, problem};
 
 /// The argument with which the program is such a process.
 pub const STAGE: &str = "--container-stage";
@@ -36,8 +38,8 @@ pub struct Plan {
 pub enum Task {
     /// Make it, and be its first process.
     Create {
-        /// It.
-        container: Box<Container>,
+        /// Its document.
+        document: String,
         /// The folder of all trees.
         trees: PathBuf,
     },
@@ -61,4 +63,10 @@ pub enum Told {
     Ready,
     /// It will not be.
     Failed(Problem),
+}
+
+/// The container of a document.
+pub fn container(document: &str) -> Step<Container> {
+    serde_json::from_str(document)
+        .map_err(|error| problem(ProblemKind::Invalid, format!("the container's document is none: {error}")))
 }

@@ -18,7 +18,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use nix::sys::stat::{SFlag, fstat};
 
-use super::plan::{INIT, PLAN, Plan, SOCKET, START, Task, Told};
+use super::plan::{self, INIT, PLAN, Plan, SOCKET, START, Task, Told};
 use super::program::{self, Program};
 use super::{Step, credentials, doing, problem, root};
 use crate::spawn::{open_terminal, set_size};
@@ -98,7 +98,7 @@ fn prepare(socket: &OwnedFd) -> Step<Program> {
         std::fs::write(cgroup.join("cgroup.procs"), "0").map_err(doing("joining the container's cgroup"))?;
     }
     match plan.task {
-        Task::Create { container, trees } => create(socket, &container, &trees),
+        Task::Create { document, trees } => create(socket, &plan::container(&document)?, &trees),
         Task::Join(process) => {
             join(&process)?;
             become_program(socket, &process, false, || Ok(()))
@@ -112,6 +112,12 @@ fn prepare(socket: &OwnedFd) -> Step<Program> {
 }
 
 fn create(socket: &OwnedFd, container: &Container, trees: &Path) -> Step<Program> {
+    if !container.process.stdin {
+        // One that was made in advance has a pipe.
+        let null = File::open("/dev/null").map_err(io::Error::from);
+        let taken = null.and_then(|null| Ok(nix::unistd::dup2_stdin(null)?));
+        taken.map_err(doing("giving the program no input"))?;
+    }
     credentials::set_oom_score(&container.process)?;
     // The cgroup that it is in by now is the top of what it sees (cgroup_namespaces(7)).
     unshare(CloneFlags::CLONE_NEWCGROUP).map_err(doing("making a cgroup namespace"))?;

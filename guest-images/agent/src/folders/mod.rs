@@ -43,6 +43,18 @@ impl Folders {
         Arc::new(Self { of_container: true, ..Self::default() })
     }
 
+    /// Mounts the file system of all folders before the host serves it, who then goes on with that; its number.
+    pub fn mount_all(self: &Arc<Self>) -> Result<u64, Problem> {
+        let mounted = self.relay()?.mount();
+        mounted.map_err(|error| problem(format!("the file system of folders cannot be mounted: {error}")))
+    }
+
+    /// The number of the file system that is mounted, another each time.
+    pub fn mounted(&self) -> Option<u64> {
+        let relay = self.relay.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        relay?.mounted()
+    }
+
     /// Waits until the host serves the trees of the container.
     pub fn wait_for_trees(self: &Arc<Self>) -> Result<(), Problem> {
         if self.relay()?.wait(READY_WITHIN) {

@@ -65,8 +65,10 @@ impl Relay {
         thread::spawn(move || write_out(writer, &queue));
         let state = Mutex::default();
         let relay = Arc::new(Self { state, changed: Condvar::new(), out, trusted, again: Box::new(again) });
-        // The host's side may have greeted an agent that is no more.
-        relay.tell(0, LineControl::Hello { session: 0, received: 0 });
+        if !trusted {
+            // The host's side may have greeted an agent that is no more. A container's has no other than this.
+            relay.tell(0, LineControl::Hello { session: 0, received: 0 });
+        }
         let reader = Arc::clone(&relay);
         thread::spawn(move || {
             if let Err(error) = port.read(|event| reader.handle(event)) {
@@ -74,6 +76,20 @@ impl Relay {
             }
         });
         Ok(relay)
+    }
+
+    /// Begins a session before the host's side greets, which goes on with it; its number.
+    pub fn mount(self: &Arc<Self>) -> io::Result<u64> {
+        let mut state = self.lock();
+        if state.session == 0 {
+            self.begin_session(&mut state)?;
+        }
+        Ok(state.session)
+    }
+
+    /// The session's number, if there is one.
+    pub fn mounted(&self) -> Option<u64> {
+        Some(self.lock().session).filter(|session| *session != 0)
     }
 
     /// Waits until the file system is mounted and the host's side there; false if that takes too long.

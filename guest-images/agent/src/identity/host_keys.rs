@@ -35,26 +35,36 @@ const LISTENS_WITHIN: Duration = Duration::from_secs(5);
 
 /// An sshd that was given new keys.
 #[must_use]
-pub struct Restarting(Inotify);
+pub struct Restarting {
+    told: Inotify,
+    /// It listened when it was given them, and may do so for a while with those of before.
+    listened: bool,
+}
 
 impl Restarting {
     fn watch() -> nix::Result<Self> {
-        let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
-        inotify.add_watch(RUN, AddWatchFlags::IN_CLOSE_WRITE)?;
-        Ok(Self(inotify))
+        let told = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
+        told.add_watch(RUN, AddWatchFlags::IN_CLOSE_WRITE)?;
+        Ok(Self { told, listened: false })
+    }
+
+    /// Whether it may answer with the keys of before.
+    pub fn has_old_keys(&self) -> bool {
+        self.listened
     }
 
     /// Waits until it tells that it listens: then it writes its pid to a file. Whether it did.
-    pub fn wait(self) -> bool {
+    pub fn wait(&mut self) -> bool {
         let begun = Instant::now();
         while let Some(left) = LISTENS_WITHIN.checked_sub(begun.elapsed()) {
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            match poll(&mut [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)], timeout) {
+            match poll(&mut [PollFd::new(self.told.as_fd(), PollFlags::POLLIN)], timeout) {
                 Ok(_) | Err(Errno::EINTR) => {}
                 Err(_) => return false,
             }
-            let events = self.0.read_events().unwrap_or_default();
+            let events = self.told.read_events().unwrap_or_default();
             if events.iter().any(|event| event.name.as_deref() == Some(OsStr::new(PID_FILE))) {
+                self.listened = false;
                 return true;
             }
         }
@@ -85,10 +95,10 @@ pub fn apply(config: &Config, keys: &[HostKey], put: Put) -> Step<Option<Restart
     if config.files_only() || !changed {
         return Ok(None);
     }
-    let restarting = Restarting::watch().map_err(doing("watching for sshd"))?;
+    let mut restarting = Restarting::watch().map_err(doing("watching for sshd"))?;
     let waits = open_door(Path::new(DOOR)).map_err(doing("opening sshd's door"))?;
-    let told = if waits { true } else { hang_up().map_err(doing("giving sshd its keys"))? };
-    Ok(told.then_some(restarting))
+    restarting.listened = !waits && hang_up().map_err(doing("giving sshd its keys"))?;
+    Ok((waits || restarting.listened).then_some(restarting))
 }
 
 /// Takes the FIFO away, and lets the sshd go on that waits behind it; whether one does.

@@ -38,7 +38,7 @@ struct Checked {
 }
 
 /// Checks an identity and applies it. Doing so again changes nothing that is so already. An sshd that was given other keys
-/// has yet to listen.
+/// and comes back has yet to listen.
 pub fn apply(config: &Config, identity: &Identity) -> Result<Option<Restarting>, Problem> {
     let checked = check(identity)
         .map_err(|message| Problem { kind: ProblemKind::Invalid, message: message.to_owned() })?;
@@ -48,9 +48,13 @@ pub fn apply(config: &Config, identity: &Identity) -> Result<Option<Restarting>,
     }
     let put: Put = if identity.clone { overwrite } else { replace };
     names(config, identity, put)?;
-    let sshd = host_keys::apply(config, &identity.host_keys, put)?;
+    let mut sshd = host_keys::apply(config, &identity.host_keys, put)?;
     authorized_keys(config, identity, put)?;
     if config.network && !config.files_only() {
+        // One that still listens would answer at the new address with the keys of the original.
+        if sshd.as_mut().is_some_and(|sshd| sshd.has_old_keys() && sshd.wait()) {
+            sshd = None;
+        }
         network::apply(identity, checked.mac, checked.gateway_mac)
             .map_err(doing("setting up the network"))?;
     }

@@ -78,11 +78,7 @@ fn container(process: Process) -> Container {
 }
 
 fn create(host: &mut Host, container: &Container) -> Reply {
-    let path = host.folder.join("root").join(DOCUMENT.trim_start_matches('/'));
-    fs::write(&path, serde_json::to_vec(container).unwrap()).unwrap();
-    let reply = host.request(Request::CreateContainer);
-    assert!(!path.exists(), "it may hold secrets");
-    reply
+    host.request(Request::CreateContainer { document: Some(serde_json::to_string(container).unwrap()) })
 }
 
 fn start(host: &mut Host, request: Request) -> u32 {
@@ -272,7 +268,24 @@ fn what_cannot_be_run_is_said_before_it_is_started() {
     assert_eq!(create(&mut host, &container(process(&["text"]))), Reply::Done);
     let reply = host.request(Request::StartContainer);
     assert!(failed_as(&reply, ProblemKind::NotFound, "exec /bin/text: no such file"), "{reply:?}");
-    assert!(failed_as(&host.request(Request::CreateContainer), ProblemKind::Invalid, "already"));
+    assert!(failed_as(
+        &host.request(Request::CreateContainer { document: None }),
+        ProblemKind::Invalid,
+        "already"
+    ));
+}
+
+#[test]
+fn a_long_document_comes_as_a_file_and_does_not_stay() {
+    let Some(mut host) = runtime() else { return };
+    let mut program = shell("echo ${#LONG}");
+    program.env.push(format!("LONG={}", "x".repeat(100_000)));
+    let path = host.folder.join("root").join(DOCUMENT.trim_start_matches('/'));
+    fs::write(&path, serde_json::to_vec(&container(program)).unwrap()).unwrap();
+    assert_eq!(host.request(Request::CreateContainer { document: None }), Reply::Done);
+    assert!(!path.exists(), "it may hold secrets");
+    let stream = start(&mut host, Request::StartContainer);
+    assert_eq!(text(&host.finish(stream, b"")), "100000\n");
 }
 
 #[test]
@@ -374,9 +387,11 @@ fn a_stream_that_is_closed_ends_its_program() {
 #[test]
 fn only_a_runtime_is_heard_about_containers() {
     let mut host = Host::greeted();
-    for request in
-        [Request::CreateContainer, Request::StartContainer, Request::SetNetwork(Network::default())]
-    {
+    for request in [
+        Request::CreateContainer { document: None },
+        Request::StartContainer,
+        Request::SetNetwork(Network::default()),
+    ] {
         assert!(failed_as(&host.request(request), ProblemKind::Unsupported, "port of their own"));
     }
 }
