@@ -52,6 +52,12 @@ impl Cgroups {
             }
             files.extend(file);
         }
+        if files.is_empty() && !places.is_empty() {
+            tracing::warn!(
+                pid,
+                "no cgroups are mounted where this daemon runs: a VM stays in its own, without its container's limits"
+            );
+        }
         let joined = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         Ok(Self { files, joined: joined.into() })
     }
