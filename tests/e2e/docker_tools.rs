@@ -131,7 +131,7 @@ fn refused(checks: &mut Checks, home: &Home) {
             (&["docker", "env", "web1"], 1, "catalyst vmpower on web1"),
             (&["ssh-config", "web1"], 1, "catalyst vmpower on web1"),
             (&["docker", "context", "create", "web1"], 1, "catalyst vmpower on web1"),
-            (&["docker", "env"], 2, "ID"),
+            (&["docker", "env"], 1, "catalyst docker up"),
             (&["docker", "env", "web1", "--shell", "nosuch"], 2, "nosuch"),
             (&["ssh-config", "../x"], 2, "id"),
         ] {
