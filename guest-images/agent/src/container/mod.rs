@@ -263,15 +263,12 @@ impl Keeper {
     fn launch_first(&self, container: Container, document: String, cgroup: Option<PathBuf>) -> Step<Ready> {
         let Process { terminal, stdin, capabilities, .. } = container.process;
         let task = Task::Create { document, trees: self.place.trees.clone() };
-        let launched = match self.place.take_first() {
-            Some(waiting) => {
-                // It is in the cgroup already.
-                waiting.without(terminal.is_some(), stdin).follow(&Plan { cgroup: None, task })?
-            }
-            None => {
-                let shape = Shape { own: OWN, init: None, terminal: terminal.is_some(), stdin };
-                launch(&Plan { cgroup: cgroup.clone(), task }, shape)?
-            }
+        let launched = if let Some(waiting) = self.place.take_first() {
+            // It is in the cgroup already.
+            waiting.without(terminal.is_some(), stdin).follow(&Plan { cgroup: None, task })?
+        } else {
+            let shape = Shape { own: OWN, init: None, terminal: terminal.is_some(), stdin };
+            launch(&Plan { cgroup: cgroup.clone(), task }, shape)?
         };
         match exec::pidfd(launched.spawned.pid) {
             Ok(init) => Ok(Ready { launched, begun: Begun { init, cgroup, capabilities } }),

@@ -114,7 +114,7 @@ fn prepare(socket: &OwnedFd) -> Step<Program> {
 fn create(socket: &OwnedFd, container: &Container, trees: &Path) -> Step<Program> {
     if !container.process.stdin {
         // One that was made in advance has a pipe.
-        let null = File::open("/dev/null").map_err(io::Error::from);
+        let null = File::open("/dev/null");
         let taken = null.and_then(|null| Ok(nix::unistd::dup2_stdin(null)?));
         taken.map_err(doing("giving the program no input"))?;
     }
