@@ -157,7 +157,13 @@ impl Process {
             return Ok(None);
         }
         let Some(pid) = written_pid(&path, &held)? else { return Ok(None) };
-        let process = Self::open(pid)?;
+        let process = match Self::open(pid) {
+            // It has ended; what holds its lock a moment longer is a fork that has not closed it yet.
+            Err(EngineError::Io { source, .. }) if source.raw_os_error() == Some(libc::ESRCH) => {
+                return Ok(None);
+            }
+            opened => opened?,
+        };
         // Only now the number is pinned: ask again whether it was the holder's.
         if !held() {
             return Ok(None);
