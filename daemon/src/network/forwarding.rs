@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::error::NetworkError;
-use super::state::{absent_is_fine, make_folder, read_small, write_public};
+use super::state::{absent_is_fine, make_folder, read_small, remove_unfinished, write_public};
 
 const SYSCTL: &str = "/proc/sys/net/ipv4";
 
@@ -57,7 +57,12 @@ pub(crate) fn disable(
     let own = folder.join(mark(bridge));
     absent_is_fine(fs::remove_file(&own)).map_err(NetworkError::file("remove", &own))?;
     let before_path = folder.join("before");
+    for path in [&own, &before_path] {
+        remove_unfinished(path).map_err(NetworkError::file("remove what is left of", path))?;
+    }
     let Some(text) = read_small(&before_path).map_err(NetworkError::file("read", &before_path))? else {
+        // Nothing was changed before that was written; at most the folder was made.
+        let _ = fs::remove_dir(folder);
         return Ok(());
     };
     if bridges.iter().any(|other| other != bridge && folder.join(mark(other)).exists()) {

@@ -250,14 +250,23 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> io::Result<Option<String>
 /// Replaces a file that others may read, whole or not at all. Only for files below `/run`, hence without fsync.
 /// The new file is made beside the folder, where nobody reads the folder's files half written.
 pub(crate) fn write_public(path: &Path, text: &str) -> io::Result<()> {
-    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
-        return Err(io::Error::from(io::ErrorKind::InvalidInput));
-    };
-    let new = folder.with_extension(format!("{}.new", name.to_string_lossy()));
+    let new = unfinished(path)?;
     let mut file = File::create(&new)?;
     file.set_permissions(fs::Permissions::from_mode(0o644))?;
     file.write_all(text.as_bytes())?;
     fs::rename(&new, path)
+}
+
+/// Takes away what a [`write_public`] that was cut off has left.
+pub(crate) fn remove_unfinished(path: &Path) -> io::Result<()> {
+    absent_is_fine(fs::remove_file(unfinished(path)?))
+}
+
+fn unfinished(path: &Path) -> io::Result<PathBuf> {
+    let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+        return Err(io::Error::from(io::ErrorKind::InvalidInput));
+    };
+    Ok(folder.with_extension(format!("{}.new", name.to_string_lossy())))
 }
 
 /// Makes a folder that others may read, whatever the umask; its parent must be there.
