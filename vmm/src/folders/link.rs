@@ -49,23 +49,15 @@ pub(super) enum Event {
 }
 
 impl Link {
-    /// Goes on from what was saved, or begins.
-    pub(super) fn new(stream: UnixStream, session: u64, line: Line) -> io::Result<Self> {
+    /// Goes on from what was saved, or begins. `alone` says that nobody else has written to the port, so that there is no half frame
+    /// to be completed: a guest on a software CPU is long at what completes it.
+    pub(super) fn new(stream: UnixStream, session: u64, line: Line, alone: bool) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         let (decoder, out) = (Decoder::new(), VecDeque::new());
         let buffer = vec![0; 64 * 1024].into_boxed_slice();
-        let mut link =
-            Self { stream, decoder, buffer, out, epoch: 0, greeted: false, alone: false, session, line };
+        let mut link = Self { stream, decoder, buffer, out, epoch: 0, greeted: false, alone, session, line };
         link.greet()?;
         Ok(link)
-    }
-
-    /// Begins anew on a port that nobody else has written to, where there is no half frame to be completed: a guest on a software
-    /// CPU is long at what completes it.
-    pub(super) fn begin_alone(&mut self) -> io::Result<()> {
-        self.alone = true;
-        self.out.clear();
-        self.greet()
     }
 
     /// Whether something waits to be written.

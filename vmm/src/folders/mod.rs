@@ -169,7 +169,7 @@ pub fn run(descriptors: Descriptors, serving: Serving) -> Result<(), FoldersErro
     confine::keep_owners(&[&root])?;
     let files = Files::keeping_owners(unrooted.at(&root)?)?;
     let port = awaited(&port)?;
-    let server = serve::Server::new(files, answers, port, control, state)?.with_all_known()?;
+    let server = serve::Server::new(files, answers, port, control, state)?.with_all_known();
     filters.install(Role::Trees)?;
     server.run()
 }

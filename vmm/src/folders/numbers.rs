@@ -261,9 +261,7 @@ impl Numbers {
             Kind::Init => fuse::bound(answer),
             Kind::Entry | Kind::Link => {
                 self.name_entry(answer, folder);
-                if id == ROOT_ID && self.lasting.is_some() {
-                    answer.put_u64(answer::ENTRY_VALID, FOR_EVER);
-                }
+                self.last_for_ever(answer, answer::ENTRY_VALID, id);
             }
             Kind::Create => {
                 let node = self.name_entry(answer, folder);
@@ -274,9 +272,7 @@ impl Numbers {
             Kind::Attributes | Kind::SetAttributes => {
                 self.show_owner(answer, answer::ATTR, folder);
                 self.last(answer, answer::ATTR, &[answer::ATTR_VALID], folder);
-                if id == ROOT_ID && self.lasting.is_some() {
-                    answer.put_u64(answer::ATTR_VALID, FOR_EVER);
-                }
+                self.last_for_ever(answer, answer::ATTR_VALID, id);
             }
             _ => {}
         }
@@ -326,6 +322,13 @@ impl Numbers {
             for &field in fields {
                 answer.put_u64(field, LASTS);
             }
+        }
+    }
+
+    /// Says that what is said of the root, or of what is in it, holds for ever.
+    fn last_for_ever(&self, answer: &mut Message, field: usize, asked: u64) {
+        if asked == ROOT_ID && self.lasting.is_some() {
+            answer.put_u64(field, FOR_EVER);
         }
     }
 

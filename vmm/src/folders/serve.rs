@@ -45,18 +45,18 @@ impl Server {
         let Saved { session, line, numbers } = state.unwrap_or_default();
         Ok(Self {
             numbers: Numbers::new(Arc::new(files), answers, numbers),
-            link: Link::new(port, session, line).map_err(failed("set up the port"))?,
+            // Trees alone are served without one, by one process in a guest's life.
+            link: Link::new(port, session, line, control.is_none()).map_err(failed("set up the port"))?,
             control,
             client: None,
         })
     }
 
-    /// Serves at once, without being told whose files are: they are whose they are. It is the only one that ever serves this guest.
-    pub(super) fn with_all_known(mut self) -> Result<Self, FoldersError> {
+    /// Serves at once, without being told whose files are: they are whose they are.
+    pub(super) fn with_all_known(mut self) -> Self {
         self.numbers.set_owners(Vec::new());
         self.numbers.let_last(ROOT_TREE.as_bytes());
-        self.link.begin_alone().map_err(failed("greet the guest"))?;
-        Ok(self)
+        self
     }
 
     /// Until the port ends.
