@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use rustix::process::Pid;
 
 use super::files::Files;
+use crate::engine::cgroup::hierarchies;
 use crate::engine::process::status_uid;
 use crate::network::process::Process;
 use crate::network::state::read_small;
@@ -85,10 +86,7 @@ fn processes() -> Vec<i32> {
 
 /// The cgroup of that path in each hierarchy, where it is there. As root.
 pub(super) fn cgroups(path: &str) -> Vec<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points =
-        mounts.lines().filter(|line| line.contains(" - cgroup")).filter_map(|line| line.split(' ').nth(4));
-    let folders = points.map(|point| Path::new(point).join(path.trim_start_matches('/')));
+    let folders = hierarchies().into_iter().map(|point| point.join(path.trim_start_matches('/')));
     folders.filter(|folder| folder.is_dir()).collect()
 }
 

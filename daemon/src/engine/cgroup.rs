@@ -95,6 +95,12 @@ fn places(text: &str) -> Vec<Place> {
     text.lines().filter_map(place).collect()
 }
 
+/// Where hierarchies are mounted here.
+pub(crate) fn hierarchies() -> Vec<PathBuf> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    mounts(&text).into_iter().map(|mount| mount.point).collect()
+}
+
 /// The mounts of cgroups among the lines of `/proc/self/mountinfo` (proc_pid_mountinfo(5)).
 fn mounts(text: &str) -> Vec<Mount> {
     let mount = |line: &str| {
