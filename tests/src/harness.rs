@@ -1,6 +1,8 @@
 //! Groups of checks: a group has a world of its own, its checks run in order and may build on
 //! one another; groups run side by side. A check that cannot run says SKIPPED and why.
 
+use std::any::Any;
+use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, panic_any};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -14,10 +16,15 @@ pub type Group = (&'static str, fn(&mut Checks));
 pub struct Checks {
     group: &'static str,
     filter: Vec<String>,
-    failed_before: bool,
     passed: usize,
-    failed: usize,
+    /// Name and cause of each.
+    failed: Vec<String>,
     skipped: usize,
+}
+
+thread_local! {
+    /// Where this thread panicked last.
+    static PANICKED_AT: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
 struct Skipped(String);
@@ -42,22 +49,22 @@ impl Checks {
                 self.passed += 1;
                 println!("test {full} ... ok ({seconds:.1} s)");
             }
-            Err(cause) => {
-                if let Ok(skipped) = cause.downcast::<Skipped>() {
+            Err(cause) => match cause.downcast::<Skipped>() {
+                Ok(skipped) => {
                     self.skipped += 1;
                     println!("test {full} ... SKIPPED: {}", skipped.0);
-                } else {
-                    self.failed += 1;
-                    self.failed_before = true;
+                }
+                Err(cause) => {
+                    self.failed.push(format!("{full}: {}", what_went_wrong(&*cause)));
                     println!("test {full} ... FAILED ({seconds:.1} s)");
                 }
-            }
+            },
         }
     }
 
     /// Whether a check of this group has failed, so that its world is worth a look.
     pub fn any_failed(&self) -> bool {
-        self.failed_before
+        !self.failed.is_empty()
     }
 
     /// Words of the command line that are not names of groups, for those who sample.
@@ -79,7 +86,8 @@ pub fn run(groups: &[Group], workers: usize) -> ! {
     let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word.as_str()));
     let chosen: Vec<Group> = groups.iter().filter(|(name, _)| wanted(name)).copied().collect();
     let next = AtomicUsize::new(0);
-    let totals = Mutex::new((0, 0, 0));
+    let totals = Mutex::new((0, Vec::new(), 0));
+    remember_where_threads_panic();
     std::thread::scope(|scope| {
         for _ in 0..workers.max(1) {
             scope.spawn(|| {
@@ -87,29 +95,50 @@ pub fn run(groups: &[Group], workers: usize) -> ! {
                     let checks = run_group(group, *body, &words);
                     let mut totals = totals.lock().unwrap_or_else(PoisonError::into_inner);
                     totals.0 += checks.passed;
-                    totals.1 += checks.failed;
+                    totals.1.extend(checks.failed);
                     totals.2 += checks.skipped;
                 }
             });
         }
     });
     let (passed, failed, skipped) = totals.into_inner().unwrap_or_else(PoisonError::into_inner);
-    println!("\n{passed} passed, {failed} failed, {skipped} skipped");
+    // Again, since they may be thousands of lines further up.
+    for failed in &failed {
+        println!("\nfailed: {failed}");
+    }
+    println!("\n{passed} passed, {} failed, {skipped} skipped", failed.len());
     // Nothing but skipped checks is not a success.
-    std::process::exit(i32::from(failed > 0 || passed == 0));
+    std::process::exit(i32::from(!failed.is_empty() || passed == 0));
+}
+
+fn remember_where_threads_panic() {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        PANICKED_AT.set(panic.location().map(ToString::to_string).unwrap_or_default());
+        print(panic);
+    }));
+}
+
+/// Of the panic that this thread was caught in: its place and the beginning of its message.
+fn what_went_wrong(cause: &(dyn Any + Send)) -> String {
+    let text = cause.downcast_ref::<String>().map(String::as_str);
+    let text = text.or_else(|| cause.downcast_ref::<&str>().copied()).unwrap_or_default();
+    format!("{}: {}", PANICKED_AT.take(), text.chars().take(2000).collect::<String>())
 }
 
 fn run_group(group: &'static str, body: fn(&mut Checks), words: &[String]) -> Checks {
-    let mut checks =
-        Checks { group, filter: words.to_vec(), failed_before: false, passed: 0, failed: 0, skipped: 0 };
+    let mut checks = Checks { group, filter: words.to_vec(), passed: 0, failed: Vec::new(), skipped: 0 };
     // What a group does between its checks can fail as well.
     if let Err(cause) = catch_unwind(AssertUnwindSafe(|| body(&mut checks))) {
-        if let Ok(skipped) = cause.downcast::<Skipped>() {
-            checks.skipped += 1;
-            println!("test {group} ... SKIPPED: {}", skipped.0);
-        } else {
-            checks.failed += 1;
-            println!("test {group} ... FAILED: it ended early");
+        match cause.downcast::<Skipped>() {
+            Ok(skipped) => {
+                checks.skipped += 1;
+                println!("test {group} ... SKIPPED: {}", skipped.0);
+            }
+            Err(cause) => {
+                checks.failed.push(format!("{group} ended early: {}", what_went_wrong(&*cause)));
+                println!("test {group} ... FAILED: it ended early");
+            }
         }
     }
     checks
