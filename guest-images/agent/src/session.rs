@@ -205,8 +205,9 @@ impl Session {
                 Err(error) => failed(ProblemKind::Failed, format!("coming to rest failed: {error}")),
             },
             Request::CreateContainer { .. }
-            | Request::StartContainer
-            | Request::ExecContainer(_)
+            | Request::StartContainer { .. }
+            | Request::ExecContainer { .. }
+            | Request::RemoveContainer { .. }
             | Request::SetNetwork(_)
             | Request::Resolved { .. } => return self.contain(epoch, id, request),
             Request::Ping => Reply::Done,
@@ -239,12 +240,12 @@ impl Session {
             Request::CreateContainer { document } => {
                 self.later(epoch, id, move |session| keeper.create(session, document));
             }
-            Request::StartContainer => {
-                self.open_later(epoch, id, move |session, stream| keeper.start(session, stream));
+            Request::StartContainer { name } => {
+                self.open_later(epoch, id, move |session, stream| keeper.start(session, stream, &name));
             }
-            Request::ExecContainer(process) => {
-                self.open_later(epoch, id, move |session, stream| keeper.exec(session, stream, *process));
-            }
+            Request::ExecContainer { name, process } => self
+                .open_later(epoch, id, move |session, stream| keeper.exec(session, stream, &name, *process)),
+            Request::RemoveContainer { name } => self.later(epoch, id, move |_| keeper.remove(&name)),
             Request::SetNetwork(network) => self.later(epoch, id, move |_| keeper.set_network(&network)),
             Request::Resolved { query, message } => {
                 keeper.resolved(query, &message.0);

@@ -1,4 +1,4 @@
-//! What the agent of a VM that is one container is asked.
+//! What the agent of a VM that is one container, or has those of a pod, is asked.
 
 use std::time::Duration;
 
@@ -28,14 +28,19 @@ impl AgentLink {
         self.done_within(Request::CreateContainer { document }, CREATE_LIMIT).await
     }
 
-    /// Starts the container's program; returns when it runs.
-    pub async fn start_container(&self) -> Result<ExecSession, AgentError> {
-        self.run(Request::StartContainer).await
+    /// Starts the program of a container; returns when it runs.
+    pub async fn start_container(&self, name: &str) -> Result<ExecSession, AgentError> {
+        self.run(Request::StartContainer { name: name.to_owned() }).await
     }
 
-    /// Runs another program in the container; returns when it runs.
-    pub async fn exec_container(&self, process: Process) -> Result<ExecSession, AgentError> {
-        self.run(Request::ExecContainer(Box::new(process))).await
+    /// Runs another program in a container; returns when it runs.
+    pub async fn exec_container(&self, name: &str, process: Process) -> Result<ExecSession, AgentError> {
+        self.run(Request::ExecContainer { name: name.to_owned(), process: Box::new(process) }).await
+    }
+
+    /// Ends a container and forgets it; returns when nothing of it is left.
+    pub async fn remove_container(&self, name: &str) -> Result<(), AgentError> {
+        self.done(Request::RemoveContainer { name: name.to_owned() }).await
     }
 
     /// Gives the container another network.

@@ -349,7 +349,7 @@ impl Inner {
             Control::Resolve { query, tcp, message } => {
                 self.notices.tell(Notice::Resolve { query, tcp, message: message.0 })?;
             }
-            Control::OutOfMemory => self.notices.tell(Notice::OutOfMemory)?,
+            Control::OutOfMemory { container } => self.notices.tell(Notice::OutOfMemory(container))?,
             Control::Exited { stream, exit } => {
                 if let Some(stream) = self.state().streams.remove(&stream) {
                     stream.arrive(Arrival::Exited(exit));

@@ -21,7 +21,7 @@ pub enum Notice {
         message: Vec<u8>,
     },
     /// The kernel has ended a program since memory was short.
-    OutOfMemory,
+    OutOfMemory(String),
 }
 
 /// Who hears of notices: nobody, until somebody asks.

@@ -1,4 +1,4 @@
-//! Containers: what a runtime on the host asks of the agent of a VM that is one container (docs/CONTAINERS.md).
+//! Containers: what a runtime on the host asks of the agent of a VM that is one container, or has those of a pod (docs/CONTAINERS.md).
 //!
 //! Over a port of its own ([`crate::CONTAINER_PORT_NAME`]), with the frames, epochs and streams of the agent's port. The order is:
 //! `create_container` brings the document and makes all ready; `start_container` opens the stream of its program;
@@ -21,6 +21,16 @@ pub const MAX_QUERY: usize = 32 * 1024;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Container {
+    /// What it is called among those of the VM; the one that the VM is has no name.
+    pub name: String,
+    /// The VM is another's, or others have been in it before: its time, name, network and resolver are there and stay.
+    pub joins: bool,
+    /// It has IPC and host names together with all others of the VM that have this.
+    pub shares: bool,
+    /// The folder of its trees, below that of all; none is that itself.
+    pub trees: String,
+    /// Most memory, in bytes; 0 is as much as the VM has.
+    pub memory_limit: u64,
     /// Host name; none is left as it is.
     pub hostname: String,
     /// NIS domain name.

@@ -58,7 +58,11 @@ pub enum Control {
         message: Content,
     },
     /// Guest: the kernel has ended a program of the container since memory was short.
-    OutOfMemory,
+    OutOfMemory {
+        /// In which container; the one that the VM is has no name.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        container: String,
+    },
     /// Guest: a command has ended. Comes after the ends of its output.
     Exited {
         /// The stream.
@@ -160,16 +164,31 @@ pub enum Request {
         /// Its name.
         name: String,
     },
-    /// Make the container of the document ready. Once. `not_found` and `denied` are about its program.
+    /// Make the container of the document ready. Once, under its name. `not_found` and `denied` are about its program.
     CreateContainer {
         /// The document, a [`crate::container::Container`] as JSON; one that fits no frame lies in [`crate::container::DOCUMENT`].
         #[serde(default, skip_serializing_if = "Option::is_none")]
         document: Option<String>,
     },
-    /// Start the container's program, once; the request's number is its stream. When it ends, so do all other programs.
-    StartContainer,
+    /// Start the container's program, once; the request's number is its stream. When it ends, so do all other programs in it.
+    StartContainer {
+        /// Which; the one that the VM is has no name.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        name: String,
+    },
     /// Run another program in the container; the request's number is its stream.
-    ExecContainer(Box<crate::container::Process>),
+    ExecContainer {
+        /// Which.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
+        name: String,
+        /// The program.
+        process: Box<crate::container::Process>,
+    },
+    /// End the container if it has not ended, and forget it. One that is not there is no error.
+    RemoveContainer {
+        /// Which.
+        name: String,
+    },
     /// The container's network is this from now on.
     SetNetwork(crate::container::Network),
     /// The answer to [`Control::Resolve`].

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 
 use catalyst_agent_protocol::Control;
@@ -30,22 +30,38 @@ pub fn of_container(top: &Path) -> PathBuf {
     top.join(NAME)
 }
 
-/// Makes the container's cgroup; 0 processes are as many as there can be.
-pub fn make(top: &Path, most_processes: u64) -> io::Result<PathBuf> {
-    let cgroup = of_container(top);
-    match fs::create_dir(&cgroup) {
+/// That of one that joins, by its name.
+pub fn of_joined(top: &Path, name: &str) -> PathBuf {
+    top.join(format!("{NAME}-{name}"))
+}
+
+/// What a container may have at most; 0 is as much as there is.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Limits {
+    /// Processes.
+    pub processes: u64,
+    /// Memory in bytes.
+    pub memory: u64,
+}
+
+/// Makes a container's cgroup, or has one that is there limit it so.
+pub fn make(cgroup: &Path, limits: Limits) -> io::Result<()> {
+    match fs::create_dir(cgroup) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
         _ => {}
     }
-    let most = if most_processes == 0 { "max".to_owned() } else { most_processes.to_string() };
-    fs::write(cgroup.join("pids.max"), most)?;
-    fs::write(cgroup.join("memory.oom.group"), "0")?;
-    Ok(cgroup)
+    let most = |limit: u64| if limit == 0 { "max".to_owned() } else { limit.to_string() };
+    fs::write(cgroup.join("pids.max"), most(limits.processes))?;
+    fs::write(cgroup.join("memory.max"), most(limits.memory))?;
+    fs::write(cgroup.join("memory.oom.group"), "0")
 }
 
-/// Tells the runtime when the kernel has ended one of the container's programs.
+/// Tells the runtime when the kernel has ended one of a container's programs.
 pub struct Watch {
+    container: String,
     events: PathBuf,
+    /// Its end ends the watching.
+    _lives: io::PipeWriter,
     told: Mutex<u64>,
     session: Arc<Session>,
 }
@@ -57,17 +73,19 @@ impl std::fmt::Debug for Watch {
 }
 
 impl Watch {
-    /// Begins to watch a cgroup.
-    pub fn begin(cgroup: &Path, session: &Arc<Session>) -> Arc<Self> {
+    /// Begins to watch the cgroup of a container, until this is dropped.
+    pub fn begin(container: String, cgroup: &Path, session: &Arc<Session>) -> io::Result<Arc<Self>> {
         let events = cgroup.join("memory.events");
-        let watch = Arc::new(Self { events, told: Mutex::new(0), session: Arc::clone(session) });
-        let watching = Arc::clone(&watch);
+        let (ended, lives) = io::pipe()?;
+        let session = Arc::clone(session);
+        let watch = Arc::new(Self { container, events, _lives: lives, told: Mutex::new(0), session });
+        let (path, watching) = (watch.events.clone(), Arc::downgrade(&watch));
         thread::spawn(move || {
-            if let Err(error) = watching.wait() {
-                eprintln!("catalyst-agent: {} cannot be watched: {error}", watching.events.display());
+            if let Err(error) = wait(&path, &ended, &watching) {
+                eprintln!("catalyst-agent: {} cannot be watched: {error}", path.display());
             }
         });
-        watch
+        Ok(watch)
     }
 
     /// Tells what was not told yet, so that it comes before the end of a program that is about to be told.
@@ -76,23 +94,30 @@ impl Watch {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         if count > *told {
             *told = count;
-            self.session.tell(&Control::OutOfMemory);
+            self.session.tell(&Control::OutOfMemory { container: self.container.clone() });
         }
     }
+}
 
-    fn wait(&self) -> io::Result<()> {
-        let file = File::open(&self.events)?;
-        loop {
-            self.look();
-            let mut fds = [PollFd::new(file.as_fd(), PollFlags::POLLPRI)];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) | Err(Errno::EINTR) => {}
-                Err(error) => return Err(error.into()),
-            }
-            // What has changed is not told again once it was read through this descriptor.
-            let mut text = [0; 512];
-            std::os::unix::fs::FileExt::read_at(&file, &mut text, 0)?;
+fn wait(events: &Path, ended: &io::PipeReader, watch: &Weak<Watch>) -> io::Result<()> {
+    let file = File::open(events)?;
+    loop {
+        match watch.upgrade() {
+            Some(watch) => watch.look(),
+            None => return Ok(()),
         }
+        let mut fds = [(file.as_fd(), PollFlags::POLLPRI), (ended.as_fd(), PollFlags::POLLIN)]
+            .map(|(fd, events)| PollFd::new(fd, events));
+        match poll(&mut fds, PollTimeout::NONE) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        if fds[1].any() == Some(true) {
+            return Ok(());
+        }
+        // What has changed is not told again once it was read through this descriptor.
+        let mut text = [0; 512];
+        std::os::unix::fs::FileExt::read_at(&file, &mut text, 0)?;
     }
 }
 
@@ -114,9 +139,12 @@ mod tests {
     #[test]
     fn a_cgroup_has_its_limit() {
         let top = tempfile::tempdir().unwrap();
+        let cgroup = of_joined(top.path(), "c1");
         for (limit, written) in [(100, "100"), (0, "max")] {
-            let cgroup = make(top.path(), limit).unwrap();
-            assert_eq!(fs::read_to_string(cgroup.join("pids.max")).unwrap(), written);
+            make(&cgroup, Limits { processes: limit, memory: limit }).unwrap();
+            for name in ["pids.max", "memory.max"] {
+                assert_eq!(fs::read_to_string(cgroup.join(name)).unwrap(), written);
+            }
         }
     }
 }

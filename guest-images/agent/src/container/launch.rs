@@ -35,6 +35,8 @@ pub struct Shape<'a> {
     pub own: CloneFlags,
     /// The first process of the container that it goes into.
     pub init: Option<BorrowedFd<'a>>,
+    /// Namespaces that it goes into besides, as [`super::plan::SHARED`] has them.
+    pub shared: &'a [OwnedFd],
     /// Whether it has a terminal, and with it one stream of output alone.
     pub terminal: bool,
     /// Whether input comes.
@@ -103,6 +105,9 @@ impl Waiting {
         }
         if let Some(init) = shape.init {
             fds.push(init.try_clone_to_owned()?);
+        }
+        for shared in shape.shared {
+            fds.push(shared.try_clone()?);
         }
         let pid = clone_in(&fds, shape)?;
         let errors = (!shape.terminal).then(|| File::from(near_errors));

@@ -1,10 +1,10 @@
-//! The one container of a VM that is one (docs/CONTAINERS.md).
+//! The container of a VM that is one, and those of a pod (docs/CONTAINERS.md).
 //!
 //! ```text
 //! agent ── keeper (here) ── launch ──► the agent's program anew, in the container's namespaces (stage)
 //!                                        root: trees, mounts, devices │ credentials │ program ── exec ──► the program
 //! ```
-//! Its network is the VM's, its processes, mounts, IPC, names and cgroup are its own.
+//! Its network is the VM's, its processes, mounts and cgroup are its own; IPC and names are, but for a pod's.
 
 pub mod plan;
 pub mod resolver;
@@ -17,13 +17,15 @@ mod inside;
 mod launch;
 mod network;
 mod options;
+mod place;
 mod program;
 mod root;
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::fs::{self, File};
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -34,11 +36,10 @@ use nix::sched::CloneFlags;
 
 use self::cgroup::Watch;
 use self::launch::{Launched, Shape, Waiting, launch};
-use self::network::Nics;
+pub use self::place::Place;
 use self::plan::{Plan, Task};
 use self::resolver::Resolver;
 use crate::exec::{self, Manner};
-use crate::folders::Folders;
 use crate::identity;
 use crate::session::Session;
 use crate::spawn::Spawned;
@@ -46,6 +47,10 @@ use crate::stream::Stream;
 
 /// Longest document, in bytes.
 const MAX_DOCUMENT: u64 = 8 * 1024 * 1024;
+/// Most containers of a VM.
+const MOST: usize = 64;
+/// How long the end of a container's first process is waited for, in milliseconds.
+const END_LIMIT: u16 = 10_000;
 
 /// What was done, or why not.
 pub type Step<T> = Result<T, Problem>;
@@ -66,103 +71,18 @@ const OWN: CloneFlags = CloneFlags::CLONE_NEWPID
     .union(CloneFlags::CLONE_NEWIPC)
     .union(CloneFlags::CLONE_NEWUTS);
 
-/// What a VM has for its container.
-#[derive(Debug, Default)]
-pub struct Place {
-    /// The folder of the trees that the host serves.
-    trees: PathBuf,
-    /// The top of the cgroups.
-    cgroups: Option<PathBuf>,
-    /// The system is the container's, and so is its network.
-    of_vm: bool,
-    nics: Option<Nics>,
-    /// The host's trees, if they come over a port.
-    folders: Option<Arc<Folders>>,
-    /// The container's first process, until it is made.
-    first: Mutex<Option<First>>,
-}
-
-/// A container's first process, made before there is a container. In a VM that goes on from another's memory it is there already.
-#[derive(Debug)]
-struct First {
-    waiting: Waiting,
-    /// The mount of the host's trees that it sees.
-    trees: u64,
-}
-
-impl Place {
-    /// A folder of trees, in a system that is left as it is: for tests.
-    pub fn of_folder(trees: PathBuf) -> Self {
-        Self { trees, ..Self::default() }
-    }
-
-    /// The VM's own, when it has just booted.
-    pub fn of_vm() -> Self {
-        let nics = Nics::take();
-        if let Err(error) = &nics {
-            eprintln!("catalyst-agent: the NICs cannot be made ready: {error}");
-        }
-        let cgroups = PathBuf::from("/sys/fs/cgroup");
-        cgroup::enable(&cgroups);
-        // Made now, it is there in what is cloned from this VM, and its making is no part of the container's.
-        if let Err(error) = cgroup::make(&cgroups, 0) {
-            eprintln!("catalyst-agent: the container's cgroup cannot be made: {error}");
-        }
-        let folders = Folders::of_container();
-        let first = First::prepare(&folders, &cgroups);
-        if let Err(error) = &first {
-            eprintln!("catalyst-agent: the container's first process is not made in advance: {error}");
-        }
-        Self {
-            trees: crate::folders::ROOT.into(),
-            cgroups: Some(cgroups),
-            of_vm: true,
-            nics: nics.ok(),
-            folders: Some(folders),
-            first: Mutex::new(first.ok()),
-        }
-    }
-
-    /// The process that was made in advance, if it sees what there is now.
-    fn take_first(&self) -> Option<Waiting> {
-        let First { waiting, trees } = lock(&self.first).take()?;
-        if self.folders.as_ref().is_some_and(|folders| folders.mounted() == Some(trees)) {
-            return Some(waiting);
-        }
-        waiting.give_up();
-        None
-    }
-}
-
-impl First {
-    fn prepare(folders: &Arc<Folders>, cgroups: &Path) -> std::io::Result<Self> {
-        // It has what is mounted now.
-        let trees = folders.mount_all().map_err(|problem| std::io::Error::other(problem.message))?;
-        let waiting = Waiting::start(Shape { own: OWN, init: None, terminal: false, stdin: true })?;
-        let joined = fs::write(cgroup::of_container(cgroups).join("cgroup.procs"), waiting.pid().to_string());
-        match joined {
-            Ok(()) => Ok(Self { waiting, trees }),
-            Err(error) => {
-                waiting.give_up();
-                Err(error)
-            }
-        }
-    }
-}
-
-/// Keeps the container.
+/// Keeps the containers: the one that the VM is, and those that have joined it, by their names.
 #[derive(Debug)]
 pub struct Keeper {
     place: Place,
-    state: Mutex<State>,
+    containers: Mutex<BTreeMap<String, State>>,
     resolver: Mutex<Option<Arc<Resolver>>>,
-    watch: Mutex<Option<Arc<Watch>>>,
+    /// Namespaces of IPC and names of those that have them together.
+    shared: Mutex<Option<Arc<[OwnedFd; 2]>>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 enum State {
-    #[default]
-    None,
     Making,
     Ready(Box<Ready>),
     Begun(Arc<Begun>),
@@ -181,6 +101,7 @@ struct Begun {
     /// Its first process.
     init: OwnedFd,
     cgroup: Option<PathBuf>,
+    watch: Option<Arc<Watch>>,
     capabilities: Capabilities,
 }
 
@@ -188,6 +109,17 @@ impl Begun {
     fn is_running(&self) -> bool {
         let mut fds = [PollFd::new(self.init.as_fd(), PollFlags::POLLIN)];
         poll(&mut fds, PollTimeout::ZERO) == Ok(0)
+    }
+
+    /// Ends its first process, and with it all others.
+    fn end(&self) -> Step<()> {
+        // SAFETY: numbers alone; it has no effect on a process that has ended.
+        unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.init.as_raw_fd(), libc::SIGKILL, 0, 0) };
+        let mut fds = [PollFd::new(self.init.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, END_LIMIT) {
+            Ok(1..) => Ok(()),
+            _ => Err(problem(ProblemKind::Failed, "the container's first process does not end")),
+        }
     }
 }
 
@@ -198,33 +130,83 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Keeper {
     /// No container yet.
     pub fn new(place: Place) -> Arc<Self> {
-        Arc::new(Self { place, state: Mutex::default(), resolver: Mutex::default(), watch: Mutex::default() })
+        let (containers, resolver, shared) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Self { place, containers, resolver, shared })
     }
 
     /// Makes the container of the document, or of the one that lies ready.
     pub fn create(&self, session: &Arc<Session>, document: Option<String>) -> Step<()> {
-        {
-            let mut state = lock(&self.state);
-            if !matches!(*state, State::None) {
-                return Err(problem(ProblemKind::Invalid, "the VM has its container already"));
-            }
-            *state = State::Making;
-        }
-        let made = self.make(session, document);
-        let (state, result) = match made {
-            Ok(ready) => (State::Ready(Box::new(ready)), Ok(())),
-            Err(problem) => (State::None, Err(problem)),
-        };
-        *lock(&self.state) = state;
-        result
-    }
-
-    fn make(&self, session: &Arc<Session>, document: Option<String>) -> Step<Ready> {
         let document = match document {
             Some(document) => document,
             None => read_document(&session.config.root.join(DOCUMENT.trim_start_matches('/')))?,
         };
         let container = plan::container(&document)?;
+        let name = container.name.clone();
+        {
+            let mut containers = lock(&self.containers);
+            if containers.contains_key(&name) {
+                return Err(problem(ProblemKind::Invalid, "the VM has that container already"));
+            }
+            if containers.len() >= MOST {
+                let message = format!("the VM has {MOST} containers, which are the most");
+                return Err(problem(ProblemKind::Invalid, message));
+            }
+            containers.insert(name.clone(), State::Making);
+        }
+        let made = self.make(session, &container, document);
+        let mut containers = lock(&self.containers);
+        match made {
+            Ok(ready) => {
+                containers.insert(name, State::Ready(Box::new(ready)));
+                Ok(())
+            }
+            Err(problem) => {
+                containers.remove(&name);
+                Err(problem)
+            }
+        }
+    }
+
+    fn make(&self, session: &Arc<Session>, container: &Container, document: String) -> Step<Ready> {
+        let trees = plan::trees_of(container, &self.place.trees)?;
+        if !container.joins {
+            self.settle(session, container)?;
+        }
+        if let Some(folders) = &self.place.folders {
+            folders.wait_for_trees()?;
+        }
+        let waiting = self.place.take_first();
+        let cgroup = self.place.cgroups.as_ref().map(|top| {
+            let is_vm = container.name.is_empty() || waiting.is_some();
+            if is_vm { cgroup::of_container(top) } else { cgroup::of_joined(top, &container.name) }
+        });
+        let watch = cgroup.as_ref().map(|cgroup| {
+            let limits = cgroup::Limits { processes: container.pids_limit, memory: container.memory_limit };
+            cgroup::make(cgroup, limits)?;
+            Watch::begin(container.name.clone(), cgroup, session)
+        });
+        let made = watch.transpose().map_err(doing("making a cgroup")).and_then(|watch| {
+            let launched = self.launch_first(container, document, trees, cgroup.clone(), waiting)?;
+            let capabilities = container.process.capabilities;
+            match exec::pidfd(launched.spawned.pid) {
+                Ok(init) => {
+                    Ok(Ready { launched, begun: Begun { init, cgroup: cgroup.clone(), watch, capabilities } })
+                }
+                Err(error) => {
+                    launched.give_up();
+                    Err(doing("watching the container's first process")(error))
+                }
+            }
+        });
+        if let (Err(_), false, Some(cgroup)) = (&made, container.name.is_empty(), &cgroup) {
+            // Nothing runs in it; the one that the VM is may be tried again.
+            let _ = fs::remove_dir(cgroup);
+        }
+        made
+    }
+
+    /// Makes the VM that of its first container.
+    fn settle(&self, session: &Arc<Session>, container: &Container) -> Step<()> {
         if container.unix_ns > 0 {
             identity::go_on(&session.config, container.unix_ns, &container.seed)?;
         }
@@ -232,20 +214,7 @@ impl Keeper {
             nix::unistd::sethostname(&container.hostname).map_err(doing("setting the host name"))?;
         }
         self.set_network(&container.network)?;
-        if container.resolver {
-            self.listen_for_names(session)?;
-        }
-        if let Some(folders) = &self.place.folders {
-            folders.wait_for_trees()?;
-        }
-        let cgroup = match &self.place.cgroups {
-            Some(top) => Some(cgroup::make(top, container.pids_limit).map_err(doing("making a cgroup"))?),
-            None => None,
-        };
-        if let Some(cgroup) = &cgroup {
-            lock(&self.watch).get_or_insert_with(|| Watch::begin(cgroup, session));
-        }
-        self.launch_first(container, document, cgroup)
+        if container.resolver { self.listen_for_names(session) } else { Ok(()) }
     }
 
     /// Where an earlier attempt at the container has begun to listen, that goes on.
@@ -260,77 +229,127 @@ impl Keeper {
         Ok(())
     }
 
-    fn launch_first(&self, container: Container, document: String, cgroup: Option<PathBuf>) -> Step<Ready> {
-        let Process { terminal, stdin, capabilities, .. } = container.process;
-        let task = Task::Create { document, trees: self.place.trees.clone() };
-        let launched = if let Some(waiting) = self.place.take_first() {
+    fn launch_first(
+        &self,
+        container: &Container,
+        document: String,
+        trees: PathBuf,
+        cgroup: Option<PathBuf>,
+        waiting: Option<Waiting>,
+    ) -> Step<Launched> {
+        let (terminal, stdin) = (container.process.terminal.is_some(), container.process.stdin);
+        let shared = if container.shares { lock(&self.shared).clone() } else { None };
+        let task = Task::Create { document, trees, shares: shared.is_some() };
+        let launched = match (waiting, &shared) {
             // It is in the cgroup already.
-            waiting.without(terminal.is_some(), stdin).follow(&Plan { cgroup: None, task })?
-        } else {
-            let shape = Shape { own: OWN, init: None, terminal: terminal.is_some(), stdin };
-            launch(&Plan { cgroup: cgroup.clone(), task }, shape)?
+            (Some(waiting), None) => waiting.without(terminal, stdin).follow(&Plan { cgroup: None, task })?,
+            (waiting, shared) => {
+                if let Some(waiting) = waiting {
+                    waiting.give_up();
+                }
+                let both = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
+                let own = if shared.is_some() { OWN.difference(both) } else { OWN };
+                let shared = shared.as_ref().map_or(&[][..], |shared| &shared[..]);
+                launch(&Plan { cgroup, task }, Shape { own, init: None, shared, terminal, stdin })?
+            }
         };
-        match exec::pidfd(launched.spawned.pid) {
-            Ok(init) => Ok(Ready { launched, begun: Begun { init, cgroup, capabilities } }),
-            Err(error) => {
-                launched.give_up();
-                Err(doing("watching the container's first process")(error))
+        if container.shares && shared.is_none() {
+            let pid = launched.spawned.pid;
+            let open = |name: &str| File::open(format!("/proc/{pid}/ns/{name}")).map(OwnedFd::from);
+            match open("ipc").and_then(|ipc| Ok([ipc, open("uts")?])) {
+                Ok(both) => *lock(&self.shared) = Some(Arc::new(both)),
+                Err(error) => {
+                    launched.give_up();
+                    return Err(doing("opening the namespaces that containers share")(error));
+                }
             }
         }
+        Ok(launched)
     }
 
-    /// Starts the container's program as the stream's.
-    pub fn start(&self, session: &Arc<Session>, stream: &Arc<Stream>) -> Step<()> {
+    /// Starts a container's program as the stream's.
+    pub fn start(&self, session: &Arc<Session>, stream: &Arc<Stream>, name: &str) -> Step<()> {
         let ready = {
-            let mut state = lock(&self.state);
-            match std::mem::take(&mut *state) {
-                State::Ready(ready) => {
-                    *state = State::Making;
-                    ready
-                }
+            let mut containers = lock(&self.containers);
+            match containers.insert(name.to_owned(), State::Making) {
+                Some(State::Ready(ready)) => ready,
                 other => {
-                    *state = other;
+                    // As it was.
+                    match other {
+                        Some(other) => containers.insert(name.to_owned(), other),
+                        None => containers.remove(name),
+                    };
                     return Err(problem(ProblemKind::Invalid, "no container is ready to be started"));
                 }
             }
         };
         let Ready { launched, begun } = *ready;
         let spawned = launched.begin();
-        // Also where it could not begin: a VM has one container in its life.
-        *lock(&self.state) = State::Begun(Arc::new(begun));
+        // Also where it could not begin: a container is started once in its life.
+        lock(&self.containers).insert(name.to_owned(), State::Begun(Arc::new(begun)));
         exec::run(session, stream, spawned?, None, Manner::Contained)
     }
 
-    /// Runs another program in the container, as the stream's.
-    pub fn exec(&self, session: &Arc<Session>, stream: &Arc<Stream>, process: Process) -> Step<()> {
+    /// Runs another program in a container, as the stream's.
+    pub fn exec(
+        &self,
+        session: &Arc<Session>,
+        stream: &Arc<Stream>,
+        name: &str,
+        process: Process,
+    ) -> Step<()> {
         let (terminal, stdin) = (process.terminal.is_some(), process.stdin);
-        let spawned = self.join(Task::Join(process), terminal, stdin)?;
+        let begun = self.running().find(|(known, _)| known == name).map(|(_, begun)| begun);
+        let begun = begun.ok_or_else(not_running)?;
+        let spawned = join(&begun, Task::Join(process), terminal, stdin)?;
         exec::run(session, stream, spawned, None, Manner::Contained)
     }
 
-    /// Whether commands of whoever has the VM run in the container.
-    pub fn is_running(&self) -> bool {
-        matches!(&*lock(&self.state), State::Begun(begun) if begun.is_running())
-    }
-
-    /// Runs a command of whoever has the VM in the container.
-    pub fn guest_exec(&self, spec: ExecSpec) -> Step<Spawned> {
-        let capabilities = self.begun()?.capabilities;
-        let (terminal, stdin) = (spec.terminal.is_some(), spec.stdin);
-        self.join(Task::Guest { spec, capabilities }, terminal, stdin)
-    }
-
-    fn begun(&self) -> Step<Arc<Begun>> {
-        match &*lock(&self.state) {
-            State::Begun(begun) if begun.is_running() => Ok(Arc::clone(begun)),
-            _ => Err(problem(ProblemKind::Invalid, "the container is not running")),
+    /// Ends a container, if it is there, and forgets it.
+    pub fn remove(&self, name: &str) -> Step<()> {
+        let removed = {
+            let mut containers = lock(&self.containers);
+            if matches!(containers.get(name), Some(State::Making)) {
+                return Err(problem(ProblemKind::Busy, "the container is being made or started"));
+            }
+            containers.remove(name)
+        };
+        let begun = match removed {
+            Some(State::Begun(begun)) => begun,
+            Some(State::Ready(ready)) => {
+                let Ready { launched, begun } = *ready;
+                launched.give_up();
+                Arc::new(begun)
+            }
+            Some(State::Making) | None => return Ok(()),
+        };
+        begun.end()?;
+        match &begun.cgroup {
+            Some(cgroup) => fs::remove_dir(cgroup).map_err(doing("removing the container's cgroup")),
+            None => Ok(()),
         }
     }
 
-    fn join(&self, task: Task, terminal: bool, stdin: bool) -> Step<Spawned> {
-        let begun = self.begun()?;
-        let shape = Shape { own: CloneFlags::empty(), init: Some(begun.init.as_fd()), terminal, stdin };
-        launch(&Plan { cgroup: begun.cgroup.clone(), task }, shape)?.begin()
+    /// Containers whose program runs, the one that the VM is first.
+    fn running(&self) -> impl Iterator<Item = (String, Arc<Begun>)> {
+        let running = |(name, state): (&String, &State)| match state {
+            State::Begun(begun) if begun.is_running() => Some((name.clone(), Arc::clone(begun))),
+            _ => None,
+        };
+        let all: Vec<_> = lock(&self.containers).iter().filter_map(running).collect();
+        all.into_iter()
+    }
+
+    /// Whether commands of whoever has the VM run in a container.
+    pub fn is_running(&self) -> bool {
+        self.running().next().is_some()
+    }
+
+    /// Runs a command of whoever has the VM in the container that it is, or in the first of those that it has.
+    pub fn guest_exec(&self, spec: ExecSpec) -> Step<Spawned> {
+        let (_, begun) = self.running().next().ok_or_else(not_running)?;
+        let (terminal, stdin) = (spec.terminal.is_some(), spec.stdin);
+        join(&begun, Task::Guest { spec, capabilities: begun.capabilities }, terminal, stdin)
     }
 
     /// Makes the network so.
@@ -355,11 +374,27 @@ impl Keeper {
 
     /// Has told what the kernel has ended until now.
     pub fn look_for_kills(&self) {
-        let watch = lock(&self.watch).clone();
-        if let Some(watch) = watch {
+        let watches: Vec<_> = lock(&self.containers)
+            .values()
+            .filter_map(|state| match state {
+                State::Begun(begun) => begun.watch.clone(),
+                _ => None,
+            })
+            .collect();
+        for watch in watches {
             watch.look();
         }
     }
+}
+
+fn not_running() -> Problem {
+    problem(ProblemKind::Invalid, "the container is not running")
+}
+
+fn join(begun: &Begun, task: Task, terminal: bool, stdin: bool) -> Step<Spawned> {
+    let shape =
+        Shape { own: CloneFlags::empty(), init: Some(begun.init.as_fd()), shared: &[], terminal, stdin };
+    launch(&Plan { cgroup: begun.cgroup.clone(), task }, shape)?.begin()
 }
 
 /// Reads the document, which may hold secrets and so does not stay.

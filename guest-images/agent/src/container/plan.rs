@@ -3,7 +3,7 @@
 //! The process is the agent's own program, begun anew in the container's namespaces ([`super::stage`]). It gets its plan by a pipe and
 //! says how far it is over a socket, whose end without a word is that the program runs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use catalyst_agent_protocol::container::{Capabilities, Container, Process};
 use catalyst_agent_protocol::{ExecSpec, Problem, ProblemKind};
@@ -19,6 +19,8 @@ pub const SOCKET: i32 = 3;
 pub const PLAN: i32 = 4;
 /// The first process of the container that it goes into, if there is one.
 pub const INIT: i32 = 5;
+/// The IPC namespace that a new container has together with others, if it has, and after it that of names.
+pub const SHARED: i32 = 5;
 /// What the agent says when the program is to begin.
 pub const START: &[u8] = b"start";
 /// Longest word over the socket, in bytes.
@@ -40,8 +42,10 @@ pub enum Task {
     Create {
         /// Its document.
         document: String,
-        /// The folder of all trees.
+        /// The folder of its trees.
         trees: PathBuf,
+        /// IPC and names are others' too ([`SHARED`]).
+        shares: bool,
     },
     /// Be another process of it.
     Join(Process),
@@ -69,4 +73,40 @@ pub enum Told {
 pub fn container(document: &str) -> Step<Container> {
     serde_json::from_str(document)
         .map_err(|error| problem(ProblemKind::Invalid, format!("the container's document is none: {error}")))
+}
+
+/// The folder of a container's trees, in that of all.
+pub fn trees_of(container: &Container, all: &Path) -> Step<PathBuf> {
+    let is_plain = |name: &str| {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+        name.len() <= 64 && name.bytes().all(plain)
+    };
+    let folders: Vec<&str> = container.trees.split('/').collect();
+    let below = folders.iter().all(|name| !name.is_empty() && is_plain(name));
+    if !is_plain(&container.name) || !(container.trees.is_empty() || below) {
+        return Err(problem(
+            ProblemKind::Invalid,
+            "a container's name and folder are letters, digits and '-'",
+        ));
+    }
+    Ok(if container.trees.is_empty() { all.to_owned() } else { all.join(&container.trees) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_containers_trees_lie_below_all() {
+        let of = |name: &str, trees: &str| {
+            let container = Container { name: name.into(), trees: trees.into(), ..Container::default() };
+            trees_of(&container, Path::new("/all"))
+        };
+        assert_eq!(of("", "").unwrap(), Path::new("/all"));
+        assert_eq!(of("c1", "joined/c1").unwrap(), Path::new("/all/joined/c1"));
+        for (name, trees) in [("", "/etc"), ("", "../etc"), ("", "a//b"), ("", "a/"), ("a/b", ""), ("..", "")]
+        {
+            assert!(of(name, trees).is_err(), "{name:?} {trees:?}");
+        }
+    }
 }

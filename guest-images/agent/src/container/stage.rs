@@ -18,7 +18,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::socket::{ControlMessage, MsgFlags, recv, sendmsg};
 use nix::sys::stat::{SFlag, fstat};
 
-use super::plan::{self, INIT, PLAN, Plan, SOCKET, START, Task, Told};
+use super::plan::{self, INIT, PLAN, Plan, SHARED, SOCKET, START, Task, Told};
 use super::program::{self, Program};
 use super::{Step, credentials, doing, problem, root};
 use crate::spawn::{open_terminal, set_size};
@@ -98,7 +98,12 @@ fn prepare(socket: &OwnedFd) -> Step<Program> {
         std::fs::write(cgroup.join("cgroup.procs"), "0").map_err(doing("joining the container's cgroup"))?;
     }
     match plan.task {
-        Task::Create { document, trees } => create(socket, &plan::container(&document)?, &trees),
+        Task::Create { document, trees, shares } => {
+            if shares {
+                share()?;
+            }
+            create(socket, &plan::container(&document)?, &trees)
+        }
         Task::Join(process) => {
             join(&process)?;
             become_program(socket, &process, false, || Ok(()))
@@ -129,6 +134,14 @@ fn create(socket: &OwnedFd, container: &Container, trees: &Path) -> Step<Program
     }
     root::build(container, trees)?;
     become_program(socket, &container.process, true, || root::finish(container))
+}
+
+/// Goes into the namespaces of IPC and names that the agent has opened.
+fn share() -> Step<()> {
+    for (number, kind) in [(SHARED, CloneFlags::CLONE_NEWIPC), (SHARED + 1, CloneFlags::CLONE_NEWUTS)] {
+        setns(inherited(number), kind).map_err(doing("going into namespaces that others have too"))?;
+    }
+    Ok(())
 }
 
 fn set_domain_name(name: &str) -> io::Result<()> {

@@ -81,6 +81,14 @@ fn create(host: &mut Host, container: &Container) -> Reply {
     host.request(Request::CreateContainer { document: Some(serde_json::to_string(container).unwrap()) })
 }
 
+fn begin() -> Request {
+    Request::StartContainer { name: String::new() }
+}
+
+fn exec(process: Process) -> Request {
+    Request::ExecContainer { name: String::new(), process: Box::new(process) }
+}
+
 fn start(host: &mut Host, request: Request) -> u32 {
     let id = host.ask(request);
     match host.reply(id) {
@@ -92,7 +100,7 @@ fn start(host: &mut Host, request: Request) -> u32 {
 fn run(container: &Container, input: &[u8]) -> Option<Outcome> {
     let mut host = runtime()?;
     assert_eq!(create(&mut host, container), Reply::Done);
-    let stream = start(&mut host, Request::StartContainer);
+    let stream = start(&mut host, begin());
     Some(host.finish(stream, input))
 }
 
@@ -191,7 +199,7 @@ fn trees_are_mounted_as_they_are_asked_for() {
         tree("volume", "/ro", &["bind", "ro"]),
     ]);
     assert_eq!(create(&mut host, &container), Reply::Done);
-    let stream = start(&mut host, Request::StartContainer);
+    let stream = start(&mut host, begin());
     let outcome = host.finish(stream, b"");
     let text = text(&outcome);
     let lines: Vec<&str> = text.lines().collect();
@@ -218,7 +226,7 @@ fn paths_are_hidden_or_read_only() {
     container.masked_paths = hidden.map(str::to_owned).to_vec();
     container.readonly_paths = ["/proc/sys", "/no/such"].map(str::to_owned).to_vec();
     assert_eq!(create(&mut host, &container), Reply::Done);
-    let stream = start(&mut host, Request::StartContainer);
+    let stream = start(&mut host, begin());
     let text = text(&host.finish(stream, b""));
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!((lines.len(), lines[0], lines[2]), (3, "0", "end"), "{text}");
@@ -262,17 +270,14 @@ fn what_cannot_be_run_is_said_before_it_is_started() {
         let reply = create(&mut host, &container(at(cwd)));
         assert!(failed_as(&reply, kind, cwd), "{cwd}: {reply:?}");
     }
-    assert!(failed_as(&host.request(Request::StartContainer), ProblemKind::Invalid, "ready"));
+    assert!(failed_as(&host.request(begin()), ProblemKind::Invalid, "ready"));
     // A program whose interpreter is not there is found, and then it is not one.
     mode(0o755);
     assert_eq!(create(&mut host, &container(process(&["text"]))), Reply::Done);
-    let reply = host.request(Request::StartContainer);
+    let reply = host.request(begin());
     assert!(failed_as(&reply, ProblemKind::NotFound, "exec /bin/text: no such file"), "{reply:?}");
-    assert!(failed_as(
-        &host.request(Request::CreateContainer { document: None }),
-        ProblemKind::Invalid,
-        "already"
-    ));
+    let reply = create(&mut host, &container(process(&["true"])));
+    assert!(failed_as(&reply, ProblemKind::Invalid, "already"), "{reply:?}");
 }
 
 #[test]
@@ -284,7 +289,7 @@ fn a_long_document_comes_as_a_file_and_does_not_stay() {
     fs::write(&path, serde_json::to_vec(&container(program)).unwrap()).unwrap();
     assert_eq!(host.request(Request::CreateContainer { document: None }), Reply::Done);
     assert!(!path.exists(), "it may hold secrets");
-    let stream = start(&mut host, Request::StartContainer);
+    let stream = start(&mut host, begin());
     assert_eq!(text(&host.finish(stream, b"")), "100000\n");
 }
 
@@ -316,9 +321,9 @@ fn other_programs_see_the_container_and_go_with_it() {
     let main = container(shell("echo up; read line; echo $line"));
     let main = Container { process: Process { stdin: true, ..main.process.clone() }, ..main };
     assert_eq!(create(&mut host, &main), Reply::Done);
-    let reply = host.request(Request::ExecContainer(Box::new(process(&["true"]))));
+    let reply = host.request(exec(process(&["true"])));
     assert!(failed_as(&reply, ProblemKind::Invalid, "not running"), "{reply:?}");
-    let first = start(&mut host, Request::StartContainer);
+    let first = start(&mut host, begin());
     host.next(|frame| frame.stream == first && frame.channel == Channel::Output);
 
     let look = Process {
@@ -326,30 +331,29 @@ fn other_programs_see_the_container_and_go_with_it() {
         cwd: "/etc".into(),
         ..shell("hostname; pwd; id -u; set -- /proc/[0-9]*; echo $#; [ -e /proc/1 ] && echo one; exit 3")
     };
-    let stream = start(&mut host, Request::ExecContainer(Box::new(look)));
+    let stream = start(&mut host, exec(look));
     let outcome = host.finish(stream, b"");
     assert_eq!(outcome.exit, Some(ExecExit::Code(3)));
     // The first, and this shell.
     assert_eq!(text(&outcome), "box\n/etc\n1234\n2\none\n");
 
     let terminal = Some(Terminal { rows: 24, cols: 80, term: None });
-    let stream =
-        start(&mut host, Request::ExecContainer(Box::new(Process { terminal, ..process(&["tty"]) })));
+    let stream = start(&mut host, exec(Process { terminal, ..process(&["tty"]) }));
     assert_eq!(host.finish(stream, b"").output, b"/dev/pts/0\r\n");
-    let reply = host.request(Request::ExecContainer(Box::new(process(&["nope"]))));
+    let reply = host.request(exec(process(&["nope"])));
     assert!(failed_as(&reply, ProblemKind::NotFound, "not found in $PATH"), "{reply:?}");
 
     // A signal is the program's alone: its shell's child lives on and holds the output for a while.
-    let stream = start(&mut host, Request::ExecContainer(Box::new(process(&["sleep", "60"]))));
+    let stream = start(&mut host, exec(process(&["sleep", "60"])));
     assert_eq!(host.request(Request::Signal { stream, signal: libc::SIGUSR1 }), Reply::Done);
     assert_eq!(host.finish(stream, b"").exit, Some(ExecExit::Signal(libc::SIGUSR1)));
 
     // One that is stalled does not keep the container's end from being told.
-    let endless = start(&mut host, Request::ExecContainer(Box::new(process(&["busybox", "yes"]))));
+    let endless = start(&mut host, exec(process(&["busybox", "yes"])));
     let outcome = host.finish(first, b"bye\n");
     assert_eq!((outcome.output.as_slice(), outcome.exit), (&b"bye\n"[..], Some(ExecExit::Code(0))));
     assert_eq!(host.finish(endless, b"").exit, Some(ExecExit::Signal(libc::SIGKILL)));
-    let reply = host.request(Request::ExecContainer(Box::new(process(&["true"]))));
+    let reply = host.request(exec(process(&["true"])));
     assert!(failed_as(&reply, ProblemKind::Invalid, "not running"), "{reply:?}");
 }
 
@@ -360,7 +364,7 @@ fn a_host_that_goes_ends_nothing() {
     let script = "busybox head -c 3000000 /dev/zero; echo done >/mark; read never";
     let main = Process { stdin: true, ..shell(script) };
     assert_eq!(create(&mut host, &container(main)), Reply::Done);
-    let id = host.ask(Request::StartContainer);
+    let id = host.ask(begin());
     let Reply::Started { pid } = host.reply(id) else { panic!("not started") };
     host.hello(8);
     let mark = root(&host).join("mark");
@@ -369,7 +373,7 @@ fn a_host_that_goes_ends_nothing() {
         assert!(Instant::now() < until, "the program has stopped");
         std::thread::sleep(Duration::from_millis(20));
     }
-    let stream = start(&mut host, Request::ExecContainer(Box::new(process(&["kill", "-0", "1"]))));
+    let stream = start(&mut host, exec(process(&["kill", "-0", "1"])));
     assert_eq!(host.finish(stream, b"").exit, Some(ExecExit::Code(0)));
     assert!(Path::new(&format!("/proc/{pid}")).exists());
 }
@@ -378,7 +382,7 @@ fn a_host_that_goes_ends_nothing() {
 fn a_stream_that_is_closed_ends_its_program() {
     let Some(mut host) = runtime() else { return };
     assert_eq!(create(&mut host, &container(process(&["sleep", "60"]))), Reply::Done);
-    let stream = start(&mut host, Request::StartContainer);
+    let stream = start(&mut host, begin());
     assert_eq!(host.request(Request::Close { stream }), Reply::Done);
     // A first process takes no signal that it has no handler for, but this one.
     assert_eq!(host.finish(stream, b"").exit, Some(ExecExit::Signal(libc::SIGKILL)));
@@ -387,11 +391,9 @@ fn a_stream_that_is_closed_ends_its_program() {
 #[test]
 fn only_a_runtime_is_heard_about_containers() {
     let mut host = Host::greeted();
-    for request in [
-        Request::CreateContainer { document: None },
-        Request::StartContainer,
-        Request::SetNetwork(Network::default()),
-    ] {
+    for request in
+        [Request::CreateContainer { document: None }, begin(), Request::SetNetwork(Network::default())]
+    {
         assert!(failed_as(&host.request(request), ProblemKind::Unsupported, "port of their own"));
     }
 }
@@ -402,7 +404,7 @@ fn the_daemons_commands_run_in_the_container() {
     let daemon = host.daemon.accept().unwrap().0;
     let main = Process { stdin: true, ..process(&["cat"]) };
     assert_eq!(create(&mut host, &container(main)), Reply::Done);
-    start(&mut host, Request::StartContainer);
+    start(&mut host, begin());
     // The same host, at the other port.
     daemon.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
     host.port = daemon;
@@ -422,4 +424,69 @@ fn the_daemons_commands_run_in_the_container() {
     assert_eq!(text(&host.run(spec.clone(), b"")), "box\n1234\n1235 1236\n/home/u c\none\n");
     spec.user = Some("nobody-here".into());
     assert!(failed_as(&host.request(Request::Exec(spec)), ProblemKind::NotFound, "nobody-here"));
+}
+
+/// A container that joins the first, with busybox in its root.
+fn joined(host: &Host, name: &str, shares: bool, process: Process) -> Container {
+    let bin = host.folder.join("trees/joined").join(name).join("root/bin");
+    fs::create_dir_all(&bin).unwrap();
+    fs::copy(BUSYBOX, bin.join("busybox")).unwrap();
+    for program in ["sh", "ls", "hostname", "sleep", "true", "readlink"] {
+        symlink("busybox", bin.join(program)).unwrap();
+    }
+    let trees = format!("joined/{name}");
+    let hostname = if shares { String::new() } else { format!("box-{name}") };
+    Container { name: name.into(), joins: true, shares, trees, hostname, ..container(process) }
+}
+
+#[test]
+fn a_container_that_joins_has_root_and_processes_of_its_own() {
+    let Some(mut host) = runtime() else { return };
+    let reply = host.request(Request::StartContainer { name: "c1".into() });
+    assert!(failed_as(&reply, ProblemKind::Invalid, "ready"), "{reply:?}");
+    assert_eq!(create(&mut host, &container(process(&["sleep", "60"]))), Reply::Done);
+    let first = start(&mut host, begin());
+    let script = "echo $$; hostname; ls /; ls -d /proc/[0-9]*; exit 3";
+    let other = joined(&host, "c1", false, shell(script));
+    assert_eq!(create(&mut host, &other), Reply::Done);
+    let reply = create(&mut host, &other);
+    assert!(failed_as(&reply, ProblemKind::Invalid, "already"), "{reply:?}");
+    let stream = start(&mut host, Request::StartContainer { name: "c1".into() });
+    let outcome = host.finish(stream, b"");
+    assert!(text(&outcome).starts_with("1\nbox-c1\nbin\ndev\nproc\n/proc/1\n"), "{}", text(&outcome));
+    assert_eq!(outcome.exit, Some(ExecExit::Code(3)));
+    // Its end is not the first one's, whose programs are not its own.
+    let stream = start(&mut host, exec(process(&["hostname"])));
+    assert_eq!(text(&host.finish(stream, b"")), "box\n");
+    let gone = Request::ExecContainer { name: "c1".into(), process: Box::new(process(&["true"])) };
+    assert!(failed_as(&host.request(gone), ProblemKind::Invalid, "not running"));
+    for _ in 0..2 {
+        assert_eq!(host.request(Request::RemoveContainer { name: "c1".into() }), Reply::Done);
+    }
+    assert_eq!(create(&mut host, &other), Reply::Done, "its name is free again");
+    assert_eq!(host.request(Request::RemoveContainer { name: "c1".into() }), Reply::Done);
+    assert_eq!(host.request(Request::RemoveContainer { name: String::new() }), Reply::Done);
+    assert_eq!(host.finish(first, b"").exit, Some(ExecExit::Signal(libc::SIGKILL)));
+}
+
+#[test]
+fn those_of_a_pod_have_ipc_and_names_together_after_the_first_has_ended_too() {
+    let Some(mut host) = runtime() else { return };
+    let spaces = "hostname; readlink /proc/self/ns/ipc; readlink /proc/self/ns/uts";
+    let mut told = Vec::new();
+    for (name, hostname) in [("c1", "pod"), ("c2", ""), ("c3", "")] {
+        let joins = name != "c1";
+        let one = Container { hostname: hostname.into(), joins, ..joined(&host, name, true, shell(spaces)) };
+        assert_eq!(create(&mut host, &one), Reply::Done);
+        let stream = start(&mut host, Request::StartContainer { name: name.into() });
+        told.push(text(&host.finish(stream, b"")));
+        assert_eq!(host.request(Request::RemoveContainer { name: name.into() }), Reply::Done);
+    }
+    assert!(told[0].starts_with("pod\nipc:["), "{told:?}");
+    assert!(told[1] == told[0] && told[2] == told[0], "{told:?}");
+    let alone = joined(&host, "c4", false, shell(spaces));
+    assert_eq!(create(&mut host, &alone), Reply::Done);
+    let stream = start(&mut host, Request::StartContainer { name: "c4".into() });
+    let ipc = |text: &str| text.lines().nth(1).map(str::to_owned);
+    assert_ne!(ipc(&text(&host.finish(stream, b""))), ipc(&told[0]));
 }
