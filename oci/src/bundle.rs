@@ -1,5 +1,6 @@
 //! A bundle: its specification, checked for what is supported (OCI runtime specification, "Filesystem Bundle").
 
+use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -97,11 +98,17 @@ fn parse(text: &[u8]) -> serde_json::Result<Spec> {
     serde_json::from_value(document)
 }
 
-/// containerd's part for Kubernetes and CRI-O say it by annotations.
+/// Annotations by which containerd's part for Kubernetes and CRI-O say what a container is in its pod.
+const POD_PARTS: [&str; 2] = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
+
+/// Whether the annotations are those of a container that holds a pod's namespaces.
+pub fn is_sandbox(annotations: &BTreeMap<String, String>) -> bool {
+    POD_PARTS.iter().find_map(|name| annotations.get(*name)).is_some_and(|part| part == "sandbox")
+}
+
 fn pod_part(spec: &Spec) -> PodPart {
-    let names = ["io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType"];
     let annotations = spec.annotations().as_ref();
-    let part = annotations.and_then(|annotations| names.iter().find_map(|name| annotations.get(*name)));
+    let part = annotations.and_then(|annotations| POD_PARTS.iter().find_map(|name| annotations.get(*name)));
     match part.map(String::as_str) {
         Some("sandbox") => PodPart::Sandbox,
         Some("container") => PodPart::Container,
@@ -149,7 +156,7 @@ fn check_namespaces(linux: &Linux, part: PodPart) -> Outcome {
         let Some(namespace) = of(kind) else {
             return said(format!("The host's {name} namespace cannot be had in a VM ({option})"));
         };
-        // What a pod shares of these is seen by none of its containers: each has a kernel of its own.
+        // A pod's containers have them together in the VM.
         let of_pod =
             part == PodPart::Container && matches!(kind, LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts);
         let shared = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());

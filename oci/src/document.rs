@@ -9,8 +9,8 @@ use crate::bundle::{Bundle, PodPart};
 use crate::failure::{Outcome, said};
 use crate::process;
 
-/// Most mounts of the host's in one container.
-const MOST_TREES: usize = 200;
+/// Most trees of the host's in one container; the process that serves them takes one more.
+const MOST_TREES: usize = 199;
 /// What the guest's kernel mounts.
 const KINDS: [&str; 6] = ["proc", "tmpfs", "sysfs", "devpts", "mqueue", "cgroup"];
 /// Options that say how the host mounts, which a guest does not see.
@@ -120,7 +120,7 @@ fn convert_mount(mount: &runtime::Mount, bundle: &Path, trees: &mut Vec<Tree>) -
     Ok(Mount { destination, kind, source: String::new(), options: passed })
 }
 
-/// In a pod it is that of a UTS namespace, which no VM shares; the file that comes along says the same.
+/// In a pod it is that of a UTS namespace of the host's, where the VM has its own; the file that comes along says the same.
 fn pod_hostname(bundle: &Bundle) -> String {
     let file = Some("/etc/hostname").filter(|_| bundle.pod_part() == PodPart::Container);
     let file = file.and_then(|path| mount_source(&bundle.spec, path, &bundle.path));

@@ -21,7 +21,7 @@ use crate::state::Folder;
 use crate::wire::{self, Answer, Request, Status};
 
 /// What a program ends with whose container ends.
-const CONTAINER_ENDED: i32 = 137;
+pub const CONTAINER_ENDED: i32 = 137;
 /// Signals that are passed on.
 const PASSED_ON: [i32; 6] =
     [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM];
@@ -229,11 +229,12 @@ fn prepare(orders: &UnixStream) -> Outcome<i32> {
             _ => return said(format!("container not running: {}", order.id)),
         }
         wire::send(orders, &Report::Ready, &[]).tried(speak)?;
-        attend(shim, signals, terminal).await.tried(reach)
+        Ok(attend(shim, signals, terminal).await.tried(reach)?.map_or(CONTAINER_ENDED, |(code, _)| code))
     })
 }
 
-fn hear_signals() -> std::io::Result<mpsc::UnboundedReceiver<i32>> {
+/// Signals that come to this process for the program that it stands for, from now on.
+pub fn hear_signals() -> std::io::Result<mpsc::UnboundedReceiver<i32>> {
     let (sender, heard) = mpsc::unbounded_channel();
     for number in PASSED_ON.into_iter().chain([libc::SIGWINCH]) {
         let mut signals = signal(SignalKind::from_raw(number))?;
@@ -243,11 +244,13 @@ fn hear_signals() -> std::io::Result<mpsc::UnboundedReceiver<i32>> {
     Ok(heard)
 }
 
-async fn attend(
+/// Stays until the program has ended that runs on the other side: its exit code, and whether memory was short. None if the other
+/// side has ended.
+pub async fn attend(
     shim: UnixStream,
     mut signals: mpsc::UnboundedReceiver<i32>,
     terminal: Option<std::fs::File>,
-) -> std::io::Result<i32> {
+) -> std::io::Result<Option<(i32, bool)>> {
     let (sender, mut answers) = mpsc::unbounded_channel();
     let reading = shim.try_clone()?;
     std::thread::Builder::new().name("answers".to_owned()).spawn(move || {
@@ -267,9 +270,9 @@ async fn attend(
         }
         tokio::select! {
             answer = answers.recv() => match answer {
-                Some(Answer::Exited(code)) => return Ok(code),
+                Some(Answer::Exited { code, out_of_memory }) => return Ok(Some((code, out_of_memory))),
                 Some(_) => {}
-                None => return Ok(CONTAINER_ENDED),
+                None => return Ok(None),
             },
             Some(signal) = signals.recv() => {
                 wanted = if signal == libc::SIGWINCH { resize() } else { Some(Request::Kill { signal }) };

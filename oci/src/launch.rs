@@ -18,6 +18,7 @@ use crate::daemon::Daemon;
 use crate::document;
 use crate::failure::{Outcome, Tried, said};
 use crate::hooks::{self, Step};
+use crate::shim;
 use crate::state::{self, Folder, Kept};
 use crate::wire::{self, Status};
 
@@ -31,7 +32,7 @@ const MEMORY: u64 = 128;
 const MOST_CPUS: u64 = 32;
 
 /// What a shim is to do.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Order {
     /// The container's ID.
     pub id: String,
@@ -162,7 +163,7 @@ impl Made<'_> {
             .filter(|path| !path.as_os_str().is_empty());
         let process = bundle.spec.process().as_ref();
         let args = process.and_then(|process| process.args().clone()).unwrap_or_default();
-        let (shim, orders) = spawn("shim", &args, &[("CATALYST_OCI_NETWORK", network.as_deref())])?;
+        let (shim, orders) = spawn("shim", &args, &[(shim::NETWORK, network.as_deref())])?;
         let pid = shim.id();
         self.shim = Some(shim);
         cgroup.join(pid)?;
@@ -249,10 +250,14 @@ fn size(resources: &LinuxResources) -> Outcome<(u32, u64)> {
 
 /// The memory in MiB of a VM with the limit that is asked for, if there is one.
 pub fn memory_limit(resources: &LinuxResources) -> Option<u64> {
+    Some(memory_bytes(resources)?.div_ceil(1 << 20).max(MEMORY))
+}
+
+/// The limit of memory in bytes that is asked for, if there is one.
+pub fn memory_bytes(resources: &LinuxResources) -> Option<u64> {
     let limit = resources.memory().as_ref()?.limit()?;
     // What is beyond any host's memory is how engines say that there is none.
-    let limit = u64::try_from(limit).ok().filter(|limit| (1..1 << 50).contains(limit))?;
-    Some(limit.div_ceil(1 << 20).max(MEMORY))
+    u64::try_from(limit).ok().filter(|limit| (1..1 << 50).contains(limit))
 }
 
 /// Starts this program again in another role, in a session of its own, with this process's stdin, stdout and stderr. What comes

@@ -6,15 +6,15 @@ use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
-use catalyst_agent_protocol::container::Process;
+use catalyst_agent_protocol::container::{Container, Process};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 /// Longest message, in bytes.
 const LONGEST: usize = 4 << 20;
-/// Most descriptors that come with one.
-const MOST_DESCRIPTORS: usize = 8;
+/// Most descriptors that come with one, as many as the kernel passes on (`SCM_MAX_FD`).
+const MOST_DESCRIPTORS: usize = 253;
 
 /// What a shim is asked.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,12 +41,31 @@ pub enum Request {
         /// Columns.
         cols: u16,
     },
+    /// Run a container in the VM of this one, with the descriptors that come along. What follows on the connection are signals for it
+    /// and sizes of its terminal; when the connection ends, so does the container.
+    Join(Box<Join>),
     /// Say how the container is.
     State,
     /// Stand still.
     Pause,
     /// Go on.
     Resume,
+}
+
+/// A container that joins another one's VM. Its descriptors are the listening socket for its commands, its trees, then input, output
+/// and errors; of a terminal the first two.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Join {
+    /// The process on the host that stands for it.
+    pub pid: u32,
+    /// Virtual CPUs that it asks for.
+    pub cpus: u32,
+    /// Memory in MiB that it asks for.
+    pub memory_mib: u64,
+    /// It, but for where its trees are.
+    pub container: Container,
+    /// The names of its trees.
+    pub trees: Vec<String>,
 }
 
 /// What a shim answers.
@@ -62,8 +81,13 @@ pub enum Answer {
         /// Processes that stand for its programs.
         pids: Vec<u32>,
     },
-    /// The other program has ended.
-    Exited(i32),
+    /// The other program has ended, or the container that has joined.
+    Exited {
+        /// Its exit code.
+        code: i32,
+        /// The kernel has ended a program of that container since memory was short.
+        out_of_memory: bool,
+    },
     /// It was not done, and why.
     Failed(String),
 }

@@ -47,13 +47,6 @@ const DOCKERFILE: &str = "FROM busybox\n\
     CMD cat /both; ls /made; id -u\n";
 const REGISTRY: &str = "version: 0.1\nlog: {accesslog: {disabled: false}}\nstorage: {filesystem: {rootdirectory: ROOT}}\n\
     http: {addr: '127.0.0.1:5000'}\n";
-/// A network namespace as CNI's plugins leave it.
-const NETWORK: &str = "ip netns add pod
-    ip link add pod0 type veth peer name eth0 netns pod
-    ip address add 10.99.0.1/24 dev pod0
-    ip link set pod0 up
-    ip -n pod address add 10.99.0.2/24 dev eth0
-    ip -n pod link set eth0 up";
 const REGISTRY_IMAGE: &str = "127.0.0.1:5000/pulled";
 
 pub fn container_clients(checks: &mut Checks) {
@@ -358,19 +351,7 @@ fn pulled(checks: &mut Checks, host: &Host) {
 }
 
 fn by_ctr(checks: &mut Checks, host: &Host) {
-    let ctr = |args: &[&str]| {
-        let mut command = host.inside("timeout");
-        command.args([
-            "60",
-            "ctr",
-            "--address",
-            "/run/docker/containerd/containerd.sock",
-            "--namespace",
-            "test",
-        ]);
-        command.args(args);
-        ran(command)
-    };
+    let ctr = |args: &[&str]| host.ctr(args);
     let runtime = programs().join("catalyst-oci");
     let image = "docker.io/library/busybox:latest";
     let run = |options: &[&str], words: &[&str]| {
@@ -378,9 +359,7 @@ fn by_ctr(checks: &mut Checks, host: &Host) {
         ctr(&[&runtime[..], options, &[image], words].concat())
     };
     checks.check("containerd's ctr runs a container, and others beside in it", || {
-        let archive = host.root.join("saved.tar");
-        host.docker(&["save", "--output", archive.to_str().unwrap(), "busybox"]).ok();
-        ctr(&["images", "import", archive.to_str().unwrap()]).ok();
+        host.import_for_ctr();
         assert_eq!(run(&["--rm"], &["one", "echo", "hi"]).ok(), "hi");
         assert_eq!(run(&["--rm"], &["one", "sh", "-c", "exit 7"]).code(), 7);
         run(&["--detach"], &["two", "sleep", "1000"]).ok();
@@ -392,32 +371,6 @@ fn by_ctr(checks: &mut Checks, host: &Host) {
         ctr(&["tasks", "resume", "two"]).ok();
         assert!(ctr(&["tasks", "metrics", "two"]).ok().contains("memory"));
     });
-    checks.check(
-        "a container in a network namespace that is there has its network, and is alone in it",
-        || {
-            let mut network = host.inside("sh");
-            ran({
-                network.args(["-ec", NETWORK]);
-                network
-            })
-            .ok();
-            let joined = ["--with-ns", "network:/run/netns/pod"];
-            let serve = "mkdir /www; echo of the pod >/www/index.html; exec httpd -f -h /www";
-            run(&[&joined[..], &["--detach"]].concat(), &["pod", "sh", "-c", serve]).ok();
-            wait_until("it answers", LIMIT, || get(host, "http://10.99.0.2/") == "of the pod\n");
-            let second = run(&[&joined[..], &["--rm"]].concat(), &["second", "true"]);
-            assert!(second.stderr.contains("whose VM has its interfaces"), "{second:?}");
-            assert_eq!(get(host, "http://10.99.0.2/"), "of the pod\n");
-            ctr(&["tasks", "delete", "--force", "pod"]).ok();
-            ctr(&["containers", "delete", "pod"]).ok();
-            let mut gone = host.inside("ip");
-            ran({
-                gone.args(["netns", "del", "pod"]);
-                gone
-            })
-            .ok();
-        },
-    );
     checks.check("ctr kills and deletes it, and its VM is gone", || {
         ctr(&["tasks", "kill", "--signal", "SIGKILL", "two"]).ok();
         wait_until("it has ended", LIMIT, || ctr(&["tasks", "list"]).ok().contains("STOPPED"));

@@ -373,13 +373,6 @@ fn refusals(checks: &mut Checks, host: &Host) {
             assert!(refused.stderr.contains(word), "{option}: {refused:?}");
         }
         assert!(host.vms().is_empty());
-        host.start("owner", &["busybox", "sleep", "1000"]);
-        let refused = host.docker(&["run", "--rm", "--network", "container:owner", "busybox", "true"]);
-        assert_eq!(refused.code(), 125, "{refused:?}");
-        assert!(refused.stderr.contains("whose VM has its interfaces"), "{refused:?}");
-        assert_eq!(host.docker(&["exec", "owner", "ls", "/sys/class/net"]).ok(), "eth0\nlo");
-        assert_eq!(host.vms(), ["owner"]);
-        host.remove(&["owner"]);
     });
 }
 

@@ -32,6 +32,7 @@ mod machine;
 mod many;
 mod owner;
 mod pair;
+mod pods;
 mod ports;
 mod rounds;
 mod schemas;
@@ -54,6 +55,7 @@ const GROUPS: &[Group] = &[
     ("container_clients", container_clients::container_clients),
     ("container_faults", container_faults::container_faults),
     ("docker_up", docker_up::docker_up),
+    ("pods", pods::pods),
     ("many", many::many),
     ("instant", instant::instant),
     ("foreign", foreign::foreign),

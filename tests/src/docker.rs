@@ -253,6 +253,21 @@ impl Host {
         command
     }
 
+    /// containerd's own client, `ctr`, in a namespace of its own there.
+    pub fn ctr(&self, args: &[&str]) -> Ran {
+        let mut command = self.inside("timeout");
+        let socket = "/run/docker/containerd/containerd.sock";
+        command.args(["120", "ctr", "--address", socket, "--namespace", "test"]).args(args);
+        ran(command)
+    }
+
+    /// Has it know busybox, as `docker.io/library/busybox:latest`.
+    pub fn import_for_ctr(&self) {
+        let archive = self.root.join("saved.tar");
+        self.docker(&["save", "--output", archive.to_str().unwrap(), "busybox"]).ok();
+        self.ctr(&["images", "import", archive.to_str().unwrap()]).ok();
+    }
+
     /// Starts a container that stays, of that name.
     pub fn start(&self, name: &str, args: &[&str]) {
         let all = [&["run", "--detach", "--name", name], args].concat();

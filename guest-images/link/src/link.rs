@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use catalyst_agent_protocol::container::MAX_NAME;
 use catalyst_agent_protocol::{
     Channel, Control, Decoder, Frame, HEADER, MAX_PAYLOAD, MAX_STREAMS, Problem, Reply, Request, SetUpReport,
     StreamChannel, VERSION, encode,
@@ -349,6 +350,8 @@ impl Inner {
             Control::Resolve { query, tcp, message } => {
                 self.notices.tell(Notice::Resolve { query, tcp, message: message.0 })?;
             }
+            // What no container can be called is no news of one.
+            Control::OutOfMemory { container } if container.len() > MAX_NAME => {}
             Control::OutOfMemory { container } => self.notices.tell(Notice::OutOfMemory(container))?,
             Control::Exited { stream, exit } => {
                 if let Some(stream) = self.state().streams.remove(&stream) {

@@ -14,6 +14,10 @@ pub const DOCUMENT: &str = "/run/catalyst/container.json";
 pub const MAX_INLINE: usize = 24 * 1024;
 /// The name of the tree that is the container's root, among the folders that are served.
 pub const ROOT_TREE: &str = "root";
+/// Among the folders that are served, the one of the trees of containers that have a name.
+pub const JOINED_TREES: &str = "joined";
+/// Longest name of a container.
+pub const MAX_NAME: usize = 64;
 /// Longest DNS message that is passed on, so that it fits a frame as base64. RFC 1035, section 4.2.2, would have twice as much by TCP.
 pub const MAX_QUERY: usize = 32 * 1024;
 
@@ -21,14 +25,13 @@ pub const MAX_QUERY: usize = 32 * 1024;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Container {
-    /// What it is called among those of the VM; the one that the VM is has no name.
+    /// What it is called among those of the VM: letters, digits and `-`. The one that the VM is has no name; the trees of others are
+    /// in the folder of their name in [`JOINED_TREES`].
     pub name: String,
     /// The VM is another's, or others have been in it before: its time, name, network and resolver are there and stay.
     pub joins: bool,
     /// It has IPC and host names together with all others of the VM that have this.
     pub shares: bool,
-    /// The folder of its trees, below that of all; none is that itself.
-    pub trees: String,
     /// Most memory, in bytes; 0 is as much as the VM has.
     pub memory_limit: u64,
     /// Host name; none is left as it is.

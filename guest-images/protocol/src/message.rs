@@ -184,7 +184,7 @@ pub enum Request {
         /// The program.
         process: Box<crate::container::Process>,
     },
-    /// End the container if it has not ended, and forget it. One that is not there is no error.
+    /// End the container if it has not ended, and forget it and its trees, which are gone by now. One that is not there is no error.
     RemoveContainer {
         /// Which.
         name: String,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 
 use super::guest::{Guest, Stdio, told};
+use super::host::{self, Host};
 use crate::console;
 use crate::failure::Outcome;
 use crate::stdio::Ended;
@@ -22,8 +23,10 @@ pub struct Peer {
     pub stream: UnixStream,
     /// What was asked.
     pub request: Request,
-    descriptors: Vec<OwnedFd>,
-    more: mpsc::UnboundedReceiver<Request>,
+    /// What came along.
+    pub descriptors: Vec<OwnedFd>,
+    /// What is asked after it.
+    pub more: mpsc::UnboundedReceiver<Request>,
 }
 
 /// Connections to the socket, as they come.
@@ -40,12 +43,15 @@ pub fn peers(listener: UnixListener) -> io::Result<mpsc::UnboundedReceiver<Peer>
     Ok(peers)
 }
 
-/// Serves the socket.
-pub fn listen(listener: UnixListener, guest: Arc<Guest>) -> io::Result<()> {
+/// Serves the socket of a container; others may join it, if it is one that has a VM.
+pub fn listen(listener: UnixListener, guest: Arc<Guest>, host: Option<Arc<Host>>) -> io::Result<()> {
     let mut peers = peers(listener)?;
     tokio::spawn(async move {
         while let Some(peer) = peers.recv().await {
-            tokio::spawn(serve(peer, Arc::clone(&guest)));
+            match (&host, &peer.request) {
+                (Some(host), Request::Join(_)) => drop(tokio::spawn(host::serve(Arc::clone(host), peer))),
+                _ => drop(tokio::spawn(serve(peer, Arc::clone(&guest)))),
+            }
         }
     });
     Ok(())
@@ -85,6 +91,7 @@ async fn serve(peer: Peer, guest: Arc<Guest>) {
             let (status, pids) = guest.status();
             Answer::State { status, pids }
         }
+        Request::Join(_) => Answer::Failed("This container has joined another: join that one".to_owned()),
         Request::Resize { .. } => Answer::Failed("There is no terminal on this connection".to_owned()),
         Request::Exec { process, pid } => {
             let Some(stdio) = stdio(descriptors, process.terminal.is_some()) else {
@@ -99,7 +106,7 @@ async fn serve(peer: Peer, guest: Arc<Guest>) {
                     let _ = wire::send(&stream, &Answer::Done, &[]);
                     let ended = attend(control, end, more).await;
                     guest.note(pid, false);
-                    Answer::Exited(ended)
+                    Answer::Exited { code: ended, out_of_memory: false }
                 }
                 Err(failure) => told(&failure),
             }
@@ -132,7 +139,8 @@ async fn attend(
     }
 }
 
-fn stdio(descriptors: Vec<OwnedFd>, terminal: bool) -> Option<Stdio> {
+/// The descriptors of a program: input, output and errors, of a terminal the first two.
+pub fn stdio(descriptors: Vec<OwnedFd>, terminal: bool) -> Option<Stdio> {
     let mut files = descriptors.into_iter().map(console::file);
     let (input, output) = (files.next()?, files.next()?);
     if terminal {

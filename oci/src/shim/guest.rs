@@ -67,10 +67,20 @@ impl Stdio {
     }
 }
 
-/// The guest.
+/// Whose programs run in the guest.
+#[derive(Debug)]
+pub struct Of {
+    /// The container's name there.
+    pub name: String,
+    /// The process on the host that stands for it.
+    pub pid: u32,
+}
+
+/// The guest, as a container has it.
 #[derive(Debug)]
 pub struct Guest {
     link: AgentLink,
+    of: Of,
     daemon: Daemon,
     vm: String,
     ended: mpsc::UnboundedSender<Ended>,
@@ -94,6 +104,7 @@ impl Guest {
     /// The guest of a container that is ready; how it ends comes by the channel.
     pub fn new(
         link: AgentLink,
+        of: Of,
         daemon: Daemon,
         vm: String,
         stdio: Stdio,
@@ -109,7 +120,7 @@ impl Guest {
             others: BTreeSet::new(),
             held: Vec::new(),
         };
-        (Arc::new(Self { link, daemon, vm, ended, complaints, state: Mutex::new(state) }), ends)
+        (Arc::new(Self { link, of, daemon, vm, ended, complaints, state: Mutex::new(state) }), ends)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -120,7 +131,7 @@ impl Guest {
     /// How it is, and the processes that stand for programs: this one, and those of others.
     pub fn status(&self) -> (Status, Vec<u32>) {
         let state = self.state();
-        let mut pids = vec![std::process::id()];
+        let mut pids = vec![self.of.pid];
         pids.extend(&state.others);
         (state.status, pids)
     }
@@ -134,7 +145,7 @@ impl Guest {
                 None => return said(format!("cannot start a container that is {}", state.status)),
             }
         };
-        let session = self.link.start_container().await;
+        let session = self.link.start_container(&self.of.name).await;
         let session =
             session.map_err(|source| Failure::Agent { what: "start the container's program", source })?;
         let (control, end) = stdio.attach(session).tried(|| "pass on what the program says".to_owned())?;
@@ -177,10 +188,11 @@ impl Guest {
         };
         let Some(program) = program else { return said("container not running") };
         if signal == libc::SIGKILL {
-            let guest = Arc::clone(self);
+            // Not the guest itself: its descriptors are to be closed when the program has ended.
+            let ended = self.ended.clone();
             tokio::spawn(async move {
                 tokio::time::sleep(KILL_LIMIT).await;
-                guest.end_by(signal);
+                let _ = ended.send(ended_by(signal));
             });
         }
         match program.signal(signal).await {
@@ -193,7 +205,7 @@ impl Guest {
     }
 
     fn end_by(&self, signal: i32) {
-        let _ = self.ended.send(Ended::Exit(catalyst_agent_link::ExecExit::Signal(signal)));
+        let _ = self.ended.send(ended_by(signal));
     }
 
     /// Has the VM stand still, or go on.
@@ -203,6 +215,11 @@ impl Guest {
         } else {
             (Status::Paused, Status::Running, "unpause")
         };
+        if !self.of.name.is_empty() {
+            return said(
+                "A container in the VM of another cannot be paused alone: pause the one that has the VM",
+            );
+        }
         {
             let status = self.state().status;
             if status != before {
@@ -234,7 +251,7 @@ impl Guest {
             return said(format!("cannot exec in a container that is {status}"));
         }
         let args = process.args.clone();
-        let session = self.link.exec_container(process).await;
+        let session = self.link.exec_container(&self.of.name, process).await;
         let session = session.map_err(|error| refused("run the program", &args, error))?;
         stdio.attach(session).tried(|| "pass on what the program says".to_owned())
     }
@@ -250,7 +267,7 @@ impl Guest {
     }
 
     /// Tells the guest of the terminal's size, if that is known.
-    async fn resize(&self) {
+    pub async fn resize(&self) {
         let (program, size) = {
             let state = self.state();
             (state.program.clone(), state.terminal.as_ref().and_then(console::size))
@@ -290,6 +307,10 @@ impl Guest {
             let _ = file.write_all(format!("{words}\r\n").as_bytes());
         }
     }
+}
+
+fn ended_by(signal: i32) -> Ended {
+    Ended::Exit(catalyst_agent_link::ExecExit::Signal(signal))
 }
 
 /// Whether a program that does nothing about the signal ends by it (signal(7)).

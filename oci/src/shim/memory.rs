@@ -4,10 +4,38 @@
 //! the host's kernel, which tells the engine (`Documentation/admin-guide/cgroup-v1/memory.rst`, section 10; `cgroup-v2.rst`,
 //! `memory.events`).
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::ptr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+/// Containers of a VM for which memory was short, by their names there.
+#[derive(Debug, Default)]
+pub struct Short(Mutex<BTreeSet<String>>);
+
+impl Short {
+    fn all(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes that it was.
+    pub fn note(&self, name: String) {
+        // What a guest may make up is not kept beyond measure.
+        let mut all = self.all();
+        if all.len() < MOST_SHORT {
+            all.insert(name);
+        }
+    }
+
+    /// Whether it was, since this was asked last.
+    pub fn take(&self, name: &str) -> bool {
+        self.all().remove(name)
+    }
+}
+
+/// Most names that are kept.
+const MOST_SHORT: usize = 1024;
 /// What the child may take before it is ended, and what it takes.
 const ROOM: u64 = 4 << 20;
 const TAKEN: usize = 64 << 20;

@@ -5,47 +5,51 @@
 //! - `resolver`: names.
 //! - `trees`: files.
 //! - `memory`: that it was short.
-//! - `sandbox`: a pod's container without a program.
+//! - `machine`: the VM.
+//! - `sandbox`: a pod's container without a program, which has the pod's VM.
+//! - `host`: other containers in this one's VM; `shelf`: their files.
+//! - `member`: a container in another one's VM.
 //! - `guest`: what is running in the guest.
 //! - `control`: what the other commands ask.
 
 mod control;
 mod guest;
+mod host;
+mod machine;
+mod member;
 mod memory;
 mod network;
 mod resolver;
 mod sandbox;
+mod shelf;
 mod trees;
 
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use catalyst_agent_link::{AgentError, AgentLink, ProblemKind, sockets};
-use catalyst_agent_protocol::container::{Container, Network, ROOT_TREE};
+use catalyst_agent_link::{AgentError, ProblemKind};
+use catalyst_agent_protocol::container::{Container, ROOT_TREE};
 use nix::sched::{CloneFlags, setns, unshare};
-use tokio::sync::mpsc;
 
 use crate::bundle::{Bundle, PodPart};
 use crate::console;
-use crate::daemon::{Daemon, Vm, Wanted, WantedContainer};
+use crate::daemon::{Daemon, Vm};
 use crate::document::{self, Tree};
 use crate::failure::{Failure, Outcome, Tried, chain, said};
 use crate::launch::{Go, Order, Report, take_orders};
-use crate::metadata;
 use crate::state::Folder;
 use crate::stdio::Ended;
 use crate::wire;
-use guest::{Guest, Stdio};
-use network::Wires;
+use guest::{Guest, Of, Stdio};
+use host::Host;
+use machine::{Machine, Prepared, Trees, make_vm};
 use resolver::Outside;
 
-/// How long a guest may take to come up, cold on a software CPU too.
-const UP_LIMIT: Duration = Duration::from_mins(4);
+/// Names in the environment the network namespace to enter, unless it is to be a new one.
+pub const NETWORK: &str = "CATALYST_OCI_NETWORK";
 /// What a container ends with whose VM has ended by itself: as if by SIGSEGV.
 const CRASHED: i32 = 139;
 /// What it ends with whose VM was deleted, or whose program by the kernel since memory was short: as if by SIGKILL.
@@ -70,13 +74,13 @@ fn prepare(orders: &UnixStream) -> Outcome<i32> {
         return said("This shim was given no orders");
     };
     let outside = Outside::here().tried(|| "look at the host's network".to_owned())?;
-    enter(std::env::var_os("CATALYST_OCI_NETWORK").as_deref().map(Path::new))?;
+    enter(std::env::var_os(NETWORK).as_deref().map(Path::new))?;
     wire::send(orders, &Report::Entered, &[]).tried(speak)?;
     if wire::receive::<Go>(orders).tried(speak)?.is_none() {
         return said("A hook failed");
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    runtime.tried(|| "start the shim's runtime".to_owned())?.block_on(be(&order, orders, outside))
+    runtime.tried(|| "start the shim's runtime".to_owned())?.block_on(be(order, orders, outside))
 }
 
 /// Enters the network namespace that is named, or makes one.
@@ -107,59 +111,45 @@ fn loopback_up() -> std::io::Result<()> {
 }
 
 /// Makes the container ready, and stays until it has ended.
-async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32> {
+async fn be(order: Order, orders: &UnixStream, outside: Outside) -> Outcome<i32> {
     let bundle = Bundle::read(&order.bundle)?;
     let folder = Folder::of(&order.root, &order.id)?;
     let listener = folder.listen()?;
+    let outside = Arc::new(outside);
     if bundle.pod_part() == PodPart::Sandbox {
         let ready = || wire::send(orders, &Report::Ready, &[]);
-        let ended = sandbox::stay(listener, ready).await.tried(|| "hold the pod's namespaces".to_owned())?;
-        return Ok(ended.code().unwrap_or(DELETED));
+        let ended = sandbox::stay(listener, sandbox::Pod::new(order, bundle, folder, outside), ready).await;
+        return Ok(ended.tried(|| "hold the pod's namespaces".to_owned())?.code().unwrap_or(DELETED));
     }
     let input = console::inherited(0).tried(|| "take over stdin".to_owned())?;
     let (mut container, trees) = document::convert(&bundle, !console::is_null(&input))?;
     let trees = open_trees(&container, &trees)?;
-    let log =
-        File::create(folder.path().join("folders.log")).tried(|| "make the log of folders".to_owned())?;
-    let mut files = trees::serve(&trees, log)?;
-    drop(trees);
-    let stdio = Stdio::of(input, order.console_socket.as_deref(), container.process.terminal.as_ref())?;
-    let mut wires = Wires::open().await?;
+    let stdio = || Stdio::of(input, order.console_socket.as_deref(), container.process.terminal.as_ref());
+    // One that has a network of its own was given none to enter.
+    let host = if std::env::var_os(NETWORK).is_some() { member::host(&order)? } else { None };
+    if let Some(host) = host {
+        let ready = member::Ready { stdio: stdio()?, container, trees, listener };
+        return member::run(&host, &order, &bundle, orders, ready).await;
+    }
+    let prepared = Prepared::make(&folder, trees).await?;
+    let stdio = stdio()?;
 
     let daemon = Daemon::at(order.socket.clone());
-    let vm = make_vm(order, &bundle, &daemon, wires.seen().first_address())?;
+    let vm = make_vm(&order, &bundle, &daemon, prepared.address())?;
     wire::send(orders, &Report::Making(vm.id.clone()), &[]).tried(|| "tell of the VM".to_owned())?;
     daemon.power(&vm.id, "on")?;
 
-    container.network = wires.wanted();
-    let leads_out = Arc::new(AtomicBool::new(wires.seen().leads_out()));
-    let out_of_memory = Arc::new(AtomicBool::new(false));
-    let made = async {
-        serve_trees(&vm, &files).await?;
-        let made = async {
-            let link = reach(&vm).await?;
-            let heard = (Arc::new(outside), Arc::clone(&leads_out), Arc::clone(&out_of_memory));
-            tokio::spawn(resolver::serve(link.clone(), link.notices(), heard.0, heard.1, heard.2));
-            create_container(&link, &container).await?;
-            Ok(link)
-        };
-        tokio::select! {
-            link = made => link,
-            // The guest would wait for it for long.
-            _ = files.process.wait() => said("The process that serves the container's files has ended"),
-        }
-    };
-    // Neither needs the other before a program runs.
-    let (link, _) = tokio::try_join!(made, wires.join())?;
-
-    let (guest, events) = Guest::new(link.clone(), daemon.clone(), vm.id.clone(), stdio);
-    control::listen(listener, Arc::clone(&guest)).tried(|| "listen for commands".to_owned())?;
+    let (mut machine, shelf) = Machine::begin(prepared, &vm, &mut container, None, outside).await?;
+    let of = Of { name: String::new(), pid: std::process::id() };
+    let (guest, events) = Guest::new(machine.link.clone(), of, daemon.clone(), vm.id.clone(), stdio);
+    let short = Arc::clone(&machine.short);
+    let host = Host::new(machine.link.clone(), daemon.clone(), vm.id.clone(), shelf, Arc::clone(&short), 0);
+    control::listen(listener, Arc::clone(&guest), Some(host)).tried(|| "listen for commands".to_owned())?;
     guest.forward_signals().tried(|| "listen for signals".to_owned())?;
     wire::send(orders, &Report::Ready, &[]).tried(|| "tell that the container is ready".to_owned())?;
 
-    let ended = attend(&link, events, &mut files.process, wires, container.network, &leads_out).await;
-    drop(files.process.start_kill());
-    let short = out_of_memory.load(Ordering::Relaxed);
+    let ended = machine.attend(events).await;
+    let short = short.take("");
     let code = last_code(&ended, &guest, &daemon, &vm, short);
     if short && code == DELETED {
         // The exit code says it too.
@@ -168,85 +158,13 @@ async fn be(order: &Order, orders: &UnixStream, outside: Outside) -> Outcome<i32
     Ok(code)
 }
 
-fn open_trees(container: &Container, trees: &[Tree]) -> Outcome<Vec<(String, OwnedFd)>> {
+fn open_trees(container: &Container, trees: &[Tree]) -> Outcome<Trees> {
     let places = trees::places(&container.mounts, trees);
     let open = |tree: &Tree| {
         let is_root = tree.name == ROOT_TREE;
         Ok((tree.name.clone(), trees::open(tree, if is_root { &places } else { &[] })?))
     };
     trees.iter().map(open).collect()
-}
-
-fn make_vm(order: &Order, bundle: &Bundle, daemon: &Daemon, address: Option<String>) -> Outcome<Vm> {
-    let metadata = metadata::of(bundle, &order.id);
-    let ids = metadata::vm_ids(&metadata, &order.id);
-    let container = WantedContainer { pid: std::process::id(), id: order.id.clone(), metadata, address };
-    daemon.create(&ids, &Wanted { cpus: order.cpus, memory_mib: order.memory_mib, container })
-}
-
-/// Stays until the container has ended, and tells the guest of changes in its network.
-async fn attend(
-    link: &AgentLink,
-    mut events: mpsc::UnboundedReceiver<Ended>,
-    files: &mut tokio::process::Child,
-    mut wires: Wires,
-    mut told: Network,
-    leads_out: &AtomicBool,
-) -> Ended {
-    let mut status = link.status();
-    loop {
-        tokio::select! {
-            biased;
-            ended = events.recv() => return ended.unwrap_or(Ended::Lost("nobody waits for it".to_owned())),
-            _ = files.wait() => return Ended::Lost("the process that serves its files has ended".to_owned()),
-            // A program that runs has its own end; before it there is but this.
-            _ = status.wait_for(|status| !status.connected) => {
-                tokio::time::sleep(Duration::from_millis(200)).await;
-                return events.try_recv().unwrap_or(Ended::Lost("its agent is gone".to_owned()));
-            }
-            () = wires.changed() => {
-                // What cannot be joined now is tried again at the next change.
-                let Ok(network) = wires.join_again().await else { continue };
-                leads_out.store(wires.seen().leads_out(), Ordering::Relaxed);
-                if network != told && link.set_network(network.clone()).await.is_ok() {
-                    told = network;
-                }
-            }
-        }
-    }
-}
-
-/// Connects to a port of the VM's.
-async fn connect(vm: &Vm, name: &str) -> Outcome<tokio::net::UnixStream> {
-    sockets::connect(&vm.run, name).await.tried(|| format!("connect to {}/{name}", vm.run.display()))
-}
-
-/// Serves the guest the container's files.
-async fn serve_trees(vm: &Vm, files: &trees::Server) -> Outcome {
-    let port = connect(vm, sockets::FOLDERS).await?;
-    let port = port.into_std().tried(|| "take the port of folders".to_owned())?;
-    // Whoever serves it waits for it.
-    port.set_nonblocking(false).tried(|| "take the port of folders".to_owned())?;
-    files.begin(&port)
-}
-
-/// Connects to the agent.
-async fn reach(vm: &Vm) -> Outcome<AgentLink> {
-    let agent = |source| Failure::Agent { what: "answer", source };
-    let link = AgentLink::connect_first(connect(vm, sockets::CONTAINER).await?).await.map_err(agent)?;
-    let mut status = link.status();
-    let up = status.wait_for(|status| status.hello.is_some() || !status.connected);
-    match tokio::time::timeout(UP_LIMIT, up).await {
-        Ok(Ok(status)) if status.hello.is_some() => {}
-        Ok(_) => return said(format!("The VM {} ended while it started", vm.id)),
-        Err(_) => return said(format!("The VM {} did not come up within {} s", vm.id, UP_LIMIT.as_secs())),
-    }
-    Ok(link)
-}
-
-async fn create_container(link: &AgentLink, container: &Container) -> Outcome {
-    let made = link.create_container(container).await;
-    made.map_err(|error| refused("make the container", &container.process.args, error))
 }
 
 /// The agent's refusal; of a program in the words by which engines know exit codes 127 and 126.

@@ -196,8 +196,8 @@ impl Seen {
             return Ok(());
         }
         said(
-            "The network namespace is that of another container, whose VM has its interfaces (--network container:…): \
-              give this one a network of its own",
+            "The network namespace is that of a VM that no container of this engine has: give this container a network \
+              of its own",
         )
     }
 }
@@ -253,7 +253,7 @@ impl Joined {
 /// The container's network, and what changes in it.
 pub struct Wires {
     handle: Handle,
-    changes: Box<dyn Stream<Item = ()> + Unpin>,
+    changes: Box<dyn Stream<Item = ()> + Unpin + Send>,
     seen: Seen,
     joined: Joined,
 }

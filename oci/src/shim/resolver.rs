@@ -16,6 +16,8 @@ use nix::sched::{CloneFlags, setns};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 
+use super::memory::Short;
+
 /// Docker's resolver.
 const INSIDE: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, 0, 0, 11)), 53);
 /// Questions at once; what is more is asked again by whoever asked.
@@ -93,13 +95,13 @@ pub async fn serve(
     mut notices: mpsc::Receiver<Notice>,
     outside: Arc<Outside>,
     leads_out: Arc<AtomicBool>,
-    out_of_memory: Arc<AtomicBool>,
+    short: Arc<Short>,
 ) {
     let at_once = Arc::new(Semaphore::new(AT_ONCE));
     while let Some(notice) = notices.recv().await {
         let (query, tcp, message) = match notice {
-            Notice::OutOfMemory => {
-                out_of_memory.store(true, Ordering::Relaxed);
+            Notice::OutOfMemory(container) => {
+                short.note(container);
                 continue;
             }
             Notice::Resolve { query, tcp, message } => (query, tcp, message),

@@ -1,19 +1,174 @@
-//! The container of a Kubernetes pod that but holds its namespaces (CRI: the sandbox). It needs no VM: the pod's own container, in a
-//! VM, takes the pod's network, as one that is alone takes its own.
+//! The container of a Kubernetes pod that but holds its namespaces (CRI: the sandbox), and with them the pod's VM, which is made when
+//! the first of its containers is: they join it ([`super::host`]), come and go.
 
 use std::io;
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use catalyst_agent_link::ExecExit;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Mutex, mpsc};
 
 use super::control::{Peer, peers};
 use super::guest::is_deadly;
+use super::host::{self, Brought, Host};
+use super::machine::{Machine, Prepared, Trees, make_vm};
+use super::resolver::Outside;
+use crate::bundle::Bundle;
+use crate::daemon::{Daemon, Vm};
+use crate::failure::{Outcome, Tried, chain};
+use crate::launch::Order;
+use crate::state::Folder;
 use crate::stdio::Ended;
-use crate::wire::{self, Answer, Request, Status};
+use crate::wire::{self, Answer, Join, Request, Status};
+
+/// Memory in MiB of the VM of a pod of which no limit is known: what of it nobody writes to takes none of the host's.
+const POD_MEMORY: u64 = 512;
+/// As much of its limit a VM's kernel takes for itself, in MiB, and what runs beside a pod's first container.
+const BESIDE: u64 = 128;
+/// The pod's limit of memory in bytes, as containerd tells it.
+const LIMIT: &str = "io.kubernetes.cri.sandbox-memory";
+
+/// A pod.
+pub struct Pod {
+    order: Order,
+    bundle: Bundle,
+    folder: Folder,
+    outside: Arc<Outside>,
+    /// Its VM, while there is one.
+    host: Mutex<Option<Arc<Host>>>,
+}
+
+impl Pod {
+    /// A pod without a VM.
+    pub fn new(order: Order, bundle: Bundle, folder: Folder, outside: Arc<Outside>) -> Arc<Self> {
+        Arc::new(Self { order, bundle, folder, outside, host: Mutex::default() })
+    }
+
+    /// Serves one of its containers.
+    async fn serve(self: Arc<Self>, peer: Peer) {
+        let Peer { stream, request, descriptors, more } = peer;
+        let Request::Join(mut join) = request else { return };
+        let admitted = async {
+            let mut brought = Brought::of(&join, descriptors)?;
+            let trees = std::mem::take(&mut brought.trees);
+            let (host, name) = self.admit(&mut join, trees).await?;
+            Ok((host, name, brought))
+        };
+        match admitted.await {
+            Ok((host, name, brought)) => host.stay(name, &join, brought, stream, more).await,
+            Err(failure) => host::refuse(&stream, &failure),
+        }
+    }
+
+    /// Makes a container ready, and the VM before it if there is none.
+    async fn admit(self: &Arc<Self>, join: &mut Join, trees: Trees) -> Outcome<(Arc<Host>, String)> {
+        let mut slot = self.host.lock().await;
+        if let Some(host) = slot.as_ref().filter(|host| host.link.status().borrow().connected) {
+            let name = host.admit(&mut join.container, trees).await?;
+            return Ok((Arc::clone(host), name));
+        }
+        *slot = None;
+        let name = host::name(0);
+        let host = self.begin(join, &name, trees).await?;
+        *slot = Some(Arc::clone(&host));
+        Ok((host, name))
+    }
+
+    /// Makes the VM, with a first container in it.
+    async fn begin(self: &Arc<Self>, join: &mut Join, name: &str, trees: Trees) -> Outcome<Arc<Host>> {
+        let daemon = Daemon::at(self.order.socket.clone());
+        // One of before has ended by itself.
+        let before = self.folder.load()?.vm;
+        self.delete_vm(&daemon, before).await;
+        let prepared = Prepared::make(&self.folder, Vec::new()).await?;
+        let vm = self.start_vm(&daemon, join, prepared.address()).await?;
+        name.clone_into(&mut join.container.name);
+        let joined = Some((name, trees));
+        let outside = Arc::clone(&self.outside);
+        let begun = Machine::begin(prepared, &vm, &mut join.container, joined, outside).await;
+        let (mut machine, shelf) = match begun {
+            Ok(begun) => begun,
+            Err(failure) => {
+                self.delete_vm(&daemon, vm.id).await;
+                return Err(failure);
+            }
+        };
+        let (link, short) = (machine.link.clone(), Arc::clone(&machine.short));
+        let host = Host::new(link, daemon.clone(), vm.id.clone(), shelf, short, 1);
+        let pod = Arc::clone(self);
+        tokio::spawn(async move {
+            let (alive, events) = mpsc::unbounded_channel();
+            let _ = machine.attend(events).await;
+            drop(alive);
+            machine.end().await;
+            // It may be its files alone that have ended: without it, its containers end too.
+            pod.delete_vm(&daemon, vm.id).await;
+        });
+        Ok(host)
+    }
+
+    async fn start_vm(
+        self: &Arc<Self>,
+        daemon: &Daemon,
+        join: &Join,
+        address: Option<String>,
+    ) -> Outcome<Vm> {
+        let (pod, daemon) = (Arc::clone(self), daemon.clone());
+        let size = (join.cpus.max(self.order.cpus), self.memory(join.memory_mib));
+        let made = tokio::task::spawn_blocking(move || -> Outcome<Vm> {
+            let order = Order { cpus: size.0, memory_mib: size.1, ..pod.order.clone() };
+            let vm = make_vm(&order, &pod.bundle, &daemon, address)?;
+            // Whoever deletes what this process leaves knows it by this.
+            let mut kept = pod.folder.load()?;
+            kept.vm.clone_from(&vm.id);
+            pod.folder.save(&kept)?;
+            let on = daemon.power(&vm.id, "on");
+            if on.is_err() {
+                // The first failure is the one that is told.
+                let _ = pod.delete(&daemon, &vm.id);
+            }
+            on.map(|()| vm)
+        });
+        made.await.map_err(io::Error::other).tried(|| "make the pod's VM".to_owned())?
+    }
+
+    /// In MiB, for a first container that asks for so much.
+    fn memory(&self, first: u64) -> u64 {
+        let annotations = self.bundle.spec.annotations().as_ref();
+        let told = annotations.and_then(|all| all.get(LIMIT)?.parse::<u64>().ok()).filter(|limit| *limit > 0);
+        told.map_or(POD_MEMORY.max(first + BESIDE), |limit| limit.div_ceil(1 << 20).max(first) + BESIDE)
+    }
+
+    /// Deletes a VM of this pod.
+    async fn delete_vm(self: &Arc<Self>, daemon: &Daemon, vm: String) {
+        let (pod, daemon) = (Arc::clone(self), daemon.clone());
+        if let Ok(Err(failure)) = tokio::task::spawn_blocking(move || pod.delete(&daemon, &vm)).await {
+            eprintln!("catalyst-oci: {}", chain(&failure));
+        }
+    }
+
+    fn delete(&self, daemon: &Daemon, vm: &str) -> Outcome {
+        if vm.is_empty() {
+            return Ok(());
+        }
+        daemon.delete(vm)?;
+        let mut kept = self.folder.load()?;
+        // There may be another by now.
+        if kept.vm == vm {
+            kept.vm.clear();
+            self.folder.save(&kept)?;
+        }
+        Ok(())
+    }
+}
 
 /// Answers commands until a signal ends it.
-pub async fn stay(listener: UnixListener, ready: impl FnOnce() -> io::Result<()>) -> io::Result<Ended> {
+pub async fn stay(
+    listener: UnixListener,
+    pod: Arc<Pod>,
+    ready: impl FnOnce() -> io::Result<()>,
+) -> io::Result<Ended> {
     let mut peers = peers(listener)?;
     let mut terminated = signal(SignalKind::terminate())?;
     let mut interrupted = signal(SignalKind::interrupt())?;
@@ -25,6 +180,10 @@ pub async fn stay(listener: UnixListener, ready: impl FnOnce() -> io::Result<()>
             _ = interrupted.recv() => return Ok(Ended::Exit(ExecExit::Signal(libc::SIGINT))),
             Some(peer) = peers.recv() => peer,
         };
+        if matches!(peer.request, Request::Join(_)) {
+            tokio::spawn(Arc::clone(&pod).serve(peer));
+            continue;
+        }
         let Peer { stream, request, .. } = peer;
         let (answer, end) = answer(&request, &mut status);
         // Whoever asked may not have waited.
@@ -52,13 +211,43 @@ fn answer(request: &Request, status: &mut Status) -> (Answer, Option<i32>) {
 mod tests {
     use std::os::unix::net::UnixStream;
 
+    use serde_json::json;
+
     use super::*;
+    use crate::bundle::tests::with;
+
+    fn pod(folder: &std::path::Path, annotations: serde_json::Value) -> Arc<Pod> {
+        let order = Order {
+            id: "pod".into(),
+            root: folder.into(),
+            bundle: folder.into(),
+            socket: folder.join("none"),
+            console_socket: None,
+            cpus: 1,
+            memory_mib: 128,
+            cgroup: Vec::new(),
+        };
+        let bundle =
+            Bundle { path: folder.into(), spec: with("/annotations", annotations), rootfs: folder.into() };
+        let outside = Arc::new(Outside::here().unwrap());
+        Pod::new(order, bundle, Folder::of(folder, "pod").unwrap(), outside)
+    }
+
+    #[test]
+    fn its_vm_has_the_pod_s_limit_or_room_for_more_than_its_first() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |annotations, first| pod(folder.path(), annotations).memory(first);
+        assert_eq!((of(json!({}), 128), of(json!({}), 2048)), (512, 2176));
+        assert_eq!(of(json!({LIMIT: (1_u64 << 30).to_string()}), 128), 1024 + 128);
+        assert_eq!((of(json!({LIMIT: "0"}), 128), of(json!({LIMIT: "x"}), 128)), (512, 512));
+    }
 
     #[tokio::test]
     async fn it_is_started_and_stays_until_a_signal_ends_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
+        let pod = pod(folder.path(), json!({}));
         let asking = std::thread::spawn(move || {
             let ask = |request: Request| {
                 let stream = UnixStream::connect(&path).unwrap();
@@ -72,7 +261,7 @@ mod tests {
             assert!(matches!(ask(Request::State), Answer::State { status: Status::Running, .. }));
             assert_eq!(ask(Request::Kill { signal: libc::SIGTERM }), Answer::Done);
         });
-        let ended = stay(listener, || Ok(())).await.unwrap();
+        let ended = stay(listener, pod, || Ok(())).await.unwrap();
         assert_eq!(ended.code(), Some(143));
         asking.join().unwrap();
     }

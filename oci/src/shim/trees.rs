@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, IoSlice};
+use std::io::{self, IoSlice, Read};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
@@ -25,20 +25,37 @@ struct Attributes {
     user_namespace: u64,
 }
 
-/// `MOUNT_ATTR_RDONLY`.
-const READ_ONLY: u64 = 1;
+/// What can be said of a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Attribute {
+    /// Nothing is written to it.
+    ReadOnly,
+    /// No device of it is opened, and nothing there runs as another user.
+    NoDevices,
+}
+
+impl Attribute {
+    /// `MOUNT_ATTR_RDONLY`; `MOUNT_ATTR_NOSUID` and `MOUNT_ATTR_NODEV`.
+    fn bits(self) -> u64 {
+        match self {
+            Self::ReadOnly => 1,
+            Self::NoDevices => 2 | 4,
+        }
+    }
+}
+
 /// `AT_RECURSIVE`.
 const RECURSIVE: libc::c_int = 0x8000;
 
 /// Opens a tree as a mount of its own, that is nobody else's. Into one that is only read nothing can be mounted where nothing is,
 /// so these places are made first.
 pub fn open(tree: &Tree, places: &[Place]) -> Outcome<OwnedFd> {
-    let opened = clone(tree).and_then(|mount| {
+    let opened = clone(&tree.path, tree.recursive).and_then(|mount| {
         if tree.read_only {
             for place in places {
                 make_place(&mount, place);
             }
-            make_read_only(&mount)?;
+            set(&mount, &[Attribute::ReadOnly])?;
         }
         Ok(mount)
     });
@@ -84,9 +101,10 @@ fn make_place(root: &OwnedFd, place: &Place) {
     }
 }
 
-fn clone(tree: &Tree) -> io::Result<OwnedFd> {
-    let path = CString::new(tree.path.as_os_str().as_bytes())?;
-    let recursive = if tree.recursive { RECURSIVE.cast_unsigned() } else { 0 };
+/// A mount of its own of what is there (open_tree(2)).
+pub fn clone(path: &Path, recursive: bool) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let recursive = if recursive { RECURSIVE.cast_unsigned() } else { 0 };
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | recursive;
     // SAFETY: the path is a string.
     let opened = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
@@ -97,8 +115,10 @@ fn clone(tree: &Tree) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(opened).unwrap_or(-1)) })
 }
 
-fn make_read_only(mount: &OwnedFd) -> io::Result<()> {
-    let attributes = Attributes { set: READ_ONLY, clear: 0, propagation: 0, user_namespace: 0 };
+/// Gives a mount attributes, and all below it.
+pub fn set(mount: &OwnedFd, attributes: &[Attribute]) -> io::Result<()> {
+    let set = attributes.iter().fold(0, |all, attribute| all | attribute.bits());
+    let attributes = Attributes { set, clear: 0, propagation: 0, user_namespace: 0 };
     let flags = libc::AT_EMPTY_PATH | RECURSIVE;
     // SAFETY: the path is a string, and the struct is as long as is said.
     let done = unsafe {
@@ -123,8 +143,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// Gives it the VM's port.
-    pub fn begin(&self, port: &impl AsRawFd) -> Outcome {
+    /// Gives it the VM's port, once it has the trees in their places.
+    pub async fn begin(&self, port: &impl AsRawFd) -> Outcome {
+        let what = || "hear of the process that serves the container's files".to_owned();
+        let own = self.port.try_clone().tried(what)?;
+        let ready = tokio::task::spawn_blocking(move || (&own).read_exact(&mut [0])).await;
+        ready.map_err(io::Error::other).tried(what)?.tried(what)?;
         let rights = [port.as_raw_fd()];
         let sent = sendmsg::<()>(
             self.port.as_raw_fd(),

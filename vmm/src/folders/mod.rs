@@ -28,7 +28,7 @@ mod tests;
 mod trees;
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
@@ -86,7 +86,7 @@ pub enum Answer {
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptors {
     /// Connected stream socket of the port; where trees are served, a stream socket by which that comes (unix(7), SCM_RIGHTS) when
-    /// there is a VM: all else is ready by then.
+    /// there is a VM: all else is ready by then, which a byte on it says.
     pub port: RawFd,
     /// Listening stream socket, for [`Request`]s. Only trees are served without one.
     pub control: Option<RawFd>,
@@ -168,15 +168,18 @@ pub fn run(descriptors: Descriptors, serving: Serving) -> Result<(), FoldersErro
     drop(trees);
     confine::keep_owners(&[&root])?;
     let files = Files::keeping_owners(unrooted.at(&root)?)?;
-    let port = awaited(&port)?;
+    let port = awaited(port)?;
     let server = serve::Server::new(files, answers, port, control, state)?.with_all_known();
     filters.install(Role::Trees)?;
     server.run()
 }
 
-/// Waits for the port.
-fn awaited(socket: &UnixStream) -> Result<UnixStream, FoldersError> {
+/// Says that the trees are in their places, and waits for the port.
+fn awaited(mut socket: UnixStream) -> Result<UnixStream, FoldersError> {
     let wait = failed("wait for the port");
+    if let Err(error) = socket.write_all(&[0]) {
+        return Err(wait(error));
+    }
     match socket.recv_with_fd(&mut [0]) {
         Ok((_, Some(port))) => Ok(UnixStream::from(OwnedFd::from(port))),
         Ok((_, None)) => Err(wait(io::ErrorKind::UnexpectedEof.into())),

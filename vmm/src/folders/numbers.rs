@@ -9,6 +9,7 @@ use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 
+use catalyst_agent_protocol::container::JOINED_TREES;
 use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
 use fuse_backend_rs::api::filesystem::{Context, FileSystem};
 use fuse_backend_rs::api::server::Server;
@@ -95,6 +96,24 @@ pub(super) struct Numbers {
     host: (u32, u32),
     /// What is to be found again when the folders are mounted.
     saved: Option<SavedNumbers>,
+}
+
+/// Whether a folder is that of containers that join, or that of one of them: what is in those are trees, each a folder of its own.
+fn is_of_joined(folder: &[u8]) -> bool {
+    match folder.strip_prefix(JOINED_TREES.as_bytes()) {
+        Some([]) => true,
+        Some([b'/', name @ ..]) => !name.contains(&b'/'),
+        _ => false,
+    }
+}
+
+/// The name that a folder has among its container's trees.
+fn tree_of(folder: &[u8]) -> &[u8] {
+    let mut parts = folder.splitn(3, |byte| *byte == b'/');
+    if parts.next() != Some(JOINED_TREES.as_bytes()) {
+        return folder;
+    }
+    parts.nth(1).unwrap_or(folder)
 }
 
 impl Numbers {
@@ -210,7 +229,14 @@ impl Numbers {
             let name = asked.0.get(request::BODY..).unwrap_or_default();
             return Arc::from(name.split(|byte| *byte == 0).next().unwrap_or_default());
         }
-        self.nodes.get(&id).map_or_else(|| Arc::from(&b""[..]), |node| Arc::clone(&node.folder))
+        let of_parent =
+            self.nodes.get(&id).map_or_else(|| Arc::from(&b""[..]), |node| Arc::clone(&node.folder));
+        if opcode == LOOKUP && self.lasting.is_some() && is_of_joined(&of_parent) {
+            let name = asked.0.get(request::BODY..).unwrap_or_default();
+            let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
+            return [&of_parent[..], b"/", name].concat().into();
+        }
+        of_parent
     }
 
     fn inner(&self, id: u64) -> Option<u64> {
@@ -318,7 +344,7 @@ impl Numbers {
     /// Says how long what is said of a file with attributes at `at` holds.
     fn last(&self, answer: &mut Message, at: usize, fields: &[usize], folder: &[u8]) {
         let kind = answer.u32(at + answer::MODE).unwrap_or_default() & libc::S_IFMT;
-        if self.lasting.as_deref() == Some(folder) && matches!(kind, libc::S_IFDIR | libc::S_IFLNK) {
+        if self.lasting.as_deref() == Some(tree_of(folder)) && matches!(kind, libc::S_IFDIR | libc::S_IFLNK) {
             for &field in fields {
                 answer.put_u64(field, LASTS);
             }
@@ -451,6 +477,26 @@ impl Numbers {
             self.files.opendir(&context, inner, flags).ok()?.0
         } else {
             self.files.open(&context, inner, flags, 0).ok()?.0
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trees_of_containers_that_join_are_folders_of_their_own() {
+        for (folder, is_of, tree) in [
+            ("root", false, "root"),
+            ("joined", true, "joined"),
+            ("joined/c1", true, "joined/c1"),
+            ("joined/c1/root", false, "root"),
+            ("joined/c1/m1", false, "m1"),
+            ("joinedx", false, "joinedx"),
+        ] {
+            assert_eq!(is_of_joined(folder.as_bytes()), is_of, "{folder}");
+            assert_eq!(tree_of(folder.as_bytes()), tree.as_bytes(), "{folder}");
         }
     }
 }

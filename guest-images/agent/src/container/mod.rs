@@ -27,7 +27,8 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use catalyst_agent_protocol::container::{Capabilities, Container, DOCUMENT, Network, Process};
 use catalyst_agent_protocol::{Control, ExecSpec, Problem, ProblemKind};
@@ -76,6 +77,8 @@ const OWN: CloneFlags = CloneFlags::CLONE_NEWPID
 pub struct Keeper {
     place: Place,
     containers: Mutex<BTreeMap<String, State>>,
+    /// One is no longer being made or started.
+    settled: Condvar,
     resolver: Mutex<Option<Arc<Resolver>>>,
     /// Namespaces of IPC and names of those that have them together.
     shared: Mutex<Option<Arc<[OwnedFd; 2]>>>,
@@ -111,14 +114,17 @@ impl Begun {
         poll(&mut fds, PollTimeout::ZERO) == Ok(0)
     }
 
-    /// Ends its first process, and with it all others.
+    /// Ends its first process, and with it all others; its cgroup goes.
     fn end(&self) -> Step<()> {
         // SAFETY: numbers alone; it has no effect on a process that has ended.
         unsafe { libc::syscall(libc::SYS_pidfd_send_signal, self.init.as_raw_fd(), libc::SIGKILL, 0, 0) };
         let mut fds = [PollFd::new(self.init.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, END_LIMIT) {
-            Ok(1..) => Ok(()),
-            _ => Err(problem(ProblemKind::Failed, "the container's first process does not end")),
+        if !matches!(poll(&mut fds, END_LIMIT), Ok(1..)) {
+            return Err(problem(ProblemKind::Failed, "the container's first process does not end"));
+        }
+        match &self.cgroup {
+            Some(cgroup) => fs::remove_dir(cgroup).map_err(doing("removing the container's cgroup")),
+            None => Ok(()),
         }
     }
 }
@@ -130,8 +136,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Keeper {
     /// No container yet.
     pub fn new(place: Place) -> Arc<Self> {
-        let (containers, resolver, shared) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Self { place, containers, resolver, shared })
+        let (containers, settled) = (Mutex::default(), Condvar::new());
+        Arc::new(Self { place, containers, settled, resolver: Mutex::default(), shared: Mutex::default() })
     }
 
     /// Makes the container of the document, or of the one that lies ready.
@@ -155,6 +161,7 @@ impl Keeper {
         }
         let made = self.make(session, &container, document);
         let mut containers = lock(&self.containers);
+        self.settled.notify_all();
         match made {
             Ok(ready) => {
                 containers.insert(name, State::Ready(Box::new(ready)));
@@ -168,7 +175,7 @@ impl Keeper {
     }
 
     fn make(&self, session: &Arc<Session>, container: &Container, document: String) -> Step<Ready> {
-        let trees = plan::trees_of(container, &self.place.trees)?;
+        let trees = plan::trees_of(&container.name, &self.place.trees)?;
         if !container.joins {
             self.settle(session, container)?;
         }
@@ -188,10 +195,9 @@ impl Keeper {
         let made = watch.transpose().map_err(doing("making a cgroup")).and_then(|watch| {
             let launched = self.launch_first(container, document, trees, cgroup.clone(), waiting)?;
             let capabilities = container.process.capabilities;
+            let cgroup = cgroup.clone();
             match exec::pidfd(launched.spawned.pid) {
-                Ok(init) => {
-                    Ok(Ready { launched, begun: Begun { init, cgroup: cgroup.clone(), watch, capabilities } })
-                }
+                Ok(init) => Ok(Ready { launched, begun: Begun { init, cgroup, watch, capabilities } }),
                 Err(error) => {
                     launched.give_up();
                     Err(doing("watching the container's first process")(error))
@@ -287,6 +293,7 @@ impl Keeper {
         let spawned = launched.begin();
         // Also where it could not begin: a container is started once in its life.
         lock(&self.containers).insert(name.to_owned(), State::Begun(Arc::new(begun)));
+        self.settled.notify_all();
         exec::run(session, stream, spawned?, None, Manner::Contained)
     }
 
@@ -305,29 +312,32 @@ impl Keeper {
         exec::run(session, stream, spawned, None, Manner::Contained)
     }
 
-    /// Ends a container, if it is there, and forgets it.
+    /// Ends a container, if it is there, and forgets it and its trees.
     pub fn remove(&self, name: &str) -> Step<()> {
+        let trees = plan::trees_of(name, &self.place.trees)?;
         let removed = {
-            let mut containers = lock(&self.containers);
-            if matches!(containers.get(name), Some(State::Making)) {
+            let is_under_way =
+                |all: &mut BTreeMap<String, State>| matches!(all.get(name), Some(State::Making));
+            let limit = Duration::from_millis(END_LIMIT.into());
+            let waited = self.settled.wait_timeout_while(lock(&self.containers), limit, is_under_way);
+            let (mut containers, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            if is_under_way(&mut containers) {
                 return Err(problem(ProblemKind::Busy, "the container is being made or started"));
             }
             containers.remove(name)
         };
-        let begun = match removed {
-            Some(State::Begun(begun)) => begun,
+        let ended = match removed {
+            Some(State::Begun(begun)) => begun.end(),
             Some(State::Ready(ready)) => {
                 let Ready { launched, begun } = *ready;
                 launched.give_up();
-                Arc::new(begun)
+                begun.end()
             }
-            Some(State::Making) | None => return Ok(()),
+            Some(State::Making) | None => Ok(()),
         };
-        begun.end()?;
-        match &begun.cgroup {
-            Some(cgroup) => fs::remove_dir(cgroup).map_err(doing("removing the container's cgroup")),
-            None => Ok(()),
-        }
+        // They are gone. Whoever looks finds that, and the kernel lets go of all files below, which the host has open for it.
+        let _ = fs::symlink_metadata(trees);
+        ended
     }
 
     /// Containers whose program runs, the one that the VM is first.

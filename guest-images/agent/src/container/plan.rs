@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use catalyst_agent_protocol::container::{Capabilities, Container, Process};
+use catalyst_agent_protocol::container::{Capabilities, Container, JOINED_TREES, MAX_NAME, Process};
 use catalyst_agent_protocol::{ExecSpec, Problem, ProblemKind};
 use serde::{Deserialize, Serialize};
 
@@ -76,20 +76,12 @@ pub fn container(document: &str) -> Step<Container> {
 }
 
 /// The folder of a container's trees, in that of all.
-pub fn trees_of(container: &Container, all: &Path) -> Step<PathBuf> {
-    let is_plain = |name: &str| {
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
-        name.len() <= 64 && name.bytes().all(plain)
-    };
-    let folders: Vec<&str> = container.trees.split('/').collect();
-    let below = folders.iter().all(|name| !name.is_empty() && is_plain(name));
-    if !is_plain(&container.name) || !(container.trees.is_empty() || below) {
-        return Err(problem(
-            ProblemKind::Invalid,
-            "a container's name and folder are letters, digits and '-'",
-        ));
+pub fn trees_of(name: &str, all: &Path) -> Step<PathBuf> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
+    if name.len() > MAX_NAME || !name.bytes().all(plain) {
+        return Err(problem(ProblemKind::Invalid, "a container's name is up to 64 letters, digits and '-'"));
     }
-    Ok(if container.trees.is_empty() { all.to_owned() } else { all.join(&container.trees) })
+    Ok(if name.is_empty() { all.to_owned() } else { all.join(JOINED_TREES).join(name) })
 }
 
 #[cfg(test)]
@@ -98,15 +90,11 @@ mod tests {
 
     #[test]
     fn a_containers_trees_lie_below_all() {
-        let of = |name: &str, trees: &str| {
-            let container = Container { name: name.into(), trees: trees.into(), ..Container::default() };
-            trees_of(&container, Path::new("/all"))
-        };
-        assert_eq!(of("", "").unwrap(), Path::new("/all"));
-        assert_eq!(of("c1", "joined/c1").unwrap(), Path::new("/all/joined/c1"));
-        for (name, trees) in [("", "/etc"), ("", "../etc"), ("", "a//b"), ("", "a/"), ("a/b", ""), ("..", "")]
-        {
-            assert!(of(name, trees).is_err(), "{name:?} {trees:?}");
+        let of = |name: &str| trees_of(name, Path::new("/all"));
+        assert_eq!(of("").unwrap(), Path::new("/all"));
+        assert_eq!(of("c1").unwrap(), Path::new("/all/joined/c1"));
+        for name in ["a/b", "..", ".", "a b", &"x".repeat(65)] {
+            assert!(of(name).is_err(), "{name:?}");
         }
     }
 }

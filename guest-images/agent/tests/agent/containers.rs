@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::support::{Host, Outcome};
 use catalyst_agent_protocol::container::{
-    Capabilities, Container, DOCUMENT, Mount, Network, Process, Rlimit,
+    Capabilities, Container, DOCUMENT, JOINED_TREES, Mount, Network, Process, Rlimit,
 };
 use catalyst_agent_protocol::{Channel, Control, ExecExit, Problem, ProblemKind, Reply, Request, Terminal};
 
@@ -428,15 +428,14 @@ fn the_daemons_commands_run_in_the_container() {
 
 /// A container that joins the first, with busybox in its root.
 fn joined(host: &Host, name: &str, shares: bool, process: Process) -> Container {
-    let bin = host.folder.join("trees/joined").join(name).join("root/bin");
+    let bin = host.folder.join("trees").join(JOINED_TREES).join(name).join("root/bin");
     fs::create_dir_all(&bin).unwrap();
     fs::copy(BUSYBOX, bin.join("busybox")).unwrap();
     for program in ["sh", "ls", "hostname", "sleep", "true", "readlink"] {
         symlink("busybox", bin.join(program)).unwrap();
     }
-    let trees = format!("joined/{name}");
     let hostname = if shares { String::new() } else { format!("box-{name}") };
-    Container { name: name.into(), joins: true, shares, trees, hostname, ..container(process) }
+    Container { name: name.into(), joins: true, shares, hostname, ..container(process) }
 }
 
 #[test]
