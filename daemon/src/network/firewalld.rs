@@ -14,7 +14,7 @@ use super::beside::{ask, mark, owns_the_system, program};
 use super::state::{absent_is_fine, read_small};
 
 const ZONES: &str = "/etc/firewalld/zones";
-/// Whether firewalld runs is asked on the bus: `firewall-cmd` takes a good part of a second.
+/// What it is asked most is asked on the bus: `firewall-cmd` takes a good part of a second.
 const NAME: &str = "org.fedoraproject.FirewallD1";
 const PATH: &str = "/org/fedoraproject/FirewallD1";
 /// The one of its own zones that lets everything through.
@@ -116,14 +116,26 @@ fn write(path: &Path, text: &str) -> io::Result<()> {
     fs::rename(&new, path)
 }
 
-/// The zone that the bridge is in, empty for none.
+/// The zone that the bridge is in, empty for none. A system without systemd has no `busctl`.
 fn zone_of(bridge: &str) -> Result<String, String> {
-    let busctl = program("busctl").ok_or("there is no busctl")?;
+    let Some(busctl) = program("busctl") else {
+        let tool = program("firewall-cmd").ok_or("there is no firewall-cmd")?;
+        return told_zone(ask(&tool, &[&format!("--get-zone-of-interface={bridge}")]));
+    };
     let interface = format!("{NAME}.zone");
     let head = ["--system", "--auto-start=no", "call", NAME, PATH, &interface];
     let said = ask(&busctl, &[&head[..], &["getZoneOfInterface", "s", bridge]].concat())?;
     let zone = said.trim().strip_prefix("s \"").and_then(|zone| zone.strip_suffix('"'));
     zone.map(str::to_owned).ok_or_else(|| format!("busctl: {said}"))
+}
+
+/// What `firewall-cmd` says of a zone; that there is none is an error of it.
+fn told_zone(said: Result<String, String>) -> Result<String, String> {
+    match said {
+        Ok(zone) => Ok(zone.trim().to_owned()),
+        Err(said) if said.ends_with("no zone") => Ok(String::new()),
+        Err(said) => Err(said),
+    }
 }
 
 /// Reloads, unless something is set for now alone.
@@ -175,6 +187,14 @@ mod tests {
             settings(&now.replace("22/tcp", "22/tcp 80/tcp"), "catalyst0"),
             settings(stays, "catalyst0")
         );
+    }
+
+    #[test]
+    fn a_zone_that_firewall_cmd_does_not_know_is_none_and_no_firewalld_is_an_error() {
+        let tool = |said: &str| told_zone(Err(format!("/usr/bin/firewall-cmd: {said}")));
+        assert_eq!(told_zone(Ok("catalyst0\n".to_owned())), Ok("catalyst0".to_owned()));
+        assert_eq!(tool("no zone"), Ok(String::new()));
+        assert!(tool("FirewallD is not running").is_err());
     }
 
     #[test]

@@ -112,6 +112,17 @@ pub fn firewalls(checks: &mut Checks) {
             },
         );
         if name == "firewalld" {
+            checks.check("it is met also where there is no busctl, as without systemd", || {
+                // What is no file is no program either.
+                let busctl = host.sh("command -v busctl").ok().to_owned();
+                host.sh(&format!("mount --bind /dev/null {busctl}")).ok();
+                host.on();
+                is_let_through(host, &firewall);
+                host.off();
+                host.world.catalyst(&["network", "down"]).ok();
+                assert!(!host.sh(firewall.list).ok().contains("catalyst"));
+                host.sh(&format!("umount {busctl}")).ok();
+            });
             checks.check("no reload of firewalld that would lose what is set for now alone", || {
                 for_now(host, &firewall);
             });
