@@ -4,9 +4,11 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::process::Command;
+use std::time::{Duration, Instant};
 
-use catalyst_tests::{Checks, World};
+use catalyst_tests::world::engine;
+use catalyst_tests::{Checks, World, skip};
 use nix::sys::signal::Signal;
 
 use crate::common::{healthy, legacy_error, lives, signal, v1_error, vm, wait_until};
@@ -22,6 +24,7 @@ pub fn folders(checks: &mut Checks) {
     fs::write(shared.join("a"), "of the host\n").unwrap();
     seen(checks, &world, &shared);
     archive(checks, &world, &shared);
+    repository(checks, &world, &shared);
     saved(checks, &world, &shared);
     kept_in(checks, &world, &shared);
     killed(checks, &mut world, &shared);
@@ -34,10 +37,39 @@ pub fn folders(checks: &mut Checks) {
         assert!(shared.join("a").exists());
         healthy(&world);
     });
+    of_a_user(checks);
 }
 
 fn guest(world: &World, vm: &str, script: &str) -> String {
     world.catalyst(&["guest", "exec", vm, "--", "sh", "-c", script]).ok().to_owned()
+}
+
+/// An owner who is not root.
+fn of_a_user(checks: &mut Checks) {
+    /// A user that every machine has: nobody.
+    const OWNER: u32 = 65534;
+    checks.check("what a guest makes is the owner's who is not root, who shares what he may enter", || {
+        let world = World::owned_by(OWNER);
+        let (shared, secret) = (world.path("home/shared"), world.path("secret"));
+        fs::create_dir(&shared).unwrap();
+        std::os::unix::fs::chown(&shared, Some(OWNER), Some(OWNER)).unwrap();
+        fs::create_dir(&secret).unwrap();
+        fs::set_permissions(&secret, fs::Permissions::from_mode(0o700)).unwrap();
+        world.catalyst(&["vm", "create", VM]).ok();
+        let refused = world.catalyst(&["folder", "add", VM, secret.to_str().unwrap(), "/secret"]);
+        assert!(refused.error(1).to_lowercase().contains("permission denied"), "{refused:?}");
+        add(&world, &shared, &["/vagrant"]);
+        add(&world, &shared, &["/roots", "--name", "roots", "--uid", "0", "--gid", "0"]);
+        world.catalyst(&["vmpower", "on", VM, "--wait", "--timeout", "280"]).ok();
+        let script = "touch /vagrant/root; su catalyst -c 'umask 077; echo x >/vagrant/user; ln -s x /vagrant/link'; \
+            stat -c %u /vagrant/root /vagrant/user /roots/user";
+        assert_eq!(guest(&world, VM, script), "1000\n1000\n0");
+        for name in ["root", "user", "link"] {
+            let made = shared.join(name).symlink_metadata().unwrap();
+            assert_eq!((made.uid(), made.gid()), (OWNER, OWNER), "{name}");
+        }
+        world.catalyst(&["vm", "delete", "--force", VM]).ok();
+    });
 }
 
 /// The process that serves a VM's folders.
@@ -111,6 +143,59 @@ fn archive(checks: &mut Checks, world: &World, shared: &Path) {
         let modes = |name: &str| fs::metadata(shared.join("out/t").join(name)).unwrap().permissions().mode();
         assert_eq!((modes("run") & 0o777, modes("dir") & 0o777), (0o751, 0o700));
     });
+}
+
+/// Makes a repository and an archive of it.
+const REPOSITORY: &str = r#"
+    umask 022; git init -q repository; cd repository
+    for folder in $(seq "$0"); do
+        mkdir $folder; ln -s ../1/run $folder/soft; echo 'echo ran' >$folder/run; chmod 755 $folder/run
+        for file in $(seq 98); do echo "line $folder $file" >"$folder/file $file"; done
+    done
+    git add .; git -c user.name=a -c user.email=a@b commit -qm all; git gc -q; cd ..
+    tar --exclude .git -cf repository.tar repository"#;
+/// Writes the machine's git, with what it is linked with, as an archive.
+const GIT: &str = "git=$(command -v git); tar -chPf - $git $(ldd $git | grep -o '/[^ ]*')";
+
+/// A script here, in a folder.
+fn here(folder: &Path, script: &str, argument: &str) -> std::process::Output {
+    let mut sh = Command::new("sh");
+    sh.args(["-ec", script, argument]).current_dir(folder).env("GIT_CONFIG_GLOBAL", "/dev/null");
+    let output = sh.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    output
+}
+
+fn repository(checks: &mut Checks, world: &World, shared: &Path) {
+    checks.check(
+        "git clones a repository of many files there, and tar unpacks one, without a difference",
+        || {
+            if Command::new("git").arg("--version").output().is_err() {
+                skip("git is not installed: apt-get install git");
+            }
+            // 100 files each.
+            here(shared, REPOSITORY, if engine() == "kvm" { "10" } else { "100" });
+            let unpack = ["guest", "exec", "-i", VM, "--", "tar", "-xPf", "-", "--skip-old-files"];
+            world.catalyst_with_input(&unpack, &here(shared, GIT, "").stdout).ok();
+            guest(world, VM, "ln -sf git /usr/bin/git-upload-pack");
+            let timed = |script: &str| {
+                let began = Instant::now();
+                world.catalyst(&["ssh", VM, "--", &format!("cd /vagrant && {script}")]).ok();
+                println!("    {script}: {:.0} s", began.elapsed().as_secs_f32());
+            };
+            timed("git clone -q repository clone");
+            timed("mkdir unpacked && tar -xf repository.tar -C unpacked");
+            let compare = "[ -z \"$(git -C clone status --porcelain)\" ]; git -C clone fsck --strict; \
+            diff -r --no-dereference -x .git repository clone; tar -df repository.tar -C unpacked";
+            here(shared, compare, "");
+            // Its index is what git has seen of the files; the guest finds them so, too.
+            assert_eq!(
+                guest(world, VM, "cd /vagrant/clone && su catalyst -c 'git status --porcelain' && 7/run"),
+                "ran"
+            );
+            fs::remove_dir_all(shared.join("clone")).unwrap();
+        },
+    );
 }
 
 fn saved(checks: &mut Checks, world: &World, shared: &Path) {

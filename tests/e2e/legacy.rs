@@ -9,7 +9,7 @@ use catalyst_tests::world::engine;
 use catalyst_tests::{Checks, World};
 use serde_json::json;
 
-use crate::common::{arguments, healthy, legacy_error, lives, running, vm, vm_processes};
+use crate::common::{arguments, healthy, legacy_error, lives, running, vm, vm_processes, wait_until};
 
 /// The group.
 pub fn legacy(checks: &mut Checks) {
@@ -26,6 +26,7 @@ pub fn legacy(checks: &mut Checks) {
 pub fn driver_2015(checks: &mut Checks) {
     let world = World::new();
     driver_creates(checks, &world);
+    driver_shares(checks, &world);
     driver_stops(checks, &world);
 }
 
@@ -94,6 +95,22 @@ fn driver_creates(checks: &mut Checks, world: &World) {
         let told: Vec<u64> = told.ok().lines().map(|line| line.parse().unwrap()).collect();
         // The kernel keeps some of the memory for itself.
         assert!(told[0] == 2 && (400 << 10..=512 << 10).contains(&told[1]), "{told:?}");
+    });
+}
+
+fn driver_shares(checks: &mut Checks, world: &World) {
+    checks.check("it shares the users' folder as it does on a Mac, and mounts it by a login", || {
+        let users = world.path("Users");
+        fs::create_dir(&users).unwrap();
+        fs::write(users.join("of-host"), "host").unwrap();
+        go(world, "PATCH", "/api/vms/m1/folders", Some("true"), &["code", "message"]);
+        let share = json!({"guestPath": "Users", "hostPath": users, "flags": 4});
+        let keys = ["guestPath", "hostPath", "flags"];
+        assert_eq!(go(world, "POST", "/api/vms/m1/folders", Some(&share.to_string()), &keys), share);
+        let script = "sudo mkdir -p /Users && { sudo /usr/bin/vmhgfs-fuse -o allow_other .host:/Users /Users || \
+            sudo mount -t vmhgfs .host:/Users /Users; } && cat /Users/of-host && echo guest >/Users/of-guest";
+        assert_eq!(world.catalyst(&["ssh", "m1", "--", script]).ok(), "host");
+        assert_eq!(fs::read_to_string(users.join("of-guest")).unwrap(), "guest\n");
     });
 }
 
@@ -244,6 +261,49 @@ fn powers(checks: &mut Checks, world: &World) {
         assert_eq!(state(world, "web1"), "powered on");
         assert_eq!([patch("pause"), patch("off")], [200, 200]);
         assert_eq!(state(world, "web1"), "powered off");
+    });
+    checks.check(
+        "a guest that does not shut down is told before clients give up, and can be switched off",
+        || {
+            let patch = |word| world.curl("PATCH", "/api/vms/power/web1", Some(word));
+            assert_eq!(patch("on").status, 200);
+            let started = Instant::now();
+            let text = legacy_error(&patch("shutdown"), &[500, 504]);
+            let took = started.elapsed();
+            assert!(took < Duration::from_secs(58) && text.contains("web1"), "{took:?}: {text}");
+            assert_eq!(state(world, "web1"), "powered on");
+            assert_eq!(patch("off").status, 200);
+            assert_eq!(state(world, "web1"), "powered off");
+        },
+    );
+    checks.check("who waits for a VM that is deleted meanwhile hears so at once", || {
+        let deleted = |waits: &'static str| {
+            let started = Instant::now();
+            assert_eq!(world.curl("DELETE", "/api/vms/web2", None).status, 204);
+            move || assert!(started.elapsed() < Duration::from_secs(10), "{waits}: {:?}", started.elapsed())
+        };
+        let on = || assert_eq!(world.curl("PATCH", "/api/vms/power/web2", Some("on")).status, 200);
+        std::thread::scope(|scope| {
+            on();
+            let address = scope.spawn(|| world.catalyst(&["guest", "getip", "web2", "--wait"]));
+            // It waits by then; if not, it finds no VM.
+            std::thread::sleep(Duration::from_secs(1));
+            let soon = deleted("getip");
+            assert!(address.join().unwrap().error(1).contains("web2"));
+            soon();
+        });
+        post(world, &json!({"id": "web2"}));
+        std::thread::scope(|scope| {
+            on();
+            let shutdown = scope.spawn(|| world.curl("PATCH", "/api/vms/power/web2", Some("shutdown")));
+            wait_until("it is shutting down", Duration::from_secs(20), || {
+                state(world, "web2") == "powering off"
+            });
+            let soon = deleted("shutdown");
+            legacy_error(&shutdown.join().unwrap(), &[404, 409, 500]);
+            soon();
+        });
+        post(world, &json!({"id": "web2"}));
     });
     checks.check("the address is an error until the guest has it, told in less than 5 s", || {
         let ask = || {

@@ -37,6 +37,18 @@ pub fn pair(checks: &mut Checks) {
         let shown = world.curl("GET", "/v1/vms/web1", None).json();
         assert!(shown["reason"].as_str().unwrap().contains("guest"), "{shown}");
     });
+    checks.check(
+        "one that runs when the daemon is stopped with its VMs, as at the host's end, by its agent",
+        || {
+            world.catalyst(&["vmpower", "on", VMS[1], "--wait", "--timeout", "280"]).ok();
+            world.catalyst(&["daemon", "stop", "--vms"]).ok();
+            world.kill_daemon();
+            world.start_daemon();
+            let shown = world.curl("GET", "/v1/vms/web2", None).json();
+            let how = (&shown["state"], &shown["reason"]);
+            assert_eq!(how, (&"powered off".into(), &"the guest powered off".into()));
+        },
+    );
 }
 
 fn talk(checks: &mut Checks, world: &World) {

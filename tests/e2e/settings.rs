@@ -65,7 +65,8 @@ fn files(checks: &mut Checks) {
     let vms = home.join("Documents/AppCatalyst");
     checks.check("~/.appcatalyst.conf says port and VM folder, for the daemon and the command line", || {
         fs::write(&legacy, "DEFAULT_VM_PATH=~/Documents/AppCatalyst\nPORT=8181\n").unwrap();
-        let _daemon = Daemon::start(&world, &home, &[], &["--engine", &engine()]);
+        // The plugin's users were told to start it by that word.
+        let _daemon = Daemon::start(&world, &home, &[], &["start", "--engine", &engine()]);
         listens(&mut world, 8181);
         let made = by_home(&world, &home, &["vm", "create", "web1"]);
         made.ok();

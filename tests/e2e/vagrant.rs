@@ -1,7 +1,7 @@
 //! The Vagrant provider of drivers/vagrant: the real Vagrant, with real VMs.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use catalyst_tests::world::{Ran, ran, run};
@@ -150,13 +150,18 @@ fn begin(checks: &mut Checks, project: &mut Project) {
 }
 
 fn go_on(checks: &mut Checks, project: &Project) {
-    checks.check("a machine is shut down by its guest; up starts it and does not provision it again", || {
-        project.vagrant(&["halt", "web"]).ok();
-        assert_eq!(project.state("web"), "powered off");
-        assert!(vm(&project.world, "web")["reason"].as_str().unwrap().contains("guest"));
-        project.vagrant(&["up", "web"]).ok();
-        assert_eq!(project.guest("web", "wc -l </etc/made"), "1");
-    });
+    checks.check(
+        "a machine is shut down by its guest; up starts it, and only provision provisions it again",
+        || {
+            project.vagrant(&["halt", "web"]).ok();
+            assert_eq!(project.state("web"), "powered off");
+            assert!(vm(&project.world, "web")["reason"].as_str().unwrap().contains("guest"));
+            project.vagrant(&["up", "web"]).ok();
+            assert_eq!(project.guest("web", "wc -l </etc/made"), "1");
+            project.vagrant(&["provision", "web"]).ok();
+            assert_eq!(project.guest("web", "wc -l </etc/made"), "2");
+        },
+    );
     checks.check("suspend and resume: it goes on where it was", || {
         let random = "head -c16 /dev/urandom | od -An -tx1 | tr -d ' ' | tee /dev/shm/nonce";
         let nonce = project.guest("web", random);
@@ -235,25 +240,42 @@ fn port(checks: &mut Checks, project: &Project) {
     });
 }
 
-/// A box of libvirt's has a disk that starts by its own loader, and no agent.
+/// Boxes of others have a disk that starts by its own loader, and no agent.
 fn of_a_box(checks: &mut Checks, project: &Project) {
     checks.check("a box of libvirt's is added, comes up, is shut down by its guest, and goes", || {
-        let folder = project.world.path("box");
+        let folder = project.world.path("libvirt");
         boxes::debian(&folder, boxes::Kind::Qcow2, boxes::Started::SATA);
         fs::rename(folder.join("disk.qcow2"), folder.join("box.img")).unwrap();
         let metadata = r#"{"provider": "libvirt", "format": "qcow2", "virtual_size": 2}"#;
-        fs::write(folder.join("metadata.json"), metadata).unwrap();
-        let packed = project.world.path("small.box");
-        let mut tar = Command::new("tar");
-        run(tar.arg("-C").arg(&folder).arg("-cf").arg(&packed).args(["metadata.json", "box.img"]));
-        project.vagrantfile(&BOX.replace("KEY", boxes::key().to_str().unwrap()));
-        project.vagrant(&["box", "add", "--name", "small", packed.to_str().unwrap()]).ok();
-        project.vagrant(&["up"]).ok();
-        assert_eq!(project.ssh("default", "hostname; id -un"), "box\nvagrant");
+        comes_up(project, &folder, metadata, &["box.img"]);
         project.vagrant(&["halt"]).ok();
         assert!(project.vagrant(&["status"]).ok().contains("powered off"));
-        project.vagrant(&["destroy", "-f"]).ok();
+        goes(project, &folder);
     });
+    checks.check("so does one of AppCatalyst's time: a VMX, and a compressed VMDK on pvscsi", || {
+        let folder = project.world.path("vmware");
+        boxes::debian(&folder, boxes::Kind::Stream, boxes::Started::PVSCSI);
+        comes_up(project, &folder, r#"{"provider": "vmware_desktop"}"#, &["box.vmx", "disk.vmdk"]);
+        goes(project, &folder);
+    });
+}
+
+/// Packs the files of a folder as a box, adds it, and brings a machine of it up.
+fn comes_up(project: &Project, folder: &Path, metadata: &str, files: &[&str]) {
+    fs::write(folder.join("metadata.json"), metadata).unwrap();
+    let packed = folder.with_extension("box");
+    let mut tar = Command::new("tar");
+    run(tar.arg("-C").arg(folder).arg("-cf").arg(&packed).arg("metadata.json").args(files));
+    let name = folder.file_name().unwrap().to_str().unwrap();
+    project.vagrantfile(&BOX.replace("small", name).replace("KEY", boxes::key().to_str().unwrap()));
+    project.vagrant(&["box", "add", "--name", name, packed.to_str().unwrap()]).ok();
+    project.vagrant(&["up"]).ok();
+    assert_eq!(project.ssh("default", "hostname; id -un"), "box\nvagrant");
+}
+
+fn goes(project: &Project, folder: &Path) {
+    project.vagrant(&["destroy", "-f"]).ok();
+    fs::remove_dir_all(folder).unwrap();
 }
 
 fn end(checks: &mut Checks, project: &Project) {

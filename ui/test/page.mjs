@@ -420,7 +420,11 @@ check('what VMs take is looked at while somebody listens, and not else', async (
     return count() - before;
   };
   await home();
+  await row('web1').getByText('private').waitFor();
+  await page.waitForTimeout(1500);
+  const asked = noted.requests.length;
   const listening = await reads();
+  assert.deepEqual(noted.requests.slice(asked), [], 'what is new comes by events, and is not asked for');
   await page.goto('about:blank');
   await page.waitForTimeout(3000);
   const alone = await reads();

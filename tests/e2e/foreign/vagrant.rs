@@ -87,6 +87,17 @@ fn edit(vmx: &std::path::Path) {
     fs::write(vmx, lines.join("\n") + "\n").unwrap();
 }
 
+/// Its folders: it takes away what is there, switches sharing on, and is told at once that this guest has no agent to mount any.
+fn not_shared(plugin: &Plugin, world: &World) {
+    let folders = format!("/api/vms/{ID}/folders");
+    assert_eq!(plugin.ask("GET", &folders, None).json(), json!([]));
+    assert_eq!(plugin.ask("PATCH", &folders, Some("true")).status, 200);
+    let share = json!({"guestPath": "vagrant", "hostPath": world.path("machines"), "flags": 4});
+    let text = legacy_error(&plugin.ask("POST", &folders, Some(&share.to_string())), &[500]);
+    assert!(text.contains("no agent"), "{text}");
+    assert_eq!(plugin.ask("GET", &folders, None).json(), json!([]));
+}
+
 /// `up`, `reload`'s halt and start without a word between, `halt`, `destroy`.
 pub fn up_to_destroy(world: &World) {
     let plugin = Plugin(world);
@@ -118,7 +129,14 @@ pub fn up_to_destroy(world: &World) {
     let seen = ssh(world, &address, "cat /sys/bus/pci/slots/33/address; readlink /sys/class/net/eth0/device");
     let (slot, card) = seen.ok().split_once('\n').unwrap();
     assert!(card.ends_with(&format!("/{slot}.0")), "{slot} {card}");
+    not_shared(&plugin, world);
     plugin.halt();
+    // `reload` halts and starts, and asks whether it runs with nothing between.
+    assert_eq!(plugin.power("on").status, 200);
+    assert!(["powering on", "powered on"].contains(&plugin.state().as_str()));
+    // What it does where a shutdown fails.
+    assert_eq!(plugin.power("off").status, 200);
+    assert_eq!(plugin.state(), "powered off");
     assert!(vm_processes(world).is_empty());
     assert_eq!(plugin.ask("DELETE", &format!("/api/vms/{ID}"), None).status, 204);
     assert!(!folder.exists(), "nobody else deletes a box's files");
