@@ -229,9 +229,9 @@ fn most_open() -> u64 {
     OPEN_FILES.min(most.unwrap_or(OPEN_FILES))
 }
 
-/// Opens a folder of the host with the owner's rights.
+/// Opens a folder of the host with the owner's rights, to be read: one that the owner may only name would be empty in the guest.
 pub(super) fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_DIRECTORY).open(path)
+    OpenOptions::new().read(true).custom_flags(libc::O_DIRECTORY).open(path)
 }
 
 fn launch(
