@@ -133,6 +133,8 @@ fn vmdk(world: &World) {
     assert!(seen.contains("00:0c:29:00:00:01") && seen.contains("root=/dev/vda1"), "{seen}");
     assert!(ssh(world, &address, "echo written > note; sync").status.success());
     let copy = world.vm_dir("packed").join("plain-disk.qcow2");
+    let log = world.daemon_log();
+    assert!(log.contains("copied into a qcow2") && log.contains("its VMDK is copied"), "{log}");
     let copied = copy.metadata().unwrap().modified().unwrap();
     shut_down(world, "packed");
     let address = on(world, "packed");

@@ -13,6 +13,7 @@ use std::fs::{self, File};
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use catalyst_api::PublishPort;
 use catalyst_vmm::description::Format;
@@ -216,10 +217,13 @@ impl VmDir {
         let path = self.path().join(format!("plain-{name}"));
         if path.symlink_metadata().is_err() {
             tracing::info!(vm = %self.id(), disk = name, "its VMDK is copied into a qcow2, once");
+            let began = Instant::now();
             let aside = self.path().join(format!(".new-plain-{name}"));
             let source = Source::of_parts(parts).map_err(io_error("name the files of", &path))?;
             flatten::convert(&source, &aside, Format::Qcow2, owner)?;
             fs::rename(&aside, &path).map_err(io_error("put into place", &path))?;
+            let mib = path.metadata().map_or(0, |copy| copy.len() >> 20);
+            tracing::info!(vm = %self.id(), disk = name, mib, seconds = began.elapsed().as_secs(), "its VMDK is copied");
         }
         Ok(Parts::Qcow2(disk::open_qcow2(&path, false)?))
     }
