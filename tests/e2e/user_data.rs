@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use catalyst_tests::world::patience;
 use catalyst_tests::{Checks, World};
 
 use super::common::{guest, vm, wait_until};
@@ -188,7 +189,7 @@ fn of_the_host(checks: &mut Checks, world: &World) {
         let _ = listener.wait();
         ran.ok();
         world.catalyst(&["vmpower", "on", "web3"]).ok();
-        wait_until("it is set up", LIMIT, || ["done", "failed"].contains(&stage(world, "web3").as_str()));
+        wait_until("it is set up", patience(), || ["done", "failed"].contains(&stage(world, "web3").as_str()));
         assert_eq!(stage(world, "web3"), "done", "{}", vm(world, "web3"));
         let wanted = format!("HTTP_PROXY=http://{gateway}:3128");
         let shell = world.catalyst(&["ssh", "web3", "--", "env; sudo env"]).ok().to_owned();

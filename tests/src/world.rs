@@ -497,14 +497,22 @@ pub fn run(command: &mut Command) {
     assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Runs a command, bounded by [`HANG`].
+/// [`HANG`], and longer on engine kvm: that is the lab's, as a rule, whose processor is emulated.
+pub fn patience() -> Duration {
+    if engine() == "kvm" { HANG * 3 } else { HANG }
+}
+
+/// Runs a command, bounded by [`patience`].
 pub fn ran(mut command: Command) -> Ran {
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().expect("the command starts");
     let pid = i32::try_from(child.id()).expect("a pid");
     let (done, watch) = std::sync::mpsc::channel::<()>();
     let guard = std::thread::spawn(move || {
-        if watch.recv_timeout(HANG).is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout) {
+        if watch
+            .recv_timeout(patience())
+            .is_err_and(|error| error == std::sync::mpsc::RecvTimeoutError::Timeout)
+        {
             kill(pid);
         }
     });
