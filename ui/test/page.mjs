@@ -165,7 +165,8 @@ check('Ctrl-] leaves the console, and a shell that ends says so', async () => {
 
 check('the serial line shows what came before, and takes what is typed', async () => {
   await page.getByRole('button', { name: 'Serial line' }).click();
-  await page.locator('.screen[data-open=true]').waitFor();
+  // The shell's screen is there for a moment more; the line takes the focus from the button once it listens.
+  await page.waitForFunction(() => document.activeElement?.classList.contains('xterm-helper-textarea'));
   await page.keyboard.press('Enter');
   await shows('web1 login:');
   const other = await open('/ui#/vm/web1/console');
