@@ -147,10 +147,10 @@ test: lint licences build ## all tests, but for those that take hours
 	@$(MAKE) -j2 e2e-run fuzz-aside
 	@$(MAKE) e2e-lab
 
-# A daemon killed at every step, and hundreds of rounds, where `make test` tries some. CATALYST_TEST_CHECKS='words|others' has
+# A daemon killed at every step, hundreds of rounds, and thousands of files in a folder, where `make test` tries some. CATALYST_TEST_CHECKS='words|others' has
 # only those checks run whose name has such words.
 test-long: image
-	CATALYST_TEST_FULL=1 cargo test --release -p catalyst-tests --test e2e -- faults rounds --nocapture
+	CATALYST_TEST_FULL=1 cargo test --release -p catalyst-tests --test e2e -- faults rounds folders --nocapture
 
 test-full: test test-long e2e-kvm bench-monitor ## those too
 

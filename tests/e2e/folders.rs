@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::engine;
 use catalyst_tests::{Checks, World, skip};
 use nix::sys::signal::Signal;
 
@@ -174,7 +173,11 @@ fn repository(checks: &mut Checks, world: &World, shared: &Path) {
                 skip("git is not installed: apt-get install git");
             }
             // 100 files each.
-            here(shared, REPOSITORY, if engine() == "kvm" { "10" } else { "100" });
+            here(
+                shared,
+                REPOSITORY,
+                if std::env::var_os("CATALYST_TEST_FULL").is_some() { "100" } else { "10" },
+            );
             let unpack = ["guest", "exec", "-i", VM, "--", "tar", "-xPf", "-", "--skip-old-files"];
             world.catalyst_with_input(&unpack, &here(shared, GIT, "").stdout).ok();
             guest(world, VM, "ln -sf git /usr/bin/git-upload-pack");
