@@ -8,6 +8,7 @@ use oci_spec::runtime::{Linux, LinuxDeviceType, LinuxNamespaceType, Spec};
 use serde_json::Value;
 
 use crate::failure::{Failure, Outcome, Tried, said};
+use crate::state::{Folder, Kept};
 
 /// Longest specification that is read, in bytes.
 const LONGEST: u64 = 8 << 20;
@@ -76,6 +77,12 @@ impl Bundle {
         let rootfs =
             rootfs.canonicalize().tried(|| format!("find the root file system {}", rootfs.display()))?;
         Ok(Self { path, spec, rootfs })
+    }
+
+    /// The bundle of a container that is made already, as it was then: what its engine changes in it later is nothing to the container
+    /// (OCI runtime specification, "Lifecycle", step 2).
+    pub fn kept(folder: &Folder, kept: &Kept) -> Outcome<Self> {
+        Ok(Self { path: kept.bundle.clone(), spec: folder.load_spec()?, rootfs: kept.rootfs.clone() })
     }
 
     /// What it is in a pod.
@@ -167,6 +174,15 @@ fn check_namespaces(linux: &Linux, part: PodPart) -> Outcome {
             ));
         }
     }
+    for kind in [LinuxNamespaceType::Cgroup, LinuxNamespaceType::Time] {
+        let path = of(kind).and_then(|namespace| namespace.path().as_deref());
+        if let Some(path) = path.filter(|path| !path.as_os_str().is_empty()) {
+            return said(format!(
+                "The {kind} namespace of another process ({}) cannot be had in a VM",
+                path.display()
+            ));
+        }
+    }
     let network = of(LinuxNamespaceType::Network).and_then(|namespace| namespace.path().as_deref());
     if network.is_some_and(is_own_network) {
         // Docker names it by a path.
@@ -250,6 +266,13 @@ pub mod tests {
         let bundle = Bundle::load(folder.path()).unwrap();
         assert!(bundle.rootfs.is_absolute() && bundle.rootfs.ends_with("rootfs"));
         assert_eq!(bundle.spec.hostname().as_deref(), Some("box"));
+        // What is changed in it after its creation is nothing to it.
+        let state = Folder::of(folder.path(), "c1").unwrap();
+        state.make().unwrap();
+        state.save_spec(&bundle.spec).unwrap();
+        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+        let kept = Kept { bundle: bundle.path.clone(), rootfs: bundle.rootfs.clone(), ..Kept::default() };
+        assert_eq!(Bundle::kept(&state, &kept).unwrap().spec, bundle.spec);
         // As its shim finds it, which is in that network namespace.
         let mut inside = example();
         inside["linux"]["namespaces"][1]["path"] = json!("/proc/self/ns/net");
@@ -270,6 +293,8 @@ pub mod tests {
         let namespaces = "/linux/namespaces";
         let mut host = others("network");
         host.as_array_mut().unwrap().push(json!({"type": "network", "path": "/proc/self/ns/net"}));
+        let mut cgroup = others("none");
+        cgroup.as_array_mut().unwrap().push(json!({"type": "cgroup", "path": "/proc/7/ns/cgroup"}));
         let fuse = json!([{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]);
         let all = json!([{"allow": true, "access": "rwm"}]);
         for (pointer, value, word) in [
@@ -280,6 +305,7 @@ pub mod tests {
             (namespaces, others("uts"), "--uts host"),
             (namespaces, user, "User namespaces"),
             (namespaces, shared, "/proc/7/ns/pid"),
+            (namespaces, cgroup, "/proc/7/ns/cgroup"),
             ("/linux/devices", fuse, "/dev/fuse"),
             ("/linux/resources/devices", all, "--privileged"),
             ("/hooks", json!({"startContainer": [{"path": "/x"}]}), "startContainer"),

@@ -47,7 +47,7 @@ pub fn start(root: &Path, id: &str) -> Outcome {
         status => return said(format!("cannot start a container that is {status}: {id}")),
     }
     folder.ask(&Request::Start, Some(GUEST_LIMIT))?;
-    let bundle = Bundle::read(&kept.bundle)?;
+    let bundle = Bundle::kept(&folder, &kept)?;
     if let Err(failure) = hooks::run(&bundle.spec, Step::Started, &kept, Status::Running) {
         // As the specification has it ("Lifecycle", step 9), it is but told.
         eprintln!("catalyst-oci: {}", crate::failure::chain(&failure));
@@ -132,9 +132,10 @@ fn clean(folder: &Folder, kept: &Kept) -> Outcome {
         eprintln!("catalyst-oci: {}", crate::failure::chain(&failure));
     }
     Cgroup::with(kept.cgroup.clone()).remove()?;
+    let bundle = Bundle::kept(folder, kept);
     folder.remove()?;
-    // The bundle may be gone by now, and with it its hooks.
-    if let Ok(bundle) = Bundle::read(&kept.bundle)
+    // A creation that was cut off early has none.
+    if let Ok(bundle) = bundle
         && let Err(failure) = hooks::run(&bundle.spec, Step::Stopped, kept, Status::Stopped)
     {
         eprintln!("catalyst-oci: {}", crate::failure::chain(&failure));
@@ -195,7 +196,7 @@ pub fn update(root: &Path, arguments: &Update) -> Outcome {
     }
     if let Some(limit) = processes_limit(&resources) {
         // It is the guest's own kernel that counts them.
-        let before = Bundle::read(&kept.bundle)?.linux()?.resources().as_ref().and_then(processes_limit);
+        let before = Bundle::kept(&folder, &kept)?.linux()?.resources().as_ref().and_then(processes_limit);
         if limit != before.unwrap_or_default() {
             return said(
                 "The limit of processes in a VM cannot be changed while it runs: create the container anew",
@@ -331,12 +332,11 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let bundle = root.path().join("bundle");
         std::fs::create_dir_all(bundle.join("rootfs")).unwrap();
-        let mut document = crate::bundle::tests::example();
-        document["linux"]["resources"]["pids"] = json!({"limit": 7});
-        std::fs::write(bundle.join("config.json"), document.to_string()).unwrap();
+        let spec = crate::bundle::tests::with("/linux/resources/pids", json!({"limit": 7}));
         let folder = Folder::of(root.path(), "c1").unwrap();
         folder.make().unwrap();
         folder.save(&Kept { id: "c1".into(), bundle, ..Kept::default() }).unwrap();
+        folder.save_spec(&spec).unwrap();
         let resources = root.path().join("resources.json");
         let update_to = |limit: i64| {
             std::fs::write(&resources, json!({"pids": {"limit": limit}}).to_string()).unwrap();

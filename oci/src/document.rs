@@ -117,7 +117,8 @@ fn convert_mount(mount: &runtime::Mount, bundle: &Path, trees: &mut Vec<Tree>) -
             "The mount at {destination} is of the type {kind:?}, which is not supported in a VM"
         ));
     }
-    Ok(Mount { destination, kind, source: String::new(), options: passed })
+    let source = mount.source().as_ref().map(|source| source.to_string_lossy().into_owned());
+    Ok(Mount { destination, kind, source: source.unwrap_or_default(), options: passed })
 }
 
 /// In a pod it is that of a UTS namespace of the host's, where the VM has its own; the file that comes along says the same.
@@ -186,7 +187,7 @@ mod tests {
         assert_eq!(trees, expected);
         let kinds: Vec<_> =
             container.mounts.iter().map(|mount| (mount.kind.as_str(), mount.source.as_str())).collect();
-        assert_eq!(kinds, [("proc", ""), ("tree", "m1"), ("tree", "m2"), ("cgroup", "")]);
+        assert_eq!(kinds, [("proc", "proc"), ("tree", "m1"), ("tree", "m2"), ("cgroup", "cgroup")]);
         assert_eq!(container.mounts[1].options, ["ro", "nodev"]);
         assert_eq!((container.hostname.as_str(), container.process.stdin), ("box", true));
     }

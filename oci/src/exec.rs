@@ -47,7 +47,7 @@ pub fn exec(arguments: &Exec, root: &Path) -> Outcome<i32> {
     if arguments.preserve_fds > 0 {
         return said("--preserve-fds is not supported: open files of the host cannot be given to a VM");
     }
-    let spec = specified(arguments, &kept.bundle)?;
+    let spec = specified(arguments, || Bundle::kept(&folder, &kept))?;
     let stdin = console::inherited(0).tried(|| "look at stdin".to_owned())?;
     let process = process::convert(&spec, !console::is_null(&stdin) || spec.terminal() == Some(true))?;
     let terminal = process.terminal.is_some();
@@ -115,14 +115,13 @@ pub fn wait_for(mut child: Child) -> Outcome<i32> {
 }
 
 /// The program: as its own document says, or the container's with what the arguments change.
-fn specified(arguments: &Exec, bundle: &Path) -> Outcome<runtime::Process> {
+fn specified(arguments: &Exec, bundle: impl FnOnce() -> Outcome<Bundle>) -> Outcome<runtime::Process> {
     if let Some(path) = &arguments.process {
         let text = std::fs::read(path).tried(|| format!("read {}", path.display()))?;
         return serde_json::from_slice(&text)
             .map_err(|source| Failure::Document { what: path.display().to_string(), source });
     }
-    let bundle = Bundle::read(bundle)?;
-    let Some(mut process) = bundle.spec.process().clone() else {
+    let Some(mut process) = bundle()?.spec.process().clone() else {
         return said("The container's specification has no part 'process'");
     };
     change(&mut process, arguments)?;

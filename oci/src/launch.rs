@@ -151,6 +151,7 @@ impl Made<'_> {
             cgroup: cgroup.folders().to_vec(),
             memory_mib,
         };
+        self.folder.save_spec(&bundle.spec)?;
         // Before it is made: whoever deletes what a creation that was cut off leaves knows it by this.
         self.folder.save(&kept)?;
         plan.make()?;

@@ -9,6 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use oci_spec::runtime::Spec;
 use serde::{Deserialize, Serialize};
 
 use crate::args::OCI_VERSION;
@@ -18,6 +19,7 @@ use crate::wire::{self, Answer, Request, Status};
 /// Where state is kept where nothing else is said.
 pub const DEFAULT_ROOT: &str = "/run/catalyst-oci";
 const DOCUMENT: &str = "state.json";
+const SPECIFICATION: &str = "config.json";
 const CONTROL: &str = "control.sock";
 /// How long a shim may take for an answer about itself.
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
@@ -122,12 +124,31 @@ impl Folder {
             .map_err(|source| Failure::Document { what: path.display().to_string(), source })
     }
 
-    /// Keeps it; a reader has it old or new.
+    /// The specification that the container was made by.
+    pub fn load_spec(&self) -> Outcome<Spec> {
+        let path = self.path.join(SPECIFICATION);
+        let text = fs::read(&path).tried(|| format!("read {}", path.display()))?;
+        serde_json::from_slice(&text)
+            .map_err(|source| Failure::Document { what: path.display().to_string(), source })
+    }
+
+    /// Keeps that.
+    pub fn save_spec(&self, spec: &Spec) -> Outcome {
+        self.write(SPECIFICATION, spec)
+    }
+
+    /// Keeps what is known of the container.
     pub fn save(&self, kept: &Kept) -> Outcome {
-        let path = self.path.join(DOCUMENT);
-        let aside = self.path.join(".state.json");
-        let text =
-            serde_json::to_vec(kept).map_err(io::Error::from).tried(|| "write down the state".to_owned())?;
+        self.write(DOCUMENT, kept)
+    }
+
+    /// Writes a file; a reader has it old or new.
+    fn write(&self, name: &str, content: &impl Serialize) -> Outcome {
+        let path = self.path.join(name);
+        let aside = self.path.join(format!(".{name}"));
+        let text = serde_json::to_vec(content)
+            .map_err(io::Error::from)
+            .tried(|| "write down the state".to_owned())?;
         let write = || {
             let mut file =
                 OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;

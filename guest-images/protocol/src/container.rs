@@ -71,7 +71,7 @@ pub struct Mount {
     /// `tree` for a tree of the host's, else a file system of the guest's kernel: `proc`, `tmpfs`, `sysfs`, `devpts`, `mqueue`,
     /// `cgroup`.
     pub kind: String,
-    /// The tree's name, if it is one.
+    /// The tree's name, if it is one; else what programs are told to be mounted there.
     pub source: String,
     /// Options, as fstab(5) has them: flags (`ro`, `nosuid`, …), the rest is the file system's.
     pub options: Vec<String>,

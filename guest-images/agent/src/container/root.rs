@@ -113,7 +113,8 @@ fn mount_one(root: BorrowedFd<'_>, one: &Mount, trees: &Path, later: &mut Vec<Ow
     let read_only = kind == "tmpfs" && flags.contains(MsFlags::MS_RDONLY);
     flags.set(MsFlags::MS_RDONLY, flags.contains(MsFlags::MS_RDONLY) && !read_only);
     let data = (!data.is_empty()).then_some(data.as_str());
-    mount(Some(kind), &at, Some(kind), flags, data)?;
+    let source = Some(one.source.as_str()).filter(|source| !source.is_empty() && !source.contains('\0'));
+    mount(Some(source.unwrap_or(kind)), &at, Some(kind), flags, data)?;
     // What was opened is below the mount now.
     let place = inside::open(root, destination, Make::Nothing)?;
     propagate(&inside::path_of(place.as_fd()), &propagation)?;
