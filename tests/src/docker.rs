@@ -253,11 +253,12 @@ impl Host {
         command
     }
 
-    /// containerd's own client, `ctr`, in a namespace of its own there.
+    /// containerd's own client, `ctr`, in a namespace of its own there. The control groups of its containers have that name, too, and
+    /// are the machine's.
     pub fn ctr(&self, args: &[&str]) -> Ran {
         let mut command = self.inside("timeout");
         let socket = "/run/docker/containerd/containerd.sock";
-        command.args(["120", "ctr", "--address", socket, "--namespace", "test"]).args(args);
+        command.args(["120", "ctr", "--address", socket, "--namespace", self.world.netns()]).args(args);
         ran(command)
     }
 
