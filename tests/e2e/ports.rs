@@ -117,7 +117,9 @@ fn is_reset(world: &World, address: SocketAddr) {
             exchange(&mut stream, "a word")
         };
         let error = asked().unwrap_err();
-        assert!(matches!(error.kind(), ErrorKind::ConnectionReset | ErrorKind::BrokenPipe), "{error}");
+        // Which of these it is depends on what the client was about to do.
+        let told = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::NotConnected];
+        assert!(told.contains(&error.kind()), "{error}");
         assert!(began.elapsed() < Duration::from_secs(5), "only after {:?}", began.elapsed());
     });
 }
