@@ -23,7 +23,7 @@ use crate::wire::{self, Answer, Request, Status};
 /// What a program ends with whose container ends.
 pub const CONTAINER_ENDED: i32 = 137;
 /// Signals that are passed on.
-const PASSED_ON: [i32; 6] =
+pub const PASSED_ON: [i32; 6] =
     [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM];
 
 /// What the process is to do.

@@ -49,16 +49,21 @@ impl Checks {
                 self.passed += 1;
                 println!("test {full} ... ok ({seconds:.1} s)");
             }
-            Err(cause) => match cause.downcast::<Skipped>() {
-                Ok(skipped) => {
-                    self.skipped += 1;
-                    println!("test {full} ... SKIPPED: {}", skipped.0);
-                }
-                Err(cause) => {
-                    self.failed.push(format!("{full}: {}", what_went_wrong(&*cause)));
-                    println!("test {full} ... FAILED ({seconds:.1} s)");
-                }
-            },
+            Err(cause) => self.ended_by(cause, &full, &format!(" ({seconds:.1} s)")),
+        }
+    }
+
+    /// Counts what was ended by a panic, and says so; `how` is said of one that failed.
+    fn ended_by(&mut self, cause: Box<dyn Any + Send>, name: &str, how: &str) {
+        match cause.downcast::<Skipped>() {
+            Ok(skipped) => {
+                self.skipped += 1;
+                println!("test {name} ... SKIPPED: {}", skipped.0);
+            }
+            Err(cause) => {
+                self.failed.push(format!("{name}{how}: {}", what_went_wrong(&*cause)));
+                println!("test {name} ... FAILED{how}");
+            }
         }
     }
 
@@ -130,16 +135,7 @@ fn run_group(group: &'static str, body: fn(&mut Checks), words: &[String]) -> Ch
     let mut checks = Checks { group, filter: words.to_vec(), passed: 0, failed: Vec::new(), skipped: 0 };
     // What a group does between its checks can fail as well.
     if let Err(cause) = catch_unwind(AssertUnwindSafe(|| body(&mut checks))) {
-        match cause.downcast::<Skipped>() {
-            Ok(skipped) => {
-                checks.skipped += 1;
-                println!("test {group} ... SKIPPED: {}", skipped.0);
-            }
-            Err(cause) => {
-                checks.failed.push(format!("{group} ended early: {}", what_went_wrong(&*cause)));
-                println!("test {group} ... FAILED: it ended early");
-            }
-        }
+        checks.ended_by(cause, group, ": it ended early");
     }
     checks
 }

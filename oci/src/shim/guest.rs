@@ -15,16 +15,13 @@ use tokio::sync::mpsc;
 use super::refused;
 use crate::console;
 use crate::daemon::Daemon;
+use crate::exec::PASSED_ON;
 use crate::failure::{Failure, Outcome, Tried, chain, said};
 use crate::stdio::{Ended, feed, relay};
 use crate::wire::Status;
 
 /// How long a program may take to end by SIGKILL before its VM is ended.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
-/// Signals that are passed on when they come to this process.
-const PASSED_ON: [i32; 6] =
-    [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGUSR1, libc::SIGUSR2, libc::SIGTERM];
-
 /// Descriptors of a program.
 #[derive(Debug)]
 pub struct Stdio {

@@ -39,24 +39,22 @@ pub struct Host {
     joined: Mutex<u32>,
 }
 
-/// What a container that joins brings along.
-pub struct Brought {
+/// What a container that joins brings along, but for its files.
+struct Brought {
     listener: UnixListener,
-    /// Its files.
-    pub trees: Trees,
     stdio: Stdio,
 }
 
 impl Brought {
-    /// From the descriptors that came along.
-    pub fn of(join: &Join, descriptors: Vec<OwnedFd>) -> Outcome<Self> {
+    /// From the descriptors that came along; its files too.
+    fn of(join: &Join, descriptors: Vec<OwnedFd>) -> Outcome<(Self, Trees)> {
         let mut descriptors = descriptors.into_iter();
         let listener = descriptors.next().map(UnixListener::from);
         let trees: Trees = join.trees.iter().cloned().zip(descriptors.by_ref()).collect();
         let stdio = control::stdio(descriptors.collect(), join.container.process.terminal.is_some());
         match (listener, stdio) {
             (Some(listener), Some(stdio)) if trees.len() == join.trees.len() => {
-                Ok(Self { listener, trees, stdio })
+                Ok((Self { listener, stdio }, trees))
             }
             _ => said("Descriptors of the container are missing"),
         }
@@ -97,7 +95,7 @@ impl Host {
     }
 
     /// Serves a container that is ready, until it has ended or its shim has.
-    pub async fn stay(&self, name: String, join: &Join, brought: Brought, peer: UnixStream, more: More) {
+    async fn stay(&self, name: String, join: &Join, brought: Brought, peer: UnixStream, more: More) {
         // It answers until its end is told.
         let listening = brought.listener.try_clone().map(Listening);
         let ended = self.attend(&name, join.pid, brought, &peer, more).await;
@@ -137,7 +135,7 @@ impl Host {
         mut more: More,
     ) -> Outcome<Ended> {
         let speak = || "serve the container that joins".to_owned();
-        let Brought { listener, stdio, .. } = brought;
+        let Brought { listener, stdio } = brought;
         let of = Of { name: name.to_owned(), pid };
         let (guest, mut events) =
             Guest::new(self.link.clone(), of, self.daemon.clone(), self.vm.clone(), stdio);
@@ -183,23 +181,46 @@ impl Drop for Listening {
     }
 }
 
-/// Serves a container that joins.
-pub async fn serve(host: Arc<Host>, peer: Peer) {
-    let Peer { stream, request, descriptors, more } = peer;
-    let Request::Join(mut join) = request else { return };
-    let admitted = async {
-        let mut brought = Brought::of(&join, descriptors)?;
-        let trees = std::mem::take(&mut brought.trees);
-        Ok((host.admit(&mut join.container, trees).await?, brought))
-    };
-    match admitted.await {
-        Ok((name, brought)) => host.stay(name, &join, brought, stream, more).await,
-        Err(failure) => refuse(&stream, &failure),
+/// A container that asks to join.
+pub struct Joining {
+    /// What it asks.
+    pub join: Box<Join>,
+    brought: Brought,
+    stream: UnixStream,
+    more: More,
+}
+
+impl Joining {
+    /// Who has connected, and its files; none if that is nobody who could join, who has been told so.
+    pub fn of(peer: Peer) -> Option<(Self, Trees)> {
+        let Peer { stream, request, descriptors, more } = peer;
+        let Request::Join(join) = request else { return None };
+        match Brought::of(&join, descriptors) {
+            Ok((brought, trees)) => Some((Self { join, brought, stream, more }, trees)),
+            Err(failure) => {
+                refuse(&stream, &failure);
+                None
+            }
+        }
+    }
+
+    /// Serves it where it was admitted, under its name there, or tells it why it was not.
+    pub async fn serve(self, admitted: Outcome<(Arc<Host>, String)>) {
+        match admitted {
+            Ok((host, name)) => host.stay(name, &self.join, self.brought, self.stream, self.more).await,
+            Err(failure) => refuse(&self.stream, &failure),
+        }
     }
 }
 
-/// Tells the shim of one that it does not join.
-pub fn refuse(peer: &UnixStream, failure: &Failure) {
+/// Serves a container that joins a VM that is there.
+pub async fn serve(host: Arc<Host>, peer: Peer) {
+    let Some((mut joining, trees)) = Joining::of(peer) else { return };
+    let admitted = host.admit(&mut joining.join.container, trees).await;
+    joining.serve(admitted.map(|name| (host, name))).await;
+}
+
+fn refuse(peer: &UnixStream, failure: &Failure) {
     // It may have ended.
     let _ = wire::send(peer, &told(failure), &[]);
 }
@@ -226,8 +247,8 @@ mod tests {
             let listener = OwnedFd::from(UnixListener::bind(path).unwrap());
             std::iter::once(listener).chain((1..count).map(|_| null())).collect::<Vec<_>>()
         };
-        let brought = Brought::of(&join, some(6)).unwrap();
-        assert_eq!(brought.trees.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["root", "m1"]);
+        let (brought, trees) = Brought::of(&join, some(6)).unwrap();
+        assert_eq!(trees.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(), ["root", "m1"]);
         assert!(brought.stdio.input.is_none() && brought.stdio.errors.is_some());
         for count in [1, 2, 3, 5] {
             assert!(Brought::of(&join, some(count)).is_err(), "{count}");

@@ -143,9 +143,7 @@ impl Machine {
         drop(self.files.process.start_kill());
         ended
     }
-}
 
-impl Machine {
     /// Ends what it has on the host, all but the VM itself, and leaves no process that nobody waits for.
     pub async fn end(mut self) {
         let _ = self.files.process.kill().await;

@@ -11,7 +11,7 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::control::{Peer, peers};
 use super::guest::is_deadly;
-use super::host::{self, Brought, Host};
+use super::host::{self, Host, Joining};
 use super::machine::{Machine, Prepared, Trees, make_vm};
 use super::resolver::Outside;
 use crate::bundle::Bundle;
@@ -47,18 +47,9 @@ impl Pod {
 
     /// Serves one of its containers.
     async fn serve(self: Arc<Self>, peer: Peer) {
-        let Peer { stream, request, descriptors, more } = peer;
-        let Request::Join(mut join) = request else { return };
-        let admitted = async {
-            let mut brought = Brought::of(&join, descriptors)?;
-            let trees = std::mem::take(&mut brought.trees);
-            let (host, name) = self.admit(&mut join, trees).await?;
-            Ok((host, name, brought))
-        };
-        match admitted.await {
-            Ok((host, name, brought)) => host.stay(name, &join, brought, stream, more).await,
-            Err(failure) => host::refuse(&stream, &failure),
-        }
+        let Some((mut joining, trees)) = Joining::of(peer) else { return };
+        let admitted = self.admit(&mut joining.join, trees).await;
+        joining.serve(admitted).await;
     }
 
     /// Makes a container ready, and the VM before it if there is none.

@@ -3,9 +3,11 @@
 //! A thread has a mount namespace of its own with an empty root, of which that process has a copy. Both are peers: what is mounted below
 //! one is there in the other (the kernel's `sharedsubtree.rst`), once that process has it in its place ([`super::trees::Server::begin`]).
 
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 
@@ -113,25 +115,23 @@ fn put(folder: &Path, trees: &[(String, OwnedFd)]) -> io::Result<()> {
             File::create_new(&at)?;
         }
         trees::set(tree, &[Attribute::NoDevices])?;
-        let path = std::ffi::CString::new(at.into_os_string().into_encoded_bytes())?;
-        // SAFETY: both paths are strings.
-        let moved = unsafe {
-            libc::syscall(
-                libc::SYS_move_mount,
-                tree.as_raw_fd(),
-                c"".as_ptr(),
-                libc::AT_FDCWD,
-                path.as_ptr(),
-                FROM_EMPTY_PATH,
-            )
-        };
-        if moved == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        attach(tree, &at)
     });
     if mounted.is_err() {
         // The first failure is the one that is told.
         let _ = take(folder);
     }
     mounted
+}
+
+/// Puts a mount that is nowhere yet in its place (`move_mount(2)`).
+fn attach(tree: &OwnedFd, at: &Path) -> io::Result<()> {
+    let at = CString::new(at.as_os_str().as_bytes())?;
+    let (from, to) = (tree.as_raw_fd(), libc::AT_FDCWD);
+    // SAFETY: both paths are strings.
+    let moved =
+        unsafe { libc::syscall(libc::SYS_move_mount, from, c"".as_ptr(), to, at.as_ptr(), FROM_EMPTY_PATH) };
+    if moved == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 fn take(folder: &Path) -> io::Result<()> {
@@ -166,14 +166,7 @@ mod tests {
         std::thread::spawn(move || {
             unshare(CloneFlags::CLONE_NEWNS).unwrap();
             mount(NOTHING, "/", NOTHING, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NOTHING).unwrap();
-            let place = c"/mnt";
-            // SAFETY: both paths are strings.
-            let moved = unsafe {
-                let empty = c"".as_ptr();
-                let (from, to) = (tree.as_raw_fd(), libc::AT_FDCWD);
-                libc::syscall(libc::SYS_move_mount, from, empty, to, place.as_ptr(), FROM_EMPTY_PATH)
-            };
-            assert_eq!(moved, 0, "{}", io::Error::last_os_error());
+            attach(&tree, Path::new("/mnt")).unwrap();
             tell.send(None).unwrap();
             for path in asked {
                 tell.send(fs::read_to_string(Path::new("/mnt").join(path)).ok()).unwrap();
