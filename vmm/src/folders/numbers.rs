@@ -225,16 +225,17 @@ impl Numbers {
 
     /// The folder that the file of a message's answer is in.
     fn folder_of(&self, id: u64, opcode: u32, asked: &Message) -> Arc<[u8]> {
+        let name = || {
+            let text = asked.0.get(request::BODY..).unwrap_or_default();
+            text.split(|byte| *byte == 0).next().unwrap_or_default()
+        };
         if id == ROOT_ID && opcode == LOOKUP {
-            let name = asked.0.get(request::BODY..).unwrap_or_default();
-            return Arc::from(name.split(|byte| *byte == 0).next().unwrap_or_default());
+            return Arc::from(name());
         }
         let of_parent =
             self.nodes.get(&id).map_or_else(|| Arc::from(&b""[..]), |node| Arc::clone(&node.folder));
         if opcode == LOOKUP && self.lasting.is_some() && is_of_joined(&of_parent) {
-            let name = asked.0.get(request::BODY..).unwrap_or_default();
-            let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
-            return [&of_parent[..], b"/", name].concat().into();
+            return [&of_parent[..], b"/", name()].concat().into();
         }
         of_parent
     }
