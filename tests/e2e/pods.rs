@@ -48,6 +48,9 @@ fn joins(checks: &mut Checks, host: &Host) {
                 .chain(served.iter().map(String::as_str))
                 .collect();
             host.start("owner", &words);
+            wait_until("it serves", LIMIT, || {
+                host.docker(&["exec", "owner", "wget", "-qO-", &fetch(80)]).stdout == "owner's\n"
+            });
             let joined = ["run", "--rm", "--network", "container:owner"];
             let with = |options: &[&str], words: &[&str]| {
                 host.docker(&[&joined[..], options, &["busybox"], words].concat())
