@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{FuseBuf, FuseDevWriter, Reader, Writer};
@@ -115,6 +116,11 @@ impl Message {
         }
     }
 
+    pub(super) fn put_valid(&mut self, at: Valid, time: Duration) {
+        self.put_u64(at.seconds, time.as_secs());
+        self.put_u32(at.nanoseconds, time.subsec_nanos());
+    }
+
     /// A request's header: which, its number, the file.
     pub(super) fn header(&self) -> Option<(u32, u64, u64)> {
         let whole = self.0.len() >= IN_HEADER && self.u32(0)? as usize == self.0.len();
@@ -160,15 +166,22 @@ pub(super) mod request {
     pub const VALID_GID: u32 = 1 << 2;
 }
 
+/// Where it stands how long something holds.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Valid {
+    seconds: usize,
+    nanoseconds: usize,
+}
+
 /// Where fields stand in answers.
 pub(super) mod answer {
-    use super::{ENTRY, OUT_HEADER};
+    use super::{ENTRY, OUT_HEADER, Valid};
 
     pub const NODE: usize = OUT_HEADER;
-    pub const ENTRY_VALID: usize = OUT_HEADER + 16;
-    pub const ENTRY_ATTR_VALID: usize = OUT_HEADER + 24;
+    pub const ENTRY_VALID: Valid = Valid { seconds: OUT_HEADER + 16, nanoseconds: OUT_HEADER + 32 };
+    pub const ENTRY_ATTR_VALID: Valid = Valid { seconds: OUT_HEADER + 24, nanoseconds: OUT_HEADER + 36 };
     pub const ENTRY_ATTR: usize = OUT_HEADER + 40;
-    pub const ATTR_VALID: usize = OUT_HEADER;
+    pub const ATTR_VALID: Valid = Valid { seconds: OUT_HEADER, nanoseconds: OUT_HEADER + 8 };
     pub const ATTR: usize = OUT_HEADER + 16;
     pub const HANDLE: usize = OUT_HEADER;
     pub const CREATED_HANDLE: usize = OUT_HEADER + ENTRY;

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use catalyst_agent_protocol::container::JOINED_TREES;
 use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
@@ -16,15 +17,20 @@ use fuse_backend_rs::api::server::Server;
 use serde::{Deserialize, Serialize};
 
 use super::FolderOwner;
-use super::fuse::{self, Kind, Message, Pipe, answer, request};
+use super::fuse::{self, Kind, Message, Pipe, Valid, answer, request};
 use crate::devices::fs::Files;
 
 /// Flags of open(2) that were for the first time only.
 const ONCE: u32 = (libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC).cast_unsigned();
-/// Seconds for which the guest does not ask again, where it need not.
-const LASTS: u64 = 1;
+/// How long the guest does not ask again for folders and links of shared folders: nobody changes them and looks as fast, and who
+/// unpacks an archive asks for the same again and again.
+const IN_FOLDERS: Duration = Duration::from_millis(100);
+/// The same for those of a container's root, which the host hardly changes.
+const OF_ROOT: Duration = Duration::from_secs(1);
 /// The same where nothing ever changes.
-const FOR_EVER: u64 = 1 << 30;
+const FOR_EVER: Duration = Duration::from_secs(1 << 30);
+/// For what was made just now, until the program that made it has it open.
+const NEW: Duration = Duration::from_nanos(1);
 /// LOOKUP.
 const LOOKUP: u32 = 1;
 
@@ -78,6 +84,16 @@ struct Handle {
     folder: bool,
 }
 
+/// Which folders and links the guest may take for the same for a while: each path asks for all of them, and the host changes them
+/// seldom. What is new is seen at once, and so is all that a file has.
+enum Lasting {
+    /// Those in shared folders. Which folders are shared is asked for each time.
+    InFolders,
+    /// Those of the root of a container, which is in this folder and in one of that name for each that joins. What is below our root
+    /// stays as it is for as long as the container lives.
+    OfRoot(Arc<[u8]>),
+}
+
 /// Answers messages.
 pub(super) struct Numbers {
     files: Arc<Files>,
@@ -90,8 +106,7 @@ pub(super) struct Numbers {
     last_handle: u64,
     init: Vec<u8>,
     owners: HashMap<Vec<u8>, (u32, u32)>,
-    /// The folder whose folders and links the guest may take for the same for a second.
-    lasting: Option<Arc<[u8]>>,
+    lasting: Lasting,
     /// Whose the files are here.
     host: (u32, u32),
     /// What is to be found again when the folders are mounted.
@@ -131,7 +146,7 @@ impl Numbers {
             last_handle: 0,
             init: Vec::new(),
             owners: HashMap::new(),
-            lasting: None,
+            lasting: Lasting::InFolders,
             host,
             saved: Some(saved),
         };
@@ -159,11 +174,13 @@ impl Numbers {
         }
     }
 
-    /// Has the guest take folders and links of a folder below the root for the same for a second: the host hardly changes a
-    /// container's root, and each path asks for them. What is new is seen at once, and so is all that a file has. The root and what
-    /// it has are those of the container for as long as it lives.
-    pub(super) fn let_last(&mut self, folder: &[u8]) {
-        self.lasting = Some(Arc::from(folder));
+    /// What is served is a container, whose root is in this folder.
+    pub(super) fn serve_container(&mut self, root: &[u8]) {
+        self.lasting = Lasting::OfRoot(Arc::from(root));
+    }
+
+    fn is_container(&self) -> bool {
+        matches!(self.lasting, Lasting::OfRoot(_))
     }
 
     /// The guest knows nothing and has nothing open.
@@ -234,7 +251,7 @@ impl Numbers {
         }
         let of_parent =
             self.nodes.get(&id).map_or_else(|| Arc::from(&b""[..]), |node| Arc::clone(&node.folder));
-        if opcode == LOOKUP && self.lasting.is_some() && is_of_joined(&of_parent) {
+        if opcode == LOOKUP && self.is_container() && is_of_joined(&of_parent) {
             return [&of_parent[..], b"/", name()].concat().into();
         }
         of_parent
@@ -287,27 +304,29 @@ impl Numbers {
         match kind {
             Kind::Init => fuse::bound(answer),
             Kind::Entry | Kind::Link => {
-                self.name_entry(answer, folder);
+                self.name_entry(answer, id, folder);
                 self.last_for_ever(answer, answer::ENTRY_VALID, id);
             }
             Kind::Create => {
-                let node = self.name_entry(answer, folder);
+                let node = self.name_entry(answer, id, folder);
+                answer.put_valid(answer::ENTRY_ATTR_VALID, NEW);
                 self.name_handle(answer, answer::CREATED_HANDLE, (node, flags), false);
             }
             Kind::Open => self.name_handle(answer, answer::HANDLE, (id, flags), false),
             Kind::OpenFolder => self.name_handle(answer, answer::HANDLE, (id, flags), true),
             Kind::Attributes | Kind::SetAttributes => {
                 self.show_owner(answer, answer::ATTR, folder);
-                self.last(answer, answer::ATTR, &[answer::ATTR_VALID], folder);
+                self.last(answer, answer::ATTR, &[answer::ATTR_VALID], id, folder);
                 self.last_for_ever(answer, answer::ATTR_VALID, id);
             }
             _ => {}
         }
     }
 
-    fn name_entry(&mut self, answer: &mut Message, folder: &Arc<[u8]>) -> u64 {
+    fn name_entry(&mut self, answer: &mut Message, parent: u64, folder: &Arc<[u8]>) -> u64 {
         self.show_owner(answer, answer::ENTRY_ATTR, folder);
-        self.last(answer, answer::ENTRY_ATTR, &[answer::ENTRY_VALID, answer::ENTRY_ATTR_VALID], folder);
+        let fields = [answer::ENTRY_VALID, answer::ENTRY_ATTR_VALID];
+        self.last(answer, answer::ENTRY_ATTR, &fields, parent, folder);
         let inner = answer.u64(answer::NODE).unwrap_or_default();
         if inner == 0 || inner == ROOT_ID {
             return inner;
@@ -342,20 +361,24 @@ impl Numbers {
         }
     }
 
-    /// Says how long what is said of a file with attributes at `at` holds.
-    fn last(&self, answer: &mut Message, at: usize, fields: &[usize], folder: &[u8]) {
+    /// Says how long what is said of a file with attributes at `at` holds, when it was asked for by or in `asked`.
+    fn last(&self, answer: &mut Message, at: usize, fields: &[Valid], asked: u64, folder: &[u8]) {
         let kind = answer.u32(at + answer::MODE).unwrap_or_default() & libc::S_IFMT;
-        if self.lasting.as_deref() == Some(tree_of(folder)) && matches!(kind, libc::S_IFDIR | libc::S_IFLNK) {
-            for &field in fields {
-                answer.put_u64(field, LASTS);
+        let (lasts, time) = match &self.lasting {
+            Lasting::InFolders => (asked != ROOT_ID, IN_FOLDERS),
+            Lasting::OfRoot(root) => (tree_of(folder) == &**root, OF_ROOT),
+        };
+        if lasts && matches!(kind, libc::S_IFDIR | libc::S_IFLNK) {
+            for field in fields {
+                answer.put_valid(*field, time);
             }
         }
     }
 
     /// Says that what is said of the root, or of what is in it, holds for ever.
-    fn last_for_ever(&self, answer: &mut Message, field: usize, asked: u64) {
-        if asked == ROOT_ID && self.lasting.is_some() {
-            answer.put_u64(field, FOR_EVER);
+    fn last_for_ever(&self, answer: &mut Message, field: Valid, asked: u64) {
+        if asked == ROOT_ID && self.is_container() {
+            answer.put_valid(field, FOR_EVER);
         }
     }
 

@@ -192,13 +192,15 @@ impl FileSystem for Files {
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
         self.end_session();
         self.session().mounted = true;
-        let mut owners = FsOptions::empty();
+        // With it the guest does not ask for capabilities at every write, nor for modes before it sets owners: bits that are not to stay
+        // are taken away here.
+        let kills = capable & FsOptions::HANDLE_KILLPRIV_V2;
+        let mut owners = kills;
         if self.keeps_owners {
-            // With it the guest does not ask for capabilities at every write, and the crate takes bits away that are not to stay.
-            let kills = capable & FsOptions::HANDLE_KILLPRIV_V2;
+            // Of a process with rights the host's kernel leaves them to the crate.
             self.inner.init(kills)?;
             // Where a link leads does not change; another one is another file.
-            owners = kills | (capable & FsOptions::CACHE_SYMLINKS);
+            owners |= capable & FsOptions::CACHE_SYMLINKS;
         }
         // READDIRPLUS is left out: names are valid for no time, so it would only keep files open. So are
         // the write-back cache and cached links, which the host does not see or the guest would not see change.
