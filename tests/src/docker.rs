@@ -11,7 +11,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::world::{programs, ran, run, wait_until};
+use crate::world::{patience, programs, ran, run, wait_until};
 use crate::{Ran, World, skip};
 
 /// /run of its own, the programs laid over /usr, /sys of this network namespace with the machine's control groups; as long as
@@ -37,7 +37,12 @@ const APPLETS: [&str; 27] = [
 ];
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// How long what takes a VM may take: a limit against hanging.
-pub const LIMIT: Duration = Duration::from_mins(1);
+pub const LIMIT: Duration = Duration::from_mins(3);
+
+/// The same for a whole command, in seconds: who waits for it waits a little longer, so that it ends by itself.
+fn limit() -> String {
+    (patience() - Duration::from_secs(20)).as_secs().to_string()
+}
 
 /// A world with both daemons, and an image `busybox`.
 #[derive(Debug)]
@@ -216,7 +221,7 @@ impl Host {
     /// `docker ARGS`, not yet run.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("timeout");
-        command.arg("100").arg(&self.client).args(["--host", &self.docker_host()]);
+        command.arg(limit()).arg(&self.client).args(["--host", &self.docker_host()]);
         command.args(args).env("HOME", &self.root).stdin(Stdio::null());
         command
     }
@@ -248,7 +253,7 @@ impl Host {
             args,
         ];
         let mut command = Command::new("timeout");
-        command.args(["100", "script", "-qec", &words.concat().join(" "), "/dev/null"]);
+        command.args([&limit(), "script", "-qec", &words.concat().join(" "), "/dev/null"]);
         command.env("HOME", &self.root).env("SHELL", "/bin/sh").stdin(Stdio::null());
         command
     }
@@ -258,7 +263,7 @@ impl Host {
     pub fn ctr(&self, args: &[&str]) -> Ran {
         let mut command = self.inside("timeout");
         let socket = "/run/docker/containerd/containerd.sock";
-        command.args(["120", "ctr", "--address", socket, "--namespace", self.world.netns()]).args(args);
+        command.arg(limit()).args(["ctr", "--address", socket, "--namespace", self.world.netns()]).args(args);
         ran(command)
     }
 
