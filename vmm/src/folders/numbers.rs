@@ -22,15 +22,12 @@ use crate::devices::fs::Files;
 
 /// Flags of open(2) that were for the first time only.
 const ONCE: u32 = (libc::O_CREAT | libc::O_EXCL | libc::O_TRUNC).cast_unsigned();
-/// How long the guest does not ask again for folders and links of shared folders: nobody changes them and looks as fast, and who
-/// unpacks an archive asks for the same again and again.
-const IN_FOLDERS: Duration = Duration::from_millis(100);
-/// The same for those of a container's root, which the host hardly changes.
-const OF_ROOT: Duration = Duration::from_secs(1);
+/// How long the guest does not ask again, where it need not: nobody changes a file and looks as fast.
+const MOMENT: Duration = Duration::from_millis(100);
+/// The same for folders and links of a container's root, which the host hardly changes.
+const WHILE: Duration = Duration::from_secs(1);
 /// The same where nothing ever changes.
 const FOR_EVER: Duration = Duration::from_secs(1 << 30);
-/// For what was made just now, until the program that made it has it open.
-const NEW: Duration = Duration::from_nanos(1);
 /// LOOKUP.
 const LOOKUP: u32 = 1;
 
@@ -84,14 +81,20 @@ struct Handle {
     folder: bool,
 }
 
-/// Which folders and links the guest may take for the same for a while: each path asks for all of them, and the host changes them
-/// seldom. What is new is seen at once, and so is all that a file has.
-enum Lasting {
-    /// Those in shared folders. Which folders are shared is asked for each time.
-    InFolders,
-    /// Those of the root of a container, which is in this folder and in one of that name for each that joins. What is below our root
-    /// stays as it is for as long as the container lives.
-    OfRoot(Arc<[u8]>),
+/// What is served, of which it depends how long the guest does not ask again.
+enum Served {
+    /// Shared folders. Which ones there are is asked for each time, and so is each file's name: whoever opens a file, or looks at it by
+    /// its name, sees it as it is.
+    Folders,
+    /// A container, whose root is in this folder, and in one of that name for each that joins. What is below our root stays as it is
+    /// for as long as the container lives.
+    Container(Arc<[u8]>),
+}
+
+/// How long the guest does not ask again.
+struct Lasts {
+    name: Duration,
+    attributes: Duration,
 }
 
 /// Answers messages.
@@ -106,7 +109,7 @@ pub(super) struct Numbers {
     last_handle: u64,
     init: Vec<u8>,
     owners: HashMap<Vec<u8>, (u32, u32)>,
-    lasting: Lasting,
+    served: Served,
     /// Whose the files are here.
     host: (u32, u32),
     /// What is to be found again when the folders are mounted.
@@ -146,7 +149,7 @@ impl Numbers {
             last_handle: 0,
             init: Vec::new(),
             owners: HashMap::new(),
-            lasting: Lasting::InFolders,
+            served: Served::Folders,
             host,
             saved: Some(saved),
         };
@@ -176,11 +179,11 @@ impl Numbers {
 
     /// What is served is a container, whose root is in this folder.
     pub(super) fn serve_container(&mut self, root: &[u8]) {
-        self.lasting = Lasting::OfRoot(Arc::from(root));
+        self.served = Served::Container(Arc::from(root));
     }
 
     fn is_container(&self) -> bool {
-        matches!(self.lasting, Lasting::OfRoot(_))
+        matches!(self.served, Served::Container(_))
     }
 
     /// The guest knows nothing and has nothing open.
@@ -309,14 +312,13 @@ impl Numbers {
             }
             Kind::Create => {
                 let node = self.name_entry(answer, id, folder);
-                answer.put_valid(answer::ENTRY_ATTR_VALID, NEW);
                 self.name_handle(answer, answer::CREATED_HANDLE, (node, flags), false);
             }
             Kind::Open => self.name_handle(answer, answer::HANDLE, (id, flags), false),
             Kind::OpenFolder => self.name_handle(answer, answer::HANDLE, (id, flags), true),
             Kind::Attributes | Kind::SetAttributes => {
                 self.show_owner(answer, answer::ATTR, folder);
-                self.last(answer, answer::ATTR, &[answer::ATTR_VALID], id, folder);
+                answer.put_valid(answer::ATTR_VALID, self.lasts(answer, answer::ATTR, id, folder).attributes);
                 self.last_for_ever(answer, answer::ATTR_VALID, id);
             }
             _ => {}
@@ -325,8 +327,9 @@ impl Numbers {
 
     fn name_entry(&mut self, answer: &mut Message, parent: u64, folder: &Arc<[u8]>) -> u64 {
         self.show_owner(answer, answer::ENTRY_ATTR, folder);
-        let fields = [answer::ENTRY_VALID, answer::ENTRY_ATTR_VALID];
-        self.last(answer, answer::ENTRY_ATTR, &fields, parent, folder);
+        let lasts = self.lasts(answer, answer::ENTRY_ATTR, parent, folder);
+        answer.put_valid(answer::ENTRY_VALID, lasts.name);
+        answer.put_valid(answer::ENTRY_ATTR_VALID, lasts.attributes);
         let inner = answer.u64(answer::NODE).unwrap_or_default();
         if inner == 0 || inner == ROOT_ID {
             return inner;
@@ -361,18 +364,22 @@ impl Numbers {
         }
     }
 
-    /// Says how long what is said of a file with attributes at `at` holds, when it was asked for by or in `asked`.
-    fn last(&self, answer: &mut Message, at: usize, fields: &[Valid], asked: u64, folder: &[u8]) {
+    /// How long what is said of a file holds, whose attributes are at `at`, and which is `asked` or in that.
+    fn lasts(&self, answer: &Message, at: usize, asked: u64, folder: &[u8]) -> Lasts {
         let kind = answer.u32(at + answer::MODE).unwrap_or_default() & libc::S_IFMT;
-        let (lasts, time) = match &self.lasting {
-            Lasting::InFolders => (asked != ROOT_ID, IN_FOLDERS),
-            Lasting::OfRoot(root) => (tree_of(folder) == &**root, OF_ROOT),
-        };
-        if lasts && matches!(kind, libc::S_IFDIR | libc::S_IFLNK) {
-            for field in fields {
-                answer.put_valid(*field, time);
+        let is_way = matches!(kind, libc::S_IFDIR | libc::S_IFLNK);
+        let (name, attributes) = match &self.served {
+            Served::Folders if asked == ROOT_ID => (Duration::ZERO, Duration::ZERO),
+            Served::Container(root) if tree_of(folder) == &**root => {
+                if is_way {
+                    (WHILE, WHILE)
+                } else {
+                    (MOMENT, MOMENT)
+                }
             }
-        }
+            _ => (if is_way { MOMENT } else { Duration::ZERO }, MOMENT),
+        };
+        Lasts { name, attributes }
     }
 
     /// Says that what is said of the root, or of what is in it, holds for ever.

@@ -232,7 +232,7 @@ fn files_are_read_and_written_and_belong_to_the_guests_user() {
 }
 
 #[test]
-fn folders_and_links_hold_for_a_moment_but_neither_files_nor_what_is_shared() {
+fn what_holds_for_a_moment_is_neither_a_files_name_nor_what_is_shared() {
     let (_folder, root) = world();
     std::os::unix::fs::symlink("a", root.join("work/link")).unwrap();
     let (_host, port) = serve(&root, None);
@@ -247,18 +247,18 @@ fn folders_and_links_hold_for_a_moment_but_neither_files_nor_what_is_shared() {
     let work = guest.node("work");
     assert_eq!(holds(&guest.lookup(work, "sub").unwrap()), [moment; 2]);
     assert_eq!(holds(&guest.lookup(work, "link").unwrap()), [moment; 2]);
-    assert_eq!(holds(&guest.lookup(work, "a").unwrap()), [(0, 0); 2]);
+    assert_eq!(holds(&guest.lookup(work, "a").unwrap()), [(0, 0), moment], "who opens it sees it as it is");
     let flags = (libc::O_RDWR | libc::O_CREAT).cast_unsigned();
     let fields = [flags, 0o644, 0o022, 0].map(u32::to_le_bytes).concat();
     let created = guest.ask(CREATE, work, &[&fields[..], b"new\0"].concat());
-    assert_eq!(holds(&created), [(0, 0), (0, 1)], "until it is open");
+    assert_eq!(holds(&created), [(0, 0), moment]);
     let attributes = |guest: &mut Guest, node| {
         let answer = guest.ask(GETATTR, node, &[0; 16]);
         (number(&answer, 0), u32::from_le_bytes(answer[8..12].try_into().unwrap()))
     };
     assert_eq!(attributes(&mut guest, ROOT), (0, 0));
     assert_eq!(attributes(&mut guest, work), moment);
-    assert_eq!(attributes(&mut guest, number(&created, 0)), (0, 0));
+    assert_eq!(attributes(&mut guest, number(&created, 0)), moment);
 }
 
 #[test]
