@@ -5,8 +5,9 @@
 //! own mount namespace (see `confine`); what the daemon mounts below it appears at once.
 //!
 //! - **No stale data.** The host's files change under the guest: people edit on the host and build in the guest.
-//!   Names and attributes are valid for no time (what serves folders by a port lets some of them last a moment), and the guest drops cached pages when a file's size or time has
-//!   changed. What has not changed is still read from the guest's cache, and can be mapped.
+//!   Names and attributes are valid for no time (what serves folders by a port lets some of them hold for a moment), and the guest
+//!   drops cached pages when a file's size or time has changed. What has not changed is still read from the guest's cache, and can be
+//!   mapped.
 //! - **Files belong to the monitor's user.** It cannot switch users; where the owner is somebody else the daemon
 //!   maps IDs in the mount. To the guest they can be shown as a user's of its own ([`ShareRoot::shown_as`]).
 //! - **Unless they keep their owners** ([`Files::keeping_owners`]): a process with the rights for it serves a container's trees, in which
