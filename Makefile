@@ -187,7 +187,7 @@ bench-monitor: image ## our monitor beside QEMU, in the lab (BENCH='boot restore
 
 bench-kvm: export LAB_TIMEOUT ?= 3000
 bench-kvm: export LAB_CPUS ?= 1
-bench-kvm: image ## instant clone on engine kvm, in the lab
+bench-kvm: image firewall-tools ## instant clone and containers on engine kvm, in the lab
 	cargo build --release -p catalyst-tests
 	tests/lab/run 'mkdir -p /run/worlds && TMPDIR=/run/worlds CATALYST_TEST_ENGINE=kvm CATALYST_BIN=$$PWD/$(RELEASE) CATALYST_IMAGE_DIR=$(IMAGE_DIR) $(RELEASE)/bench $(BENCH)'
 
