@@ -184,6 +184,9 @@ pub(super) mod answer {
     pub const ATTR_VALID: Valid = Valid { seconds: OUT_HEADER, nanoseconds: OUT_HEADER + 8 };
     pub const ATTR: usize = OUT_HEADER + 16;
     pub const HANDLE: usize = OUT_HEADER;
+    pub const OPEN_FLAGS: usize = OUT_HEADER + 8;
+    /// `FOPEN_KEEP_CACHE`.
+    pub const KEEP_CACHE: u32 = 1 << 1;
     pub const CREATED_HANDLE: usize = OUT_HEADER + ENTRY;
     pub const MODE: usize = 60;
     pub const UID: usize = 68;

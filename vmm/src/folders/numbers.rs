@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use catalyst_agent_protocol::container::JOINED_TREES;
 use fuse_backend_rs::abi::fuse_abi::ROOT_ID;
@@ -28,6 +28,8 @@ const MOMENT: Duration = Duration::from_millis(100);
 const WHILE: Duration = Duration::from_secs(1);
 /// The same where nothing ever changes.
 const FOR_EVER: Duration = Duration::from_secs(1 << 30);
+/// Longer than a file system's times may stand still while a file changes.
+const TICK: Duration = Duration::from_secs(2);
 /// LOOKUP.
 const LOOKUP: u32 = 1;
 
@@ -70,6 +72,15 @@ struct Node {
     held: u64,
     /// In which of the folders below the root it is.
     folder: Arc<[u8]>,
+    /// When the file was changed last, if that was over when the guest last opened it: what it has read since is what the file has, until
+    /// this is another time.
+    settled: Option<(i64, i64)>,
+}
+
+impl Node {
+    fn new(inner: Option<u64>, folder: Arc<[u8]>) -> Self {
+        Self { inner, lookups: 0, held: 0, folder, settled: None }
+    }
 }
 
 /// A file or folder that the guest has open.
@@ -163,7 +174,7 @@ impl Numbers {
     }
 
     fn know_root(&mut self) {
-        let root = Node { inner: Some(ROOT_ID), lookups: 1, held: 0, folder: Arc::from(&b""[..]) };
+        let root = Node { lookups: 1, ..Node::new(Some(ROOT_ID), Arc::from(&b""[..])) };
         self.nodes.insert(ROOT_ID, root);
         self.by_inner.insert(ROOT_ID, ROOT_ID);
     }
@@ -184,6 +195,10 @@ impl Numbers {
 
     fn is_container(&self) -> bool {
         matches!(self.served, Served::Container(_))
+    }
+
+    fn is_root_of_container(&self, folder: &[u8]) -> bool {
+        matches!(&self.served, Served::Container(root) if tree_of(folder) == &**root)
     }
 
     /// The guest knows nothing and has nothing open.
@@ -314,7 +329,10 @@ impl Numbers {
                 let node = self.name_entry(answer, id, folder);
                 self.name_handle(answer, answer::CREATED_HANDLE, (node, flags), false);
             }
-            Kind::Open => self.name_handle(answer, answer::HANDLE, (id, flags), false),
+            Kind::Open => {
+                self.name_handle(answer, answer::HANDLE, (id, flags), false);
+                self.keep_pages(answer, id, folder);
+            }
             Kind::OpenFolder => self.name_handle(answer, answer::HANDLE, (id, flags), true),
             Kind::Attributes | Kind::SetAttributes => {
                 self.show_owner(answer, answer::ATTR, folder);
@@ -338,8 +356,7 @@ impl Numbers {
             self.last_node += 1;
             self.last_node
         });
-        let new = || Node { inner: Some(inner), lookups: 0, held: 0, folder: Arc::clone(folder) };
-        let node = self.nodes.entry(id).or_insert_with(new);
+        let node = self.nodes.entry(id).or_insert_with(|| Node::new(Some(inner), Arc::clone(folder)));
         node.lookups += 1;
         node.held += 1;
         answer.put_u64(answer::NODE, id);
@@ -352,6 +369,26 @@ impl Numbers {
         let handle = Handle { inner: Some(inner), node, flags: flags & !ONCE, folder };
         self.handles.insert(self.last_handle, handle);
         answer.put_u64(at, self.last_handle);
+    }
+
+    /// Has the guest keep the pages that it has of a file of a container's root, if the file has not changed since they were read:
+    /// its programs are started again and again. What changes a file twice within a tick of the host's clock leaves the same time, so
+    /// that counts only when it has passed. Elsewhere programs of the host may write by shared mappings, which leave no time.
+    fn keep_pages(&mut self, answer: &mut Message, id: u64, folder: &[u8]) {
+        if !self.is_root_of_container(folder) {
+            return;
+        }
+        let Some(node) = self.nodes.get_mut(&id) else { return };
+        let attributes = node.inner.map(|inner| self.files.getattr(&Context::new(), inner, None));
+        let Some(Ok((attributes, _))) = attributes else { return };
+        let changed = (attributes.st_ctime, attributes.st_ctime_nsec);
+        if node.settled == Some(changed) {
+            let flags = answer.u32(answer::OPEN_FLAGS).unwrap_or_default();
+            answer.put_u32(answer::OPEN_FLAGS, flags | answer::KEEP_CACHE);
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let is_over = u64::try_from(changed.0).is_ok_and(|changed| changed + TICK.as_secs() < now);
+        node.settled = is_over.then_some(changed);
     }
 
     /// Shows the owner's files as the guest's user's.
@@ -370,7 +407,7 @@ impl Numbers {
         let is_way = matches!(kind, libc::S_IFDIR | libc::S_IFLNK);
         let (name, attributes) = match &self.served {
             Served::Folders if asked == ROOT_ID => (Duration::ZERO, Duration::ZERO),
-            Served::Container(root) if tree_of(folder) == &**root => {
+            Served::Container(_) if self.is_root_of_container(folder) => {
                 if is_way {
                     (WHILE, WHILE)
                 } else {
@@ -470,8 +507,8 @@ impl Numbers {
                 self.by_inner.insert(inner, id);
             }
             let folder = path.split(|byte| *byte == b'/').find(|part| !part.is_empty()).unwrap_or_default();
-            let node = Node { inner, lookups, held: u64::from(inner.is_some()), folder: Arc::from(folder) };
-            self.nodes.insert(id, node);
+            let held = u64::from(inner.is_some());
+            self.nodes.insert(id, Node { lookups, held, ..Node::new(inner, Arc::from(folder)) });
         }
         for SavedHandle { id, node, flags, folder } in saved.handles {
             let inner = self.inner(node).and_then(|inner| self.open(inner, flags, folder));

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -312,6 +312,36 @@ fn what_never_changes_is_asked_for_once_and_names_in_volumes_each_time() {
     let (name, attributes, _) = holds(volume, "a");
     assert_eq!((name, attributes), (not, moment));
     assert_eq!(word(&guest.ask(GETATTR, ROOT, &[0; 16]), 0), 1 << 30);
+}
+
+#[test]
+fn pages_are_kept_while_a_file_of_the_root_is_what_it_was_when_they_were_read() {
+    if !is_root() {
+        return;
+    }
+    let ((one, first), (_two, second)) = (world(false), world(false));
+    let (_served, mut guest) = serve(&[("root", &first), ("volume", &second)]);
+    let mut keeps = |path: &str| {
+        let node = guest.node(path);
+        word(&guest.ask(OPEN, node, &[0; 8]), 8) & 2 != 0
+    };
+    assert!(
+        !keeps("root/a") && !keeps("root/a"),
+        "it was changed just now, and may be again with the same time"
+    );
+    let file = one.path().join("a");
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    while u64::try_from(fs::metadata(&file).unwrap().ctime()).unwrap() + 2 >= now() {
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(!keeps("root/a"), "what was read before may be older");
+    assert!(keeps("root/a") && keeps("root/a"));
+    assert!(!keeps("volume/a") && !keeps("volume/a"), "shared mappings of the host leave no time");
+    let before = fs::metadata(&file).unwrap();
+    let length = usize::try_from(before.len()).unwrap();
+    fs::write(&file, "x".repeat(length)).unwrap();
+    File::options().write(true).open(&file).unwrap().set_modified(before.modified().unwrap()).unwrap();
+    assert!(!keeps("root/a") && !keeps("root/a"), "its size and its time are as before, and it is another");
 }
 
 #[test]
