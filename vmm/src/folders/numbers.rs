@@ -387,7 +387,8 @@ impl Numbers {
             answer.put_u32(answer::OPEN_FLAGS, flags | answer::KEEP_CACHE);
         }
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let is_over = u64::try_from(changed.0).is_ok_and(|changed| changed + TICK.as_secs() < now);
+        let is_over =
+            u64::try_from(changed.0).is_ok_and(|changed| changed.saturating_add(TICK.as_secs()) < now);
         node.settled = is_over.then_some(changed);
     }
 
@@ -407,6 +408,8 @@ impl Numbers {
         let is_way = matches!(kind, libc::S_IFDIR | libc::S_IFLNK);
         let (name, attributes) = match &self.served {
             Served::Folders if asked == ROOT_ID => (Duration::ZERO, Duration::ZERO),
+            // Containers come and go.
+            Served::Container(_) if is_of_joined(folder) => (Duration::ZERO, Duration::ZERO),
             Served::Container(_) if self.is_root_of_container(folder) => {
                 if is_way {
                     (WHILE, WHILE)
