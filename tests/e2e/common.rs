@@ -5,10 +5,10 @@ use std::io::Seek;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 pub use catalyst_tests::world::wait_until;
-use catalyst_tests::world::{image_dir, programs, ran, run, vm_name};
+use catalyst_tests::world::{HANG, image_dir, programs, ran, run, vm_name};
 use catalyst_tests::{Answer, World, skip};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -166,6 +166,39 @@ pub fn vm(world: &World, id: &str) -> Value {
     answer.json()
 }
 
+/// A VM's state, when it is in none that it only passes through, such as while a new daemon finds its process.
+#[track_caller]
+pub fn settled(world: &World, id: &str) -> String {
+    let state = || vm(world, id)["state"].as_str().expect("a state").to_owned();
+    wait_until(&format!("'{id}' is in a state that lasts"), HANG, || !state().ends_with("ing"));
+    state()
+}
+
+/// The guest's clock is the host's: it is set right after the guest knows who it is, or goes on. On a busy machine that takes a moment.
+#[track_caller]
+pub fn clock_is_right(world: &World, vm: &str) {
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    wait_until(&format!("the clock of '{vm}' is right"), HANG, || {
+        let before = now();
+        let told: f64 = guest(world, vm, "date +%s.%N").parse().unwrap();
+        before - 0.05 < told && told < now() + 0.05
+    });
+}
+
+/// What `took` is not longer than the limit, in one of several tries at least: others have the processors at times.
+#[track_caller]
+pub fn within(limit: Duration, mut took: impl FnMut() -> Duration) {
+    const TRIES: usize = 5;
+    let mut all = Vec::new();
+    while all.len() < TRIES {
+        all.push(took());
+        if all.last().is_some_and(|last| *last < limit) {
+            return;
+        }
+    }
+    panic!("never within {limit:?}: {all:?}");
+}
+
 /// Whether a process lives: it is there and no zombie.
 pub fn lives(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -190,9 +223,15 @@ pub fn vm_processes(world: &World) -> Vec<(u32, String)> {
 }
 
 /// Sends a signal to a process.
+#[track_caller]
 pub fn signal(pid: u32, signal: nix::sys::signal::Signal) {
+    assert!(try_signal(pid, signal), "there is no process {pid} that can be signalled");
+}
+
+/// The same to one that may have ended by itself; whether it was there.
+pub fn try_signal(pid: u32, signal: nix::sys::signal::Signal) -> bool {
     let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).expect("a pid"));
-    nix::sys::signal::kill(pid, signal).expect("the process can be signalled");
+    nix::sys::signal::kill(pid, signal).is_ok()
 }
 
 /// How many taps of VMs there are in the world's network.

@@ -4,14 +4,14 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::world::{patience, programs, ran, run, wait_until};
+use crate::world::{HANG, long_enough, programs, ran, run, wait_until};
 use crate::{Ran, World, skip};
 
 /// /run of its own, the programs laid over /usr, /sys of this network namespace with the machine's control groups; as long as
@@ -37,12 +37,11 @@ const APPLETS: [&str; 27] = [
 ];
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// How long what takes a VM may take: a limit against hanging.
-pub const LIMIT: Duration = Duration::from_mins(3);
-
-/// The same for a whole command, in seconds: who waits for it waits a little longer, so that it ends by itself.
-fn limit() -> String {
-    (patience() - Duration::from_secs(20)).as_secs().to_string()
-}
+pub const LIMIT: Duration = HANG;
+/// Tells the size of the terminal when that is the one of [`Host::terminal`], and what it is in the end. Clients tell it once the
+/// program runs.
+pub const SIZE: &str =
+    r#"for try in $(seq 600); do [ "$(stty size)" = "33 111" ] && break; sleep 0.1; done; stty size"#;
 
 /// A world with both daemons, and an image `busybox`.
 #[derive(Debug)]
@@ -196,7 +195,13 @@ impl Host {
     /// The process of Docker's containerd.
     pub fn containerd(&self) -> u32 {
         let file = self.seen_from_outside("/run/docker/containerd/containerd.pid");
-        fs::read_to_string(file).unwrap().trim().parse().unwrap()
+        let mut pid = None;
+        // There is none, or one that is not written yet, while Docker's daemon starts it.
+        wait_until("containerd is there", LIMIT, || {
+            pid = fs::read_to_string(&file).ok().and_then(|text| text.trim().parse().ok());
+            pid.is_some()
+        });
+        pid.unwrap()
     }
 
     fn import_image(&self) {
@@ -221,7 +226,7 @@ impl Host {
     /// `docker ARGS`, not yet run.
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new("timeout");
-        command.arg(limit()).arg(&self.client).args(["--host", &self.docker_host()]);
+        command.arg(long_enough()).arg(&self.client).args(["--host", &self.docker_host()]);
         command.args(args).env("HOME", &self.root).stdin(Stdio::null());
         command
     }
@@ -236,7 +241,8 @@ impl Host {
         let mut command = self.command(args);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+        // A client that fails does not read all of it, and says why.
+        let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
         child.wait_with_output().unwrap().into()
     }
 
@@ -253,7 +259,7 @@ impl Host {
             args,
         ];
         let mut command = Command::new("timeout");
-        command.args([&limit(), "script", "-qec", &words.concat().join(" "), "/dev/null"]);
+        command.args([&long_enough(), "script", "-qec", &words.concat().join(" "), "/dev/null"]);
         command.env("HOME", &self.root).env("SHELL", "/bin/sh").stdin(Stdio::null());
         command
     }
@@ -263,7 +269,8 @@ impl Host {
     pub fn ctr(&self, args: &[&str]) -> Ran {
         let mut command = self.inside("timeout");
         let socket = "/run/docker/containerd/containerd.sock";
-        command.arg(limit()).args(["ctr", "--address", socket, "--namespace", self.world.netns()]).args(args);
+        command.args([&long_enough(), "ctr", "--address", socket, "--namespace", self.world.netns()]);
+        command.args(args);
         ran(command)
     }
 
@@ -317,22 +324,25 @@ impl Host {
             self.remove(&[id]);
         }
         wait_until("no VM is left", LIMIT, || self.vms().is_empty());
-        let count = |path: PathBuf| fs::read_dir(path).map_or(0, Iterator::count);
-        assert_eq!(count(self.world.state_dir().join("vms")), 0, "folders of VMs are left");
+        let count = |path: &Path| fs::read_dir(path).map_or(0, Iterator::count);
+        assert_eq!(count(&self.world.state_dir().join("vms")), 0, "folders of VMs are left");
         // containerd removes what is its own a little later.
         wait_until("no process of a container or VM is left", LIMIT, || self.processes().is_empty());
         wait_until("no cgroup is left", LIMIT, || self.cgroups().is_empty());
         // Docker has that of all runtimes there.
         let state = self.seen_from_outside("/run/docker/runtime-runc/moby");
         assert!(state.exists(), "{}", state.display());
-        assert_eq!(count(state), 0, "the runtime's folders are left");
+        wait_until("no folder of the runtime's is left", LIMIT, || count(&state) == 0);
         let mounts = fs::read_to_string(format!("/proc/{}/mounts", self.system.id())).unwrap();
         let trees: Vec<&str> = mounts.lines().filter(|line| line.contains("/overlay2/")).collect();
         assert!(trees.is_empty(), "{trees:?}");
-        let mut links = self.inside("ip");
-        links.args(["-brief", "link"]);
-        let links = ran(links);
-        assert!(!links.ok().contains("cattap") && !links.ok().contains("veth"), "{links:?}");
+        // The kernel takes a network namespace away a little after its last process.
+        wait_until("no tap and no cable is left", LIMIT, || {
+            let mut links = self.inside("ip");
+            links.args(["-brief", "link"]);
+            let links = ran(links);
+            !links.ok().contains("cattap") && !links.ok().contains("veth")
+        });
     }
 
     /// Processes of containers: what is in their cgroups, and what makes them.

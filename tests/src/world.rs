@@ -210,7 +210,13 @@ impl World {
     pub fn start_daemon_with(&mut self, args: &[&str]) {
         let child = self.spawn_daemon(args);
         self.daemon = Some(child);
-        self.wait_for_daemon();
+        let started = Instant::now();
+        while self.curl("GET", "/v1/version", None).status != 200 {
+            let ended = self.daemon.as_mut().and_then(|daemon| daemon.try_wait().ok().flatten());
+            assert!(ended.is_none(), "the daemon has ended: {}", self.daemon_log());
+            assert!(started.elapsed() < HANG, "no daemon: {}", self.daemon_log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     /// Starts a daemon without waiting for it; its log is `daemon.log` in the world's folder.
@@ -233,14 +239,6 @@ impl World {
         let mut command = self.command(words.next().unwrap_or_default());
         command.args(words);
         command
-    }
-
-    fn wait_for_daemon(&self) {
-        let started = Instant::now();
-        while self.curl("GET", "/v1/version", None).status != 200 {
-            assert!(started.elapsed() < Duration::from_secs(30), "no daemon: {}", self.daemon_log());
-            std::thread::sleep(Duration::from_millis(20));
-        }
     }
 
     /// The daemon's log.
@@ -289,7 +287,12 @@ impl World {
         // Worlds have VMs of the same names at daemons of the same address.
         let runtime = if self.user.is_some() { self.path("home") } else { self.path("runtime") };
         let _ = fs::create_dir(&runtime);
-        command.env("XDG_RUNTIME_DIR", runtime).args(args);
+        command.env("XDG_RUNTIME_DIR", runtime);
+        if !args.contains(&"--timeout") {
+            // What it waits by itself is for machines that are not busy.
+            command.args(["--timeout", &long_enough()]);
+        }
+        command.args(args);
         command
     }
 
@@ -323,7 +326,8 @@ impl World {
     pub fn curl_with(&self, options: &[&str], path: &str, body: Option<&[u8]>) -> Answer {
         let host = self.host.as_deref().unwrap_or("localhost:8080");
         let mut command = self.command("curl");
-        command.args(["-s", "--path-as-is", "--max-time", "100", "-w", "\n%{http_code}"]).args(options);
+        command.args(["-s", "--path-as-is", "--max-time", &long_enough(), "-w", "\n%{http_code}"]);
+        command.args(options);
         if body.is_some() {
             command.args(["--data-binary", "@-"]);
         }
@@ -361,7 +365,10 @@ impl World {
             Some(version.join("warm").join(warm["name"].as_str()?).join("memory"))
         };
         if fitting().is_none() {
-            self.catalyst(&["template", "warm"]).ok();
+            let made = self.catalyst(&["template", "warm"]);
+            let by_another = made.stderr.contains("is being made already");
+            assert!(made.status.success() || by_another, "{}{}", made.stdout, made.stderr);
+            wait_until("a template is warm", patience(), || fitting().is_some());
         }
         fitting().expect("it was made just now")
     }
@@ -500,6 +507,11 @@ pub fn run(command: &mut Command) {
 /// [`HANG`], and longer on engine kvm: that is the lab's, as a rule, whose processor is emulated.
 pub fn patience() -> Duration {
     if engine() == "kvm" { HANG * 3 } else { HANG }
+}
+
+/// As a program's own limit, in seconds: it comes before [`patience`] ends, so that its words are heard.
+pub fn long_enough() -> String {
+    (patience().as_secs() - 20).to_string()
 }
 
 /// Runs a command, bounded by [`patience`].
