@@ -5,9 +5,10 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use catalyst_tests::docker::{Host, LIMIT};
-use catalyst_tests::world::{programs, ran, run};
+use catalyst_tests::world::{long_enough, programs, ran, run};
 use catalyst_tests::{Checks, Ran, skip};
 
 use crate::common::wait_until;
@@ -29,7 +30,7 @@ volumes:
 "#;
 const SDK: &str = r#"
 import docker
-client = docker.from_env()
+client = docker.from_env(timeout=280)
 print(client.containers.run("busybox", "echo hi", remove=True))
 one = client.containers.run("busybox", ["sh", "-c", "echo one; sleep 1000"], name="sdk", detach=True, environment={"A": "b"})
 print(next(one.logs(stream=True, follow=True)))
@@ -78,7 +79,8 @@ impl Drop for Service {
 /// A program of the machine's that finds Docker by the environment.
 fn client(host: &Host, program: &str, args: &[&str]) -> Ran {
     let mut command = Command::new("timeout");
-    command.args(["200", program]).args(args).env("DOCKER_HOST", host.docker_host());
+    command.args([&long_enough(), program]).args(args).env("DOCKER_HOST", host.docker_host());
+    command.env("COMPOSE_HTTP_TIMEOUT", long_enough());
     command.env("HOME", &host.root).env("DOCKER_BUILDKIT", "0");
     for name in ["DOCKER_CONTEXT", "DOCKER_TLS_VERIFY", "COMPOSE_FILE", "COMPOSE_PROJECT_NAME"] {
         command.env_remove(name);
@@ -304,9 +306,10 @@ fn share_of(pid: u32) -> f32 {
         let fields: Vec<&str> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
         fields[11].parse::<f32>().unwrap() + fields[12].parse::<f32>().unwrap()
     };
-    let before = ticks();
-    std::thread::sleep(std::time::Duration::from_secs(2));
-    (ticks() - before) / 200.0
+    let (before, begun) = (ticks(), Instant::now());
+    std::thread::sleep(Duration::from_secs(2));
+    // On a busy machine it was longer.
+    (ticks() - before) / 100.0 / begun.elapsed().as_secs_f32()
 }
 
 fn pulled(checks: &mut Checks, host: &Host) {
@@ -339,7 +342,8 @@ fn pulled(checks: &mut Checks, host: &Host) {
         }
         let before = fetched();
         host.docker(&["pull", REGISTRY_IMAGE]).ok();
-        assert!(fetched() >= before + 2, "its layer was fetched: {}", fs::read_to_string(&log).unwrap());
+        // The registry writes its line after it has answered.
+        wait_until("its layer was fetched", LIMIT, || fetched() >= before + 2);
         let before = fetched();
         assert!(host.docker(&["pull", REGISTRY_IMAGE]).ok().contains("up to date"));
         for _ in 0..2 {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use catalyst_tests::docker::{Host, LIMIT, Process};
 use catalyst_tests::world::vm_name;
@@ -9,7 +10,7 @@ use catalyst_tests::{Checks, Ran};
 use nix::sys::signal::Signal::SIGKILL;
 use serde_json::json;
 
-use crate::common::{lives, signal, vm, wait_until};
+use crate::common::{lives, settled, signal, try_signal, wait_until};
 
 pub fn container_faults(checks: &mut Checks) {
     // What runs goes on while Docker's daemon is away.
@@ -69,7 +70,7 @@ fn catalyst_daemon(checks: &mut Checks, host: &mut Host) {
         ends.check_ended(host);
         host.world.start_daemon();
         wait_until("the VM of the one that ended is gone", LIMIT, || host.vms() == ["stays"]);
-        assert_eq!(vm(&host.world, "stays")["state"], "powered on");
+        assert_eq!(settled(&host.world, "stays"), "powered on");
         assert_eq!(host.docker(&["exec", "stays", "echo", "here"]).ok(), "here");
         host.docker(&["kill", "stays"]).ok();
         assert_eq!(host.end_of("stays"), "137");
@@ -153,14 +154,10 @@ fn during_create(checks: &mut Checks, host: &mut Host) {
         checks.check(
             &format!("{victim} is killed while a container is created: it fails or ends, and nothing stays"),
             || {
-                let (ran, killed) = creation(host, || {
+                let ran = creation(host, || {
                     let found = find(host, victim);
-                    for pid in &found {
-                        signal(*pid, SIGKILL);
-                    }
-                    !found.is_empty()
+                    found.into_iter().filter(|pid| try_signal(*pid, SIGKILL)).count() > 0
                 });
-                assert!(killed, "there was nothing to kill: {ran:?}");
                 // It may have been made just before; a VM that does not go on is started once more.
                 if ran.code() == 0 && !host.docker(&["exec", ran.ok(), "true"]).status.success() {
                     assert_eq!(host.end_of(ran.ok()), ended, "{}", host.docker(&["logs", ran.ok()]).stderr);
@@ -173,19 +170,27 @@ fn during_create(checks: &mut Checks, host: &mut Host) {
     checks.check(
         "the Catalyst daemon is killed while a container is created: it fails, and nothing stays",
         || {
-            let pid = host.world.daemon_pid();
-            let (ran, killed) = creation(host, || {
-                let begun = !find(host, "the shim").is_empty();
-                if begun {
-                    signal(pid, SIGKILL);
+            let begun = Instant::now();
+            loop {
+                let pid = host.world.daemon_pid();
+                let ran = creation(host, || {
+                    let begun = !find(host, "the shim").is_empty();
+                    if begun {
+                        signal(pid, SIGKILL);
+                    }
+                    begun
+                });
+                host.world.kill_daemon();
+                let failed = ran.code() != 0;
+                assert!(!failed || ran.stderr.contains("Catalyst daemon"), "{ran:?}");
+                host.world.start_daemon();
+                host.check_empty();
+                if failed {
+                    break;
                 }
-                begun
-            });
-            host.world.kill_daemon();
-            assert!(killed && ran.code() != 0, "{ran:?}");
-            assert!(ran.stderr.contains("Catalyst daemon"), "{ran:?}");
-            host.world.start_daemon();
-            host.check_empty();
+                // On a busy machine the shim may have needed it no more by then.
+                assert!(begun.elapsed() < LIMIT, "it does not fail: {ran:?}");
+            }
         },
     );
     // Now and then containerd 1.6 forgets what it was making, as dockerd 20.10 does (docs/CONTAINERS.md): that fails here.
@@ -194,14 +199,13 @@ fn during_create(checks: &mut Checks, host: &mut Host) {
     }
     checks.check("containerd is killed while a container is created: nothing stays", || {
         let before = host.containerd();
-        let (_, killed) = creation(host, || {
+        creation(host, || {
             let begun = !find(host, "the VM").is_empty();
             if begun {
                 signal(before, SIGKILL);
             }
             begun
         });
-        assert!(killed);
         wait_until("there is another, which runs containers", LIMIT, || {
             let now = host.containerd();
             let says = || host.docker(&["run", "--rm", "busybox", "echo", "hi"]).stdout;
@@ -211,16 +215,25 @@ fn during_create(checks: &mut Checks, host: &mut Host) {
     });
 }
 
-/// Creates and starts a container, and meanwhile tries `kill` until it has killed; what the client said, and whether it came to that.
-fn creation(host: &Host, kill: impl Fn() -> bool) -> (Ran, bool) {
-    std::thread::scope(|scope| {
-        let client = scope.spawn(|| host.docker(&["run", "--detach", "busybox", "sleep", "1000"]));
-        let mut killed = false;
-        while !killed && !client.is_finished() {
-            killed = kill();
+/// Creates and starts a container, and meanwhile tries `kill` until it has killed; what the client said. Where all was over before there
+/// was anything to kill, which a busy machine may not have seen, another is created.
+fn creation(host: &Host, kill: impl Fn() -> bool) -> Ran {
+    let begun = Instant::now();
+    loop {
+        let (ran, killed) = std::thread::scope(|scope| {
+            let client = scope.spawn(|| host.docker(&["run", "--detach", "busybox", "sleep", "1000"]));
+            let mut killed = false;
+            while !killed && !client.is_finished() {
+                killed = kill();
+            }
+            (client.join().unwrap(), killed)
+        });
+        if killed {
+            return ran;
         }
-        (client.join().unwrap(), killed)
-    })
+        assert!(begun.elapsed() < LIMIT, "there was nothing to kill: {ran:?}");
+        host.remove(&[ran.ok()]);
+    }
 }
 
 /// Processes that there are for a container.

@@ -3,11 +3,11 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use catalyst_tests::Checks;
-use catalyst_tests::docker::{Host, LIMIT};
-use catalyst_tests::world::{ran, run};
+use catalyst_tests::docker::{Host, LIMIT, SIZE};
+use catalyst_tests::world::{long_enough, ran, run};
 use serde_json::json;
 
 use crate::common::{lives, vm, wait_until};
@@ -56,15 +56,8 @@ fn runs(checks: &mut Checks, host: &Host) {
         wait_until("its VM is gone", LIMIT, || host.vms().is_empty());
     });
     checks.check("a terminal has the client's size", || {
-        let shown = host.docker_on_terminal(&[
-            "run",
-            "--rm",
-            "-it",
-            "busybox",
-            "sh",
-            "-c",
-            "'sleep 1; stty size; exit 5'",
-        ]);
+        let script = format!("'{SIZE}; exit 5'");
+        let shown = host.docker_on_terminal(&["run", "--rm", "-it", "busybox", "sh", "-c", &script]);
         assert!(shown.stdout.contains("33 111"), "{shown:?}");
         assert_eq!(shown.code(), 5, "{shown:?}");
     });
@@ -105,8 +98,8 @@ fn others(checks: &mut Checks, host: &Host) {
         let args = ["exec", "--user", "5:6", "--workdir", "/tmp", "--env", "C=d", "base", "sh", "-c"];
         let shown = host.docker(&[&args[..], &["id -u; id -g; pwd; echo $A$C"]].concat());
         assert_eq!(shown.ok(), "5\n6\n/tmp\nbd");
-        let on_terminal =
-            host.docker_on_terminal(&["exec", "-it", "base", "sh", "-c", "'sleep 1; stty size; exit 3'"]);
+        let script = format!("'{SIZE}; exit 3'");
+        let on_terminal = host.docker_on_terminal(&["exec", "-it", "base", "sh", "-c", &script]);
         assert!(on_terminal.stdout.contains("33 111") && on_terminal.code() == 3, "{on_terminal:?}");
         assert!(matches!(host.docker(&["exec", "base", "nosuch"]).code(), 126 | 127));
     });
@@ -130,12 +123,12 @@ fn others(checks: &mut Checks, host: &Host) {
 
 fn ends(checks: &mut Checks, host: &Host) {
     checks.check("stop lets a program end by itself, and kill does not", || {
-        let trap = "trap 'echo bye; exit 4' TERM; while true; do sleep 0.1; done";
+        let trap = "trap 'echo bye; exit 4' TERM; echo begun; while true; do sleep 0.1; done";
         host.docker(&["run", "--detach", "--name", "stop", "busybox", "sh", "-c", trap]).ok();
-        std::thread::sleep(Duration::from_secs(1));
-        host.docker(&["stop", "--time", "30", "stop"]).ok();
+        wait_until("it has begun", LIMIT, || host.docker(&["logs", "stop"]).ok() == "begun");
+        host.docker(&["stop", "--time", "120", "stop"]).ok();
         assert_eq!(host.inspect("stop", "{{.State.ExitCode}}"), "4");
-        assert_eq!(host.docker(&["logs", "stop"]).ok(), "bye");
+        assert_eq!(host.docker(&["logs", "stop"]).ok(), "begun\nbye");
         host.docker(&["start", "stop"]).ok();
         host.docker(&["kill", "stop"]).ok();
         wait_until("it has ended", LIMIT, || host.inspect("stop", "{{.State.Status}}") == "exited");
@@ -203,10 +196,11 @@ fn files(checks: &mut Checks, host: &Host) {
             "busybox",
             "sh",
             "-c",
-            "echo made >/made; sleep 1000",
+            "echo made >/made; echo done; sleep 1000",
         ])
         .ok();
-        wait_until("it is written", LIMIT, || host.docker(&["diff", "files"]).stdout.contains("A /made"));
+        wait_until("it is written", LIMIT, || host.docker(&["logs", "files"]).ok() == "done");
+        assert!(host.docker(&["diff", "files"]).ok().contains("A /made"));
         let taken = host.root.join("taken");
         host.docker(&["cp", "files:/made", taken.to_str().unwrap()]).ok();
         assert_eq!(fs::read_to_string(&taken).unwrap(), "made\n");
@@ -297,7 +291,7 @@ fn networks(checks: &mut Checks, host: &Host) {
         curl.args([
             "-s",
             "--max-time",
-            "60",
+            &long_enough(),
             "-o",
             "/dev/null",
             "-w",
@@ -372,7 +366,7 @@ fn refusals(checks: &mut Checks, host: &Host) {
             assert_eq!(refused.code(), 125, "{option}: {refused:?}");
             assert!(refused.stderr.contains(word), "{option}: {refused:?}");
         }
-        assert!(host.vms().is_empty());
+        wait_until("no VM is left", LIMIT, || host.vms().is_empty());
     });
 }
 

@@ -5,11 +5,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use catalyst_tests::world::{programs, ran};
+use catalyst_tests::world::{HANG, long_enough, programs, ran};
 use catalyst_tests::{Checks, Ran, World, skip};
 use serde_json::json;
 
-use crate::common::vm;
+use crate::common::{vm, wait_until};
 
 /// What a user may have: options before the first host, other ends of line, no end of the last one.
 const OWN_CONFIG: &str =
@@ -30,7 +30,7 @@ services:
     depends_on: [web]
     command: sh -c 'until wget -qO- http://web/; do sleep 1; done; exec sleep 10000'
 "#;
-const SDK: &str = "import docker; client = docker.from_env(); \
+const SDK: &str = "import docker; client = docker.from_env(timeout=280); \
     print(sorted(each.labels['com.docker.compose.service'] for each in client.containers.list())); \
     print(client.info()['Name'])";
 
@@ -86,6 +86,7 @@ impl<'a> Home<'a> {
                 command.env_remove(name);
             }
         }
+        command.env("COMPOSE_HTTP_TIMEOUT", long_enough());
         command
     }
 
@@ -233,14 +234,14 @@ fn composed(checks: &mut Checks, home: &Home) {
         || {
             home.in_shell("docker-compose --no-ansi up -d --build").ok();
             let address = vm(home.world, "web1")["address"].as_str().unwrap().to_owned();
-            assert_eq!(
-                home.run(&["curl", "-s", &format!("http://{address}:8000/")]).ok(),
-                "made by the build"
-            );
+            let site = format!("http://{address}:8000/");
+            wait_until("the site answers", HANG, || {
+                home.run(&["curl", "-s", "--max-time", "20", &site]).stdout == "made by the build\n"
+            });
             let asked =
                 "until docker-compose logs --no-color ask | grep 'made by the build'; do sleep 1; done";
             assert!(
-                home.in_shell(&format!("timeout 120 sh -c {asked:?}")).ok().contains("made by the build")
+                home.in_shell(&format!("timeout 280 sh -c {asked:?}")).ok().contains("made by the build")
             );
             assert_eq!(home.in_shell("docker-compose exec -T web cat /made").ok(), "made by the build");
         },

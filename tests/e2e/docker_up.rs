@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::{programs, ran, run};
+use catalyst_tests::world::{HANG, long_enough, programs, ran, run};
 use catalyst_tests::{Checks, Ran, World, skip};
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -16,7 +16,7 @@ use crate::common::{lives, signal, vm, wait_until};
 /// Debian's `news`, who is in no group of Docker's.
 const OWNER: u32 = 9;
 /// How long what takes a VM may take here: a limit against hanging.
-const LIMIT: Duration = Duration::from_mins(1);
+const LIMIT: Duration = HANG;
 /// Sends datagrams back. Perl is essential in Debian, and its busybox has nothing for UDP.
 const ECHO: &str = "$s = IO::Socket::INET->new(LocalPort => 53, Proto => 'udp') or die; \
                     while ($s->recv($d, 99)) { $s->send($d) }";
@@ -91,7 +91,7 @@ impl Host {
     /// Runs `docker ARGS` as a shell does that has evaluated what `catalyst docker env` prints.
     fn docker(&self, args: &[&str]) -> Ran {
         let env = self.world.catalyst(&["docker", "env", "--shell", "sh"]);
-        let script = format!("{}\nexec timeout 100 \"$@\"", env.ok());
+        let script = format!("{}\nexec timeout {} \"$@\"", env.ok(), long_enough());
         let mut command = self.world.command("sh");
         command.args(["-c", &script, "sh"]).arg(&self.client).args(args).env("HOME", &self.root);
         ran(command)
@@ -183,7 +183,7 @@ fn runs(host: &Host) {
     // It does not heed the request to end, so that `docker down` waits.
     let run = ["run", "--detach", "--name", "web1", "--restart", "always", "--stop-timeout", "1"];
     host.docker(&[&run[..], &["busybox", "sleep", "1000"]].concat()).ok();
-    assert_eq!(host.vms(), ["web1"]);
+    wait_until("it alone is a VM", LIMIT, || host.vms() == ["web1"]);
     assert_eq!(vm(&host.world, "web1")["container"]["image"], "busybox");
 }
 
@@ -223,7 +223,7 @@ fn published(host: &Host) {
     wait_until("a datagram comes back", LIMIT, || {
         let mut datagram = host.world.command("timeout");
         let ask = "exec 3<>/dev/udp/127.0.0.1/8097; echo datagram >&3; head -n1 <&3";
-        datagram.args(["1", "bash", "-c", ask]);
+        datagram.args(["5", "bash", "-c", ask]);
         ran(datagram).stdout == "datagram\n"
     });
     let taken = host.docker(&["run", "--rm", "--publish", "8099:80", "busybox", "echo", "no"]);
