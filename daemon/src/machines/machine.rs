@@ -399,6 +399,8 @@ impl Machine {
         let _ = std::fs::remove_file(dir.reason());
         // Nobody has spoken with its agent yet, but who has let a template come to rest.
         let first = began.is_some_and(|began| matches!(began.mode, StartMode::Cold | StartMode::Warm));
+        // The guest of a process that was found is the one that clients have spoken with since this daemon listens.
+        let is_another = began.is_some_and(|began| began.mode != StartMode::Resume);
         let began = match began {
             Some(began) => {
                 if let Err(error) = dir.note_began() {
@@ -415,7 +417,7 @@ impl Machine {
             facts.engine = process.engine();
             facts.began = began;
         }
-        if began.is_some_and(|began| began.mode != StartMode::Resume) {
+        if is_another {
             self.context.ports.cut(dir.id());
         }
         self.resets.started();
