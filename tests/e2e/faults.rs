@@ -9,7 +9,7 @@ use std::time::Duration;
 use catalyst_tests::world::{HANG, run};
 use catalyst_tests::{Checks, World};
 
-use crate::common::{healthy, vm};
+use crate::common::{self, healthy, vm};
 
 const VM: &str = "web1";
 /// Without `CATALYST_TEST_FULL` only every so many steps are tried; which ones differs from operation to operation.
@@ -61,7 +61,7 @@ pub fn faults(checks: &mut Checks) {
             |world, _| {
                 goes_on(world, &nonce);
                 if world.curl("GET", "/v1/vms/copy", None).status == 200 {
-                    let state = vm(world, "copy")["state"].as_str().unwrap().to_owned();
+                    let state = common::settled(world, "copy");
                     assert!(["powered on", "powered off"].contains(&state.as_str()), "{state}");
                     if state == "powered on" {
                         let told = world.catalyst(&[
@@ -280,15 +280,7 @@ fn guest(world: &World, script: &str) -> String {
 
 /// The VM's state, when it is in none that it only passes through.
 fn settled(world: &World) -> String {
-    let begun = std::time::Instant::now();
-    loop {
-        let state = vm(world, VM)["state"].as_str().unwrap().to_owned();
-        if !state.ends_with("ing") {
-            return state;
-        }
-        assert!(begun.elapsed() < HANG, "it stays {state}");
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    common::settled(world, VM)
 }
 
 /// It runs on with the memory that it has always had.

@@ -8,7 +8,6 @@ mod vagrant;
 
 use std::fs;
 use std::path::Path;
-use std::time::Duration;
 
 use catalyst_tests::world::{HANG, engine, ran};
 use catalyst_tests::{Checks, World};
@@ -115,7 +114,7 @@ fn starts(checks: &mut Checks, world: &World) {
             world.catalyst(&["vm", "create", "first", "--from", vmx.to_str().unwrap(), "--on"]).ok();
             let log = world.vm_dir("first").join("console.log");
             let told = || fs::read_to_string(&log).unwrap_or_default().contains(boxes::WORD);
-            wait_until("its loader speaks", Duration::from_mins(1), told);
+            wait_until("its loader speaks", HANG, told);
             assert_eq!(vm(world, "first")["start_mode"], "cold");
             assert_eq!(boxes::digests(&folder), before, "the box's own disk is not written");
             world.catalyst(&["vm", "delete", "--force", "first"]).ok();
@@ -185,7 +184,8 @@ fn qcow2(world: &mut World) {
     let pid = world.vm_pid("deb").unwrap();
     world.kill_daemon();
     world.start_daemon();
-    assert_eq!((world.vm_pid("deb"), vm(world, "deb")["state"].as_str()), (Some(pid), Some("powered on")));
+    world.wait_for_state("deb", "powered on", HANG);
+    assert_eq!(world.vm_pid("deb"), Some(pid));
     world.catalyst(&["guest", "getip", "--wait", "deb"]).ok();
     power(world, "deb", "pause");
     legacy_error(&world.curl("GET", "/api/vms/deb/ipaddress", None), &[408, 500]);

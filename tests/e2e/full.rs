@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::run;
+use catalyst_tests::world::{HANG, run};
 use catalyst_tests::{Checks, World};
 
 use super::common::{Room, healthy, taps, v1_error, vm, vm_processes, wait_until};
@@ -103,21 +103,21 @@ fn written(checks: &mut Checks, world: &mut World, room: &Room, nonce: &str) {
     checks.check("a guest whose writes find no room stands until there is, and loses nothing", || {
         room.fill();
         guest(world, &format!("({BYTES} >/root/much; sync; touch /dev/shm/written) >/dev/null 2>&1 &"));
-        world.wait_for_state(VM, "paused", Duration::from_mins(1));
+        world.wait_for_state(VM, "paused", HANG);
         let told = vm(world, VM);
         let reason = told["reason"].as_str().unwrap();
         assert!(reason.contains("full") && reason.contains("vmpower unpause web1"), "{reason}");
         assert!(world.catalyst(&["vm", "show", VM]).ok().contains("is full"), "people are told");
         // Without more room it stands again at once.
         world.catalyst(&["vmpower", "unpause", VM]).ok();
-        world.wait_for_state(VM, "paused", Duration::from_mins(1));
+        world.wait_for_state(VM, "paused", HANG);
         // Another daemon leaves it as it is.
         world.kill_daemon();
         world.start_daemon();
-        assert_eq!(vm(world, VM)["state"], "paused");
+        world.wait_for_state(VM, "paused", HANG);
         room.make();
         world.catalyst(&["vmpower", "unpause", VM]).ok();
-        wait_until("the guest has written", Duration::from_mins(1), || {
+        wait_until("the guest has written", HANG, || {
             guest(world, "test -e /dev/shm/written && echo yes || true") == "yes"
         });
         assert_eq!(
@@ -154,7 +154,7 @@ fn warming(checks: &mut Checks) {
             let begun = Instant::now();
             let saving = || {
                 let told = world.curl("GET", &format!("/v1/tasks/{task}"), None).json();
-                assert!(told["state"] != "failed" && begun.elapsed() < Duration::from_mins(5), "{told}");
+                assert!(told["state"] != "failed" && begun.elapsed() < HANG * 2, "{told}");
                 names(&warm).iter().any(|name| name.starts_with(".new-"))
             };
             while !saving() {
@@ -179,9 +179,9 @@ fn warming(checks: &mut Checks) {
 
 /// No process of a VM, no tap and no lease is left.
 fn nothing_runs(world: &World) {
-    wait_until("the template's VM has gone", Duration::from_secs(20), || vm_processes(world).is_empty());
-    assert_eq!(taps(world), 0);
-    assert_eq!(world.curl("GET", "/v1/network", None).json()["leases"], 0);
+    wait_until("the template's VM has gone", HANG, || vm_processes(world).is_empty() && taps(world) == 0);
+    let leases = || world.curl("GET", "/v1/network", None).json()["leases"].clone();
+    wait_until("its lease has gone", HANG, || leases() == 0);
 }
 
 fn guest(world: &World, script: &str) -> String {

@@ -1,14 +1,13 @@
 //! Two VMs that are on at once and send to each other at the same time; how they are shut down.
 
-use std::os::unix::net::UnixStream;
-use std::time::Duration;
-
+use catalyst_tests::world::HANG;
 use catalyst_tests::{Checks, World};
+use std::os::unix::net::UnixStream;
 
 const VMS: [&str; 2] = ["web1", "web2"];
 /// A container of the preloaded image takes what comes, to the end, into a file.
 const TAKE: &str = "mkdir -p /run/in && docker run -d --rm --name in --net host -v /run/in:/in busybox \
-    sh -c 'nc -l -p 5000 >/in/file; touch /in/done'";
+    sh -c 'nc -l -p 5000 >/in/file; touch /in/done' && until ss -Hltn | grep -q :5000; do sleep 0.1; done";
 /// Prints the sum of what it sends.
 const SEND: &str =
     "head -c 8000000 /dev/urandom >/run/out; md5sum </run/out; exec 3<>/dev/tcp/$0/5000; cat /run/out >&3";
@@ -19,13 +18,14 @@ pub fn pair(checks: &mut Checks) {
     talk(checks, &world);
     checks.check("one is shut down by its agent", || {
         world.catalyst(&["vmpower", "shutdown", VMS[1]]).ok();
-        world.wait_for_state(VMS[1], "powered off", Duration::from_mins(1));
+        world.wait_for_state(VMS[1], "powered off", HANG);
     });
     checks.check("the other, whose agent cannot be reached, by the power button", || {
         world.kill_daemon();
         // A port takes one client at a time.
         let _first = UnixStream::connect(world.vm_dir(VMS[0]).join("run/agent.sock")).unwrap();
         world.start_daemon();
+        world.wait_for_state(VMS[0], "powered on", HANG);
         let shown = world.curl("GET", "/v1/vms/web1", None).json();
         assert_eq!(
             (&shown["state"], &shown["guest"]["agent"]),
@@ -33,7 +33,7 @@ pub fn pair(checks: &mut Checks) {
             "{shown}"
         );
         world.catalyst(&["vmpower", "shutdown", VMS[0]]).ok();
-        world.wait_for_state(VMS[0], "powered off", Duration::from_mins(1));
+        world.wait_for_state(VMS[0], "powered off", HANG);
         let shown = world.curl("GET", "/v1/vms/web1", None).json();
         assert!(shown["reason"].as_str().unwrap().contains("guest"), "{shown}");
     });
@@ -54,7 +54,7 @@ pub fn pair(checks: &mut Checks) {
 fn talk(checks: &mut Checks, world: &World) {
     let inside = |vm: &str, script: &str, argument: &str| {
         let ran =
-            world.catalyst(&["guest", "exec", vm, "--timeout", "120", "--", "bash", "-c", script, argument]);
+            world.catalyst(&["guest", "exec", vm, "--timeout", "280", "--", "bash", "-c", script, argument]);
         ran.ok().to_owned()
     };
     checks.check("two VMs come up at once", || {
@@ -78,9 +78,9 @@ fn talk(checks: &mut Checks, world: &World) {
         for vm in VMS {
             let address = world.catalyst(&["guest", "getip", vm]).ok().to_owned();
             let mut ping = world.command("ping");
-            ping.args(["-c", "2", "-W", "5", &address]);
+            ping.args(["-c", "2", "-w", "60", &address]);
             catalyst_tests::world::ran(ping).ok();
-            inside(vm, "ping -c 2 -W 5 $(ip -4 route show default | cut -d' ' -f3)", "");
+            inside(vm, "ping -c 2 -w 60 $(ip -4 route show default | cut -d' ' -f3)", "");
         }
     });
 }

@@ -18,7 +18,7 @@ const OWNER: u32 = 65534;
 /// Connections that are there at once.
 const CONNECTIONS: u16 = 1000;
 /// How long a client waits for one answer of a guest on a software CPU.
-const PATIENCE: Duration = Duration::from_mins(1);
+const PATIENCE: Duration = HANG;
 /// What the guest serves: 7001 sends back what comes, 7002 speaks first and then listens, 7003 runs a `cat` for each
 /// connection, 7004 answers datagrams in capitals.
 const SERVER: &str = r"
@@ -107,7 +107,7 @@ fn echoes(world: &World, address: impl Into<SocketAddr>) {
     assert_eq!(inside(world, move || exchange(&mut connect(address), "a word")).unwrap(), "a word");
 }
 
-/// The client at `address` is reset, and at once.
+/// The client at `address` is reset, and at once: before a guest is given up that does not answer, which takes 10 s.
 fn is_reset(world: &World, address: SocketAddr) {
     inside(world, move || {
         let began = Instant::now();
@@ -120,7 +120,7 @@ fn is_reset(world: &World, address: SocketAddr) {
         // Which of these it is depends on what the client was about to do.
         let told = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe, ErrorKind::NotConnected];
         assert!(told.contains(&error.kind()), "{error}");
-        assert!(began.elapsed() < Duration::from_secs(5), "only after {:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(9), "only after {:?}", began.elapsed());
     });
 }
 
@@ -196,7 +196,7 @@ fn serve(world: &World, vm: &str) {
     assert!(put.status < 300, "{put:?}");
     let start = "ulimit -n 8192; echo 8192 >/proc/sys/net/ipv4/tcp_max_syn_backlog; \
         perl /run/server.pl >/run/server.log 2>&1 </dev/null & \
-        until ss -Hltn | grep -q :7003; do sleep 0.1; done; sleep 0.2";
+        until ss -Hlun | grep -q :7004; do sleep 0.1; done";
     world.catalyst(&["guest", "exec", vm, "--", "sh", "-c", start]).ok();
 }
 
@@ -385,6 +385,8 @@ fn killed(checks: &mut Checks, world: &mut World) {
         assert_eq!(open.read(&mut byte).unwrap_err().kind(), ErrorKind::ConnectionReset);
         is_refused(world, four(7011));
         world.start_daemon();
+        // Late, it would cut what goes through.
+        world.wait_for_state(VM, "powered on", HANG);
         assert_eq!(listed(world, VM), before);
         for address in [four(7011), six(7011), six(7021)] {
             echoes(world, address);
@@ -400,6 +402,7 @@ fn killed(checks: &mut Checks, world: &mut World) {
         std::fs::write(&path, lines.join("\n") + "\n").unwrap();
         world.kill_daemon();
         world.start_daemon();
+        world.wait_for_state(VM, "powered on", HANG);
         assert_eq!(listed(world, VM), before);
     });
 }
@@ -438,6 +441,7 @@ fn taken(checks: &mut Checks, world: &mut World) {
             world.kill_daemon();
             let held = inside(world, || TcpListener::bind(four(7041)).unwrap());
             world.start_daemon();
+            world.wait_for_state(VM, "powered on", HANG);
             let waits = |all: Value| {
                 all.as_array().unwrap().iter().find(|port| port["host_port"] == 7041).unwrap().clone()
             };

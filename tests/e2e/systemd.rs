@@ -99,9 +99,15 @@ impl Host<'_> {
     }
 
     fn pid(&self, id: &str) -> String {
-        let shown: serde_json::Value =
-            serde_json::from_str(&self.ok(&format!("catalyst vm show {id} --json"))).unwrap();
-        shown["pid"].to_string()
+        let mut pid = serde_json::Value::Null;
+        // A daemon that has just started may still be looking for it.
+        wait_until("its process is known", HANG, || {
+            let shown = self.ok(&format!("catalyst vm show {id} --json"));
+            let shown: serde_json::Value = serde_json::from_str(&shown).unwrap();
+            pid = shown["pid"].clone();
+            !pid.is_null()
+        });
+        pid.to_string()
     }
 
     fn main_pid(&self) -> String {

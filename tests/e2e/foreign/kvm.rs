@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use catalyst_tests::world::ran;
+use catalyst_tests::world::{HANG, ran};
 use catalyst_tests::{Checks, World};
 
 use super::boxes::{self, Kind, Started};
@@ -90,7 +90,8 @@ fn qcow2(world: &mut World) {
     let pid = world.vm_pid("deb").unwrap();
     world.kill_daemon();
     world.start_daemon();
-    assert_eq!((world.vm_pid("deb"), vm(world, "deb")["state"].as_str()), (Some(pid), Some("powered on")));
+    world.wait_for_state("deb", "powered on", HANG);
+    assert_eq!(world.vm_pid("deb"), Some(pid));
     power(world, "deb", "pause");
     power(world, "deb", "unpause");
     assert!(ssh(world, &address, "echo written > note; sync").status.success());
