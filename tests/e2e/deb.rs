@@ -154,7 +154,7 @@ fn removed(checks: &mut Checks, debian: &Debian, debs: &[PathBuf], before: &BTre
             debian.ok("dpkg --remove catalyst catalyst-lumen");
             let reason = fs::read_to_string(debian.path("home/me/.local/share/catalyst/vms/web2/reason"));
             println!("    the guest that ran: {}", reason.unwrap());
-            assert!(debian.processes().is_empty(), "{:?}", debian.processes());
+            wait_until("no process is left", HANG, || debian.processes().is_empty());
             assert_eq!(debian.ok("ip -brief link").lines().count(), 1, "the bridge is left");
             let left: BTreeSet<String> = debian.files().difference(before).cloned().collect();
             assert!(!left.iter().any(|file| file.ends_with("/memory")), "memory is left: {left:#?}");

@@ -7,13 +7,15 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use catalyst_tests::world::HANG;
 use catalyst_tests::{Checks, World, skip};
 use nix::sys::signal::Signal;
 
 use crate::common::{healthy, legacy_error, lives, signal, v1_error, vm, wait_until};
 
 const VM: &str = "web1";
-const SOON: Duration = Duration::from_secs(30);
+/// Against hanging.
+const SOON: Duration = HANG;
 
 /// The group.
 pub fn folders(checks: &mut Checks) {
@@ -60,6 +62,8 @@ fn of_a_user(checks: &mut Checks) {
         add(&world, &shared, &["/vagrant"]);
         add(&world, &shared, &["/roots", "--name", "roots", "--uid", "0", "--gid", "0"]);
         world.catalyst(&["vmpower", "on", VM, "--wait", "--timeout", "280"]).ok();
+        let all = || world.curl("GET", "/v1/vms/web1/folders", None).json();
+        wait_until("both are mounted", SOON, || (0..2).all(|at| all()[at]["mounted"] == true));
         let script = "touch /vagrant/root; su catalyst -c 'umask 077; echo x >/vagrant/user; ln -s x /vagrant/link'; \
             stat -c %u /vagrant/root /vagrant/user /roots/user";
         assert_eq!(guest(&world, VM, script), "1000\n1000\n0");
@@ -248,7 +252,7 @@ fn saved(checks: &mut Checks, world: &World, shared: &Path) {
         let message = v1_error(&error, "busy");
         assert!(message.contains("sleep (pid"), "{message}");
         assert_eq!(guest(world, VM, "cat /vagrant/a"), "changed");
-        guest(world, VM, "pkill -f '[s]leep 100000'");
+        guest(world, VM, "pkill -f '[s]leep 100000'; while pgrep -f '[s]leep 100000'; do sleep 0.1; done");
         world.catalyst(&["folder", "remove", VM, "shared"]).ok();
         assert_eq!(guest(world, VM, "ls /vagrant /mnt/hgfs | grep -v :"), "");
         add(world, shared, &["/vagrant"]);
@@ -290,9 +294,11 @@ fn kept_in(checks: &mut Checks, world: &World, shared: &Path) {
                     fs::rename(shared.join("race.folder"), shared.join("race")).unwrap();
                 }
             });
-            let seen = guest(world, VM, "i=0; while [ $i -lt 300 ]; do i=$((i+1)); cat /vagrant/race/key 2>/dev/null; echo; done | sort -u");
+            let script = "i=0; while [ $i -lt 300 ]; do i=$((i+1)); cat /vagrant/race/key 2>/dev/null; echo; done | sort -u";
+            let seen = world.catalyst(&["guest", "exec", VM, "--", "sh", "-c", script]);
+            // Before anything can fail here: the other thread goes on until then.
             stop.store(true, std::sync::atomic::Ordering::Relaxed);
-            seen
+            seen.ok().to_owned()
         });
         assert!(!seen.contains("of the host"), "{seen}");
     });
