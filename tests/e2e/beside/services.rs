@@ -3,13 +3,14 @@
 use std::fs;
 use std::time::Duration;
 
+use catalyst_tests::world::HANG;
 use catalyst_tests::{Checks, World, skip};
 
 use super::{Host, Service};
 use crate::common::wait_until;
 
 /// How long a service may take to come up on a machine that is busy.
-const PATIENCE: Duration = Duration::from_mins(2);
+const PATIENCE: Duration = HANG;
 
 /// A firewall of others.
 struct Firewall {
@@ -85,7 +86,8 @@ pub fn firewalls(checks: &mut Checks) {
                 needs(&host, firewall.programs, firewall.made_by);
                 let (host, _) = made.insert((host, outside));
                 host.on();
-                assert!(host.reaches() && host.lets_strangers_through());
+                assert!(host.reaches());
+                wait_until("strangers get through", PATIENCE, || host.lets_strangers_through());
                 service = comes_up(host, &firewall);
                 is_let_through(host, &firewall);
                 host.sh(firewall.reload).ok();
@@ -210,7 +212,8 @@ pub fn network_manager(checks: &mut Checks, host: &Host) {
         // It came up with a network there.
         let unmanaged =
             |states: &str| states.contains("catalyst0:unmanaged") && states.contains("cattap0:unmanaged");
-        wait_until("it has looked at all links", PATIENCE, || states().contains("cattap0:"));
+        let looked = || ["cattap0:", "up0:connected"].iter().all(|word| states().contains(word));
+        wait_until("it has looked at all links", PATIENCE, looked);
         let found = states();
         assert!(unmanaged(&found) && found.contains("up0:connected"), "{found}");
         assert!(host.doctor().contains("left alone by NetworkManager"), "{}", host.doctor());
