@@ -5,7 +5,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use catalyst_tests::world::{programs, ran};
+use catalyst_tests::world::{long_enough, programs, ran};
 use catalyst_tests::{Answer, Checks, World, skip};
 
 use crate::common::{create, healthy, power, quiet, try_power, vm};
@@ -31,7 +31,7 @@ fn as_user(world: &World, uid: u32, options: &[&str], path: &str) -> Answer {
     let uid = uid.to_string();
     let mut command = world.command("setpriv");
     command.args(["--reuid", &uid, "--regid", &uid, "--clear-groups", "--", "curl", "-s"]);
-    command.args(["--max-time", "20", "-w", "\n%{http_code}"]).args(options);
+    command.args(["--max-time", &long_enough(), "-w", "\n%{http_code}"]).args(options);
     let ran = ran({
         command.arg(format!("http://localhost:8080{path}"));
         command
@@ -117,7 +117,8 @@ fn pages(checks: &mut Checks, world: &World) {
         let upgrade = ["Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13"];
         let mut options = vec!["-H", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA=="];
         options.extend(upgrade.iter().flat_map(|header| ["-H", header]));
-        options.extend(["--max-time", "2"]);
+        // The one that is let in stays.
+        options.extend(["--max-time", "10"]);
         for path in ["/v1/vms/web1/console/attach", "/v1/vms/web1/exec/stream"] {
             for header in ["Origin: http://localhost:9999", "Origin: null", "Host: evil.example:8080"] {
                 refused(&as_user(world, OWNER, &[&options[..], &["-H", header]].concat(), path));

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::{Duration, Instant};
 
+use catalyst_tests::world::HANG;
 use catalyst_tests::{Checks, World};
 
 use crate::common::{create, healthy, legacy_error, power, running, try_power, v1_error, vm, wait_until};
@@ -221,9 +222,7 @@ fn bodies(checks: &mut Checks, world: &World) {
         let large = vec![b'a'; 10 << 20];
         let answer = world.curl_with(&["-X", "DELETE"], "/api/vms/doomed", Some(&large));
         assert!([0, 204].contains(&answer.status), "{answer:?}");
-        wait_until("it is gone", Duration::from_secs(10), || {
-            world.curl("GET", "/api/vms/doomed", None).status == 404
-        });
+        wait_until("it is gone", HANG, || world.curl("GET", "/api/vms/doomed", None).status == 404);
     });
 }
 

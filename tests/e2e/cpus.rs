@@ -1,7 +1,6 @@
 //! A VM with several CPUs: all of them work, and it goes down in order.
 
-use std::time::{Duration, Instant};
-
+use catalyst_tests::world::HANG;
 use catalyst_tests::{Checks, World};
 
 const VM: &str = "web1";
@@ -17,11 +16,6 @@ pub fn cpus(checks: &mut Checks) {
         assert_eq!(world.catalyst(&["guest", "exec", VM, "--", "nproc"]).ok(), "2");
         assert_eq!(world.catalyst(&["guest", "exec", VM, "--", "sh", "-c", ALL_BUSY]).ok(), "done\ndone");
         world.catalyst(&["vmpower", "shutdown", VM]).ok();
-        let begun = Instant::now();
-        // The daemon's answer to the shutdown came before the guest went down.
-        while world.curl("GET", "/v1/vms/web1", None).json()["state"] != "powered off" {
-            assert!(begun.elapsed() < Duration::from_mins(2), "it does not go off");
-            std::thread::sleep(Duration::from_millis(200));
-        }
+        world.wait_for_state(VM, "powered off", HANG);
     });
 }

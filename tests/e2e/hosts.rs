@@ -5,7 +5,7 @@ use std::fs;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use catalyst_tests::world::{Ran, engine, programs, ran};
+use catalyst_tests::world::{HANG, Ran, engine, programs, ran};
 use catalyst_tests::{Checks, World, skip};
 
 use crate::common::{create, healthy, legacy_error, power, quiet, try_power, v1_error, wait_until};
@@ -236,7 +236,7 @@ fn another_program(world: &World) {
         .args(["-m", "http.server", "--bind", "127.0.0.1", "8080"])
         .current_dir(world.state_dir().parent().unwrap());
     let mut server = server.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    wait_until("the server listens", Duration::from_secs(30), || world.curl("GET", "/", None).status == 200);
+    wait_until("the server listens", HANG, || world.curl("GET", "/", None).status == 200);
     let refused = world.catalyst(&["vm", "list"]);
     let _ = server.kill();
     server.wait().unwrap();

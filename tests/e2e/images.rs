@@ -4,9 +4,8 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::process::Stdio;
 use std::sync::mpsc;
-use std::time::Duration;
 
-use catalyst_tests::world::{engine, image_dir};
+use catalyst_tests::world::{HANG, engine, image_dir};
 use catalyst_tests::{Checks, World, skip};
 use serde_json::Value;
 
@@ -225,7 +224,6 @@ fn events(checks: &mut Checks, world: &World) {
         let (_all, all) = listen(&["events", "--json"]);
         let (_one, one) = listen(&["events", "--json", "--vm", "web2"]);
         // Both listen once they tell of something that was made for it.
-        let patience = Duration::from_secs(30);
         let mut tries = 0..200;
         while all.try_recv().is_err() {
             assert!(tries.next().is_some(), "no events come");
@@ -245,7 +243,7 @@ fn events(checks: &mut Checks, world: &World) {
         create(world, "last");
         let mut seen = Vec::new();
         loop {
-            let line = all.recv_timeout(patience).expect("an event");
+            let line = all.recv_timeout(HANG).expect("an event");
             let event: Value = serde_json::from_str(&line).unwrap();
             assert!(event["at_ms"].as_u64().unwrap() > 1_600_000_000_000);
             let kind = event["type"].as_str().unwrap();
@@ -259,7 +257,7 @@ fn events(checks: &mut Checks, world: &World) {
         assert_eq!(seen, ["vm_created", "powering on", "powered on", "powered off", "vm_deleted"]);
         create(world, "web2");
         world.catalyst(&["vm", "delete", "web2", "last"]).ok();
-        let line = one.recv_timeout(patience).expect("an event");
+        let line = one.recv_timeout(HANG).expect("an event");
         assert!(line.contains("web2"), "{line}");
         assert!(one.try_iter().all(|line| line.contains("web2")));
     });

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::time::{Duration, Instant};
 
-use catalyst_tests::world::engine;
+use catalyst_tests::world::{HANG, engine};
 use catalyst_tests::{Checks, World};
 use serde_json::json;
 
@@ -91,7 +91,7 @@ fn driver_creates(checks: &mut Checks, world: &World) {
         });
         assert_eq!(vm(world, "m1")["address"], json!(address.expect("an address")));
         let script = "nproc; sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo";
-        let told = world.catalyst(&["guest", "exec", "m1", "--timeout", "120", "--", "sh", "-c", script]);
+        let told = world.catalyst(&["guest", "exec", "m1", "--timeout", "280", "--", "sh", "-c", script]);
         let told: Vec<u64> = told.ok().lines().map(|line| line.parse().unwrap()).collect();
         // The kernel keeps some of the memory for itself.
         assert!(told[0] == 2 && (400 << 10..=512 << 10).contains(&told[1]), "{told:?}");
@@ -296,9 +296,7 @@ fn powers(checks: &mut Checks, world: &World) {
         std::thread::scope(|scope| {
             on();
             let shutdown = scope.spawn(|| world.curl("PATCH", "/api/vms/power/web2", Some("shutdown")));
-            wait_until("it is shutting down", Duration::from_secs(20), || {
-                state(world, "web2") == "powering off"
-            });
+            wait_until("it is shutting down", HANG, || state(world, "web2") == "powering off");
             let soon = deleted("shutdown");
             legacy_error(&shutdown.join().unwrap(), &[404, 409, 500]);
             soon();

@@ -2,9 +2,8 @@
 
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
-use catalyst_tests::world::{programs, ran};
+use catalyst_tests::world::{HANG, long_enough, programs, ran};
 use catalyst_tests::{Checks, Ran, World};
 use serde_json::{Value, json};
 
@@ -63,7 +62,7 @@ fn create(world: &World, name: &str, options: &[&str]) -> Ran {
 fn listed(world: &World, name: &str) -> Vec<String> {
     let ran = machine_command(
         world,
-        &["ls", "--timeout", "60", "--format", LINE, "--filter", &format!("name=^{name}$")],
+        &["ls", "--timeout", &long_enough(), "--format", LINE, "--filter", &format!("name=^{name}$")],
     );
     ran.ok().split('|').map(str::to_owned).collect()
 }
@@ -164,7 +163,7 @@ fn interrupted(checks: &mut Checks, world: &World) {
             .stdout(Stdio::null())
             .stderr(Stdio::null());
         let mut child = killed.spawn().unwrap();
-        wait_until("the VM is made", Duration::from_mins(1), || ids(world) == json!(["m3", "taken"]));
+        wait_until("the VM is made", HANG, || ids(world) == json!(["m3", "taken"]));
         let group = nix::unistd::Pid::from_raw(-i32::try_from(child.id()).unwrap());
         nix::sys::signal::kill(group, nix::sys::signal::Signal::SIGKILL).unwrap();
         child.wait().unwrap();
@@ -246,7 +245,7 @@ fn used(checks: &mut Checks, world: &World) {
         let address = vm(world, "m1")["address"].as_str().unwrap().to_owned();
         let ask = |options: &[&str]| {
             let mut curl = command(world, "curl");
-            curl.args(["-s", "-f", "--max-time", "20"])
+            curl.args(["-s", "-f", "--max-time", &long_enough()])
                 .args(options)
                 .arg(format!("https://{address}:2376/version"));
             ran(curl).code()

@@ -3,9 +3,8 @@
 use std::fs;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
 
-use catalyst_tests::world::{engine, programs, ran};
+use catalyst_tests::world::{HANG, engine, programs, ran};
 use catalyst_tests::{Checks, Ran, World};
 
 use crate::common::{power, quiet, running, vm, wait_until};
@@ -43,9 +42,7 @@ fn command(world: &World, home: &Path, settings: &[(&str, &str)], args: &[&str])
 
 fn listens(world: &mut World, port: u16) {
     world.host = Some(format!("localhost:{port}"));
-    wait_until("the daemon listens", Duration::from_secs(30), || {
-        world.curl("GET", "/v1/version", None).status == 200
-    });
+    wait_until("the daemon listens", HANG, || world.curl("GET", "/v1/version", None).status == 200);
 }
 
 fn by_home(world: &World, home: &Path, words: &[&str]) -> Ran {

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use catalyst_tests::world::{Ran, ran, run};
+use catalyst_tests::world::{Ran, long_enough, ran, run};
 use catalyst_tests::{Checks, World, skip};
 use serde_json::Value;
 
@@ -227,7 +227,7 @@ fn port(checks: &mut Checks, project: &Project) {
             project.guest(name, "hostname >/tmp/index.html; busybox httpd -p 8000 -h /tmp");
             let port = project.vagrant(&["port", name, "--guest", "8000"]).ok().to_owned();
             let mut curl = project.world.command("curl");
-            curl.args(["-s", "--max-time", "20", &format!("http://127.0.0.1:{port}/index.html")]);
+            curl.args(["-s", "--max-time", &long_enough(), &format!("http://127.0.0.1:{port}/index.html")]);
             assert_eq!(ran(curl).ok(), name);
             port
         };
