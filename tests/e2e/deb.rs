@@ -98,13 +98,16 @@ fn lives(checks: &mut Checks, debian: &Debian, debs: &[PathBuf]) {
         warm(debian);
         println!("    the template is warm {} s after the first start", started.elapsed().as_secs());
         debian.ok("catalyst vmpower on web1");
-        let address = debian.ok("catalyst guest getip --wait web1");
+        let address = debian.ok("catalyst --timeout 280 guest getip --wait web1");
         assert!(address.starts_with("10."), "{address}");
         assert!(debian.ok("catalyst vm show web1").contains(", warm"), "it boots");
         let micro = debian.path("var/lib/catalyst/images/micro/current/vmlinux").metadata().unwrap();
         assert_eq!(micro.nlink(), 2, "the kernel of lumen and micro is there twice");
-        assert_eq!(debian.ok("catalyst ssh web1 -- docker run --rm busybox echo hello"), "hello");
-        debian.ok("catalyst guest exec web1 -- sh -c 'echo kept >/root/file; sync'");
+        assert_eq!(
+            debian.ok("catalyst --timeout 280 ssh web1 -- docker run --rm busybox echo hello"),
+            "hello"
+        );
+        debian.ok("catalyst --timeout 280 guest exec web1 -- sh -c 'echo kept >/root/file; sync'");
         debian.ok("catalyst vmpower shutdown web1");
     });
     checks.check("an unprivileged user has VMs of the same warm state by a daemon that root starts", || {
@@ -114,7 +117,7 @@ fn lives(checks: &mut Checks, debian: &Debian, debs: &[PathBuf]) {
         assert!(refused.error(1).contains("catalyst-daemon --background --owner me"), "{refused:?}");
         debian.ok(&format!("CATALYST_ENGINE={} catalyst-daemon --background --owner me", engine()));
         debian.ok("runuser -u me -- catalyst vm create web2 --on");
-        debian.ok("runuser -u me -- catalyst guest exec web2 -- true");
+        debian.ok("runuser -u me -- catalyst --timeout 280 guest exec web2 -- true");
         assert!(debian.ok("runuser -u me -- catalyst vm show web2").contains(", warm"), "it boots");
     });
     checks.check("manual pages, completions and the unit are there", || {
@@ -162,7 +165,7 @@ fn removed(checks: &mut Checks, debian: &Debian, debs: &[PathBuf], before: &BTre
             debian
                 .ok(&format!("CATALYST_NO_WARMING=true CATALYST_ENGINE={} catalyst daemon start", engine()));
             debian.ok("catalyst vmpower on web1");
-            assert_eq!(debian.ok("catalyst guest exec web1 -- cat /root/file"), "kept");
+            assert_eq!(debian.ok("catalyst --timeout 280 guest exec web1 -- cat /root/file"), "kept");
             debian.ok("catalyst vm delete --force web1 && catalyst daemon stop");
             debian.ok("CATALYST_NO_WARMING=true catalyst-daemon --background --owner me");
             debian.ok("runuser -u me -- catalyst vm delete web2");
