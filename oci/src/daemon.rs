@@ -58,6 +58,22 @@ pub struct WantedContainer {
     pub address: Option<String>,
 }
 
+/// Why a VM that is being deleted is off, in the daemon's words.
+const BEING_DELETED: &str = "it is being deleted";
+
+/// What has become of a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It has a process, as far as the daemon knows.
+    Runs,
+    /// It has none, and is soon not there any more.
+    BeingDeleted,
+    /// There is none.
+    Deleted,
+    /// It has ended otherwise.
+    Ended,
+}
+
 /// A VM that was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Vm {
@@ -125,13 +141,19 @@ impl Daemon {
         }
     }
 
-    /// Whether there is such a VM and this shim is its.
-    pub fn has(&self, id: &str) -> Outcome<bool> {
+    /// What has become of a VM.
+    pub fn fate(&self, id: &str) -> Outcome<Fate> {
         let answer = self.ask("GET", &format!("/v1/vms/{id}"), None)?;
-        match answer.status {
-            404 => Ok(false),
-            _ => done(answer, &format!("tell of the VM {id}")).map(|_| true),
+        if answer.status == 404 {
+            return Ok(Fate::Deleted);
         }
+        let vm = done(answer, &format!("tell of the VM {id}"))?;
+        Ok(match vm["state"].as_str() {
+            Some("powered off") if vm["reason"] != BEING_DELETED => Fate::Ended,
+            // Its files go first.
+            Some("powered off" | "blocked") => Fate::BeingDeleted,
+            _ => Fate::Runs,
+        })
     }
 
     fn ask(&self, method: &str, path: &str, body: Option<&Value>) -> Outcome<Answer> {
@@ -289,12 +311,18 @@ mod tests {
         let (daemon, _folder, serving) = played(vec![
             "HTTP/1.1 503 Busy\r\n\r\n{\"message\":\"no room\",\"causes\":[\"full\"]}",
             "HTTP/1.1 404 Not Found\r\n\r\n{}",
+            "HTTP/1.1 200 OK\r\n\r\n{\"state\":\"powered on\"}",
+            "HTTP/1.1 200 OK\r\n\r\n{\"state\":\"powered off\",\"reason\":\"it is being deleted\"}",
+            "HTTP/1.1 200 OK\r\n\r\n{\"state\":\"blocked\",\"reason\":\"web.vmx is missing\"}",
+            "HTTP/1.1 200 OK\r\n\r\n{\"state\":\"powered off\",\"reason\":\"killed by signal 9\"}",
             "HTTP/1.1 404 Not Found\r\n\r\n{}",
         ]);
         let refused = daemon.power("web", "on").unwrap_err().to_string();
         assert!(refused.contains("no room: full") && refused.contains("503"), "{refused}");
         daemon.delete("web").unwrap();
-        assert!(!daemon.has("web").unwrap());
+        for fate in [Fate::Runs, Fate::BeingDeleted, Fate::BeingDeleted, Fate::Ended, Fate::Deleted] {
+            assert_eq!(daemon.fate("web").unwrap(), fate);
+        }
         assert!(serving.join().unwrap()[1].starts_with("DELETE /v1/vms/web?force=true "));
         let nobody = Daemon::at("/nowhere/d.sock".into()).delete("web").unwrap_err();
         assert!(crate::failure::chain(&nobody).contains("catalyst-daemon"));

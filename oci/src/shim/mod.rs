@@ -28,7 +28,7 @@ use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use catalyst_agent_link::{AgentError, ProblemKind};
 use catalyst_agent_protocol::container::{Container, ROOT_TREE};
@@ -36,7 +36,7 @@ use nix::sched::{CloneFlags, setns, unshare};
 
 use crate::bundle::{Bundle, PodPart};
 use crate::console;
-use crate::daemon::{Daemon, Vm};
+use crate::daemon::{Daemon, Fate, Vm};
 use crate::document::{self, Tree};
 use crate::failure::{Failure, Outcome, Tried, chain, said};
 use crate::launch::{Go, Order, Report, take_orders};
@@ -54,6 +54,11 @@ pub const NETWORK: &str = "CATALYST_OCI_NETWORK";
 const CRASHED: i32 = 139;
 /// What it ends with whose VM was deleted, or whose program by the kernel since memory was short: as if by SIGKILL.
 const DELETED: i32 = 137;
+
+/// How long the daemon may take to notice that a VM's process has ended, where that is what has,
+const NOTICE_LIMIT: Duration = Duration::from_millis(1500);
+/// and to delete one that it is deleting: its files may lie on a disk that is busy.
+const DELETION_LIMIT: Duration = Duration::from_mins(1);
 
 /// Is the shim, until the container has ended; its exit code.
 pub fn run() -> i32 {
@@ -189,13 +194,18 @@ fn last_code(ended: &Ended, guest: &Guest, daemon: &Daemon, vm: &Vm, out_of_memo
         return code;
     }
     let Ended::Lost(why) = ended else { return CRASHED };
-    // A VM that was deleted is soon not known any more.
-    for _ in 0..15 {
-        match daemon.has(&vm.id) {
-            Ok(false) => return DELETED,
-            Ok(true) => std::thread::sleep(Duration::from_millis(100)),
-            Err(_) => break,
+    let begun = Instant::now();
+    loop {
+        let patience = match daemon.fate(&vm.id) {
+            Ok(Fate::Deleted) => return DELETED,
+            Ok(Fate::BeingDeleted) => DELETION_LIMIT,
+            Ok(Fate::Runs) => NOTICE_LIMIT,
+            Ok(Fate::Ended) | Err(_) => break,
+        };
+        if begun.elapsed() > patience {
+            break;
         }
+        std::thread::sleep(Duration::from_millis(50));
     }
     let memory = if out_of_memory { "; its memory was short" } else { "" };
     guest.complain(&format!(
