@@ -254,6 +254,23 @@ fn at_once(checks: &mut Checks, world: &World) {
             world.catalyst(&["vm", "delete", &format!("same{round}")]).ok();
         }
     });
+    checks.check("of eight who delete one VM at once one does, and to the others it is not there", || {
+        for on in [false, true] {
+            create(world, "same");
+            if on {
+                power(world, "same", "on");
+            }
+            let delete = || world.curl("DELETE", "/v1/vms/same?force=true", None);
+            let answers: Vec<_> = std::thread::scope(|scope| {
+                let asked: Vec<_> = (0..8).map(|_| scope.spawn(delete)).collect();
+                asked.into_iter().map(|thread| thread.join().unwrap()).collect()
+            });
+            assert_eq!(answers.iter().filter(|answer| answer.status == 204).count(), 1, "{answers:?}");
+            for answer in answers.iter().filter(|answer| answer.status != 204) {
+                v1_error(answer, "vm_not_found");
+            }
+        }
+    });
     checks.check("ten creates and power-ons at once: addresses and MACs of their own", || {
         let ids: Vec<String> = (0..10).map(|number| format!("ten{number}")).collect();
         std::thread::scope(|scope| {

@@ -292,13 +292,16 @@ fn of_a_user(checks: &mut Checks) {
             fs::set_permissions(&secret, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
             assert!(import(&secret).error(1).to_lowercase().contains("permission denied"));
             import(&good).ok();
-            world
-                .catalyst(&["vm", "create", "deb1", "--template", &name("deb"), "--memory", "128M", "--on"])
-                .ok();
-            let log = world.vm_dir("deb1").join("console.log");
-            wait_until("its loader speaks", LIMIT, || {
-                fs::read_to_string(&log).unwrap_or_default().contains(boxes::WORD)
-            });
+            world.catalyst(&["vm", "create", "deb1", "--template", &name("deb"), "--memory", "128M"]).ok();
+            // On engine kvm such a disk has no loader.
+            let starts = engine() == "qemu";
+            if starts {
+                world.catalyst(&["vmpower", "on", "deb1"]).ok();
+                let log = world.vm_dir("deb1").join("console.log");
+                wait_until("its loader speaks", LIMIT, || {
+                    fs::read_to_string(&log).unwrap_or_default().contains(boxes::WORD)
+                });
+            }
             let other = World::new();
             assert!(!other.catalyst(&["template", "list"]).ok().contains(&name("deb")));
             assert!(
@@ -307,7 +310,9 @@ fn of_a_user(checks: &mut Checks) {
                     .error(1)
                     .contains("no image")
             );
-            world.catalyst(&["vmpower", "off", "deb1"]).ok();
+            if starts {
+                world.catalyst(&["vmpower", "off", "deb1"]).ok();
+            }
             let out = folder.join("out.qcow2");
             world.catalyst(&["image", "export", "deb1", out.to_str().unwrap()]).ok();
             assert_eq!(out.metadata().unwrap().uid(), UID);

@@ -4,11 +4,10 @@ use std::path::Path;
 
 use catalyst_api::{PowerOp, VmState};
 use futures_util::StreamExt;
-use tokio::sync::oneshot;
 
+use super::Machines;
 use super::error::PowerError;
 use super::machine::Command;
-use super::{Machines, asked};
 use crate::http::error::chain;
 use crate::store::files;
 
@@ -67,9 +66,6 @@ impl Machines {
     }
 
     async fn end(&self, id: &str, reason: &'static str) -> Result<(), PowerError> {
-        let (_, commands) = self.find(id).map_err(PowerError::from)?;
-        let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::End { reason, reply })).await.map_err(|_| PowerError::Stopping)?;
-        answer.await.map_err(|_| PowerError::Stopping)?
+        self.ask(id, PowerError::Stopping, |reply| Command::End { reason, reply }).await?.1
     }
 }

@@ -127,10 +127,8 @@ impl Machines {
 
     /// Freezes a VM that runs, which goes on.
     pub(super) async fn freeze(&self, parent: &str) -> Result<Arc<Frozen>, CreateError> {
-        let (_, commands) = self.find(parent)?;
-        let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::Freeze { reply })).await.map_err(|_| FreezeError::Stopping)?;
-        Ok(answer.await.map_err(|_| FreezeError::Stopping)??)
+        let stopping = CreateError::from(FreezeError::Stopping);
+        Ok(self.ask(parent, stopping, |reply| Command::Freeze { reply }).await?.1?)
     }
 
     async fn make_clone(

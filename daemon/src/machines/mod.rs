@@ -256,6 +256,23 @@ impl Machines {
         }
     }
 
+    /// Has a VM's task do what a command asks for; its answer. A VM that is deleted meanwhile is not there any more: `stopping` is
+    /// the answer where the daemon ends.
+    async fn ask<T, E: From<UnknownVm>>(
+        &self,
+        id: &str,
+        stopping: E,
+        command: impl FnOnce(oneshot::Sender<T>) -> Command,
+    ) -> Result<(Arc<Shared>, T), E> {
+        let (shared, commands) = self.find(id)?;
+        let (reply, answer) = oneshot::channel();
+        let _ = commands.send(asked(command(reply))).await;
+        match answer.await {
+            Ok(answer) => Ok((shared, answer)),
+            Err(_) => Err(self.find(id).err().map_or(stopping, E::from)),
+        }
+    }
+
     /// Makes a VM: from a template, or with the disk of a parent that lies still. It is made
     /// whole or not at all, also when whoever asked is gone meanwhile.
     pub async fn create(&self, request: CreateVm) -> Result<Arc<Shared>, CreateError> {
@@ -460,36 +477,26 @@ impl Machines {
 
     /// Does `op` and returns when the VM is in the state that it leads to. A VM that is to be on boots if `cold`.
     pub async fn power(&self, id: &str, op: PowerOp, cold: bool) -> Result<Arc<Shared>, PowerError> {
-        let (shared, commands) = self.find(id)?;
-        let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::Power { op, cold, reply })).await.map_err(|_| PowerError::Stopping)?;
-        answer.await.map_err(|_| PowerError::Stopping)??;
-        Ok(shared)
+        let power = |reply| Command::Power { op, cold, reply };
+        let (shared, done) = self.ask(id, PowerError::Stopping, power).await?;
+        done.map(|()| shared)
     }
 
     /// Where the memory of a VM that has a process is, and what processor time the process took, in milliseconds.
     pub async fn usage(&self, id: &str) -> Result<(MemoryInfo, u64), PowerError> {
-        let (_, commands) = self.find(id)?;
-        let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::Usage { reply })).await.map_err(|_| PowerError::Stopping)?;
-        answer.await.map_err(|_| PowerError::Stopping)?
+        self.ask(id, PowerError::Stopping, |reply| Command::Usage { reply }).await?.1
     }
 
     /// Changes what the VMX says.
     pub async fn update(&self, id: &str, update: UpdateVm) -> Result<Arc<Shared>, ChangeError> {
-        let (shared, commands) = self.find(id)?;
-        let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::Update { update, reply })).await.map_err(|_| ChangeError::Stopping)?;
-        answer.await.map_err(|_| ChangeError::Stopping)??;
-        Ok(shared)
+        let change = |reply| Command::Update { update, reply };
+        let (shared, done) = self.ask(id, ChangeError::Stopping, change).await?;
+        done.map(|()| shared)
     }
 
     /// Removes a VM and its files; one that runs only if `force`.
     pub async fn delete(&self, id: &str, force: bool) -> Result<(), ChangeError> {
-        let (_, commands) = self.find(id)?;
-        let (reply, answer) = oneshot::channel();
-        commands.send(asked(Command::Delete { force, reply })).await.map_err(|_| ChangeError::Stopping)?;
-        answer.await.map_err(|_| ChangeError::Stopping)?
+        self.ask(id, ChangeError::Stopping, |reply| Command::Delete { force, reply }).await?.1
     }
 
     /// VMs that have a process.

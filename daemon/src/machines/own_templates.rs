@@ -212,12 +212,14 @@ async fn save(
     let owner = (context.owner.uid, context.owner.gid);
     // The machine goes on above the disk as it was when it was saved. The tool is root's here, as the folder is.
     let empty = warm.join(DISK);
-    let above = saved.is_some().then(|| (empty.clone(), made.config.disk_gib << 30));
+    let above = saved.is_some().then(|| (empty.clone(), made.config.disk_gib));
     let written = tokio::task::spawn_blocking(move || {
         flatten::convert(&source, &flat, Format::Raw, owner).map_err(StoreError::from)?;
         take_disk(&flat, &to).map_err(failed("keep the template's disk"))?;
-        if let Some((empty, bytes)) = above {
-            disk::create_empty(&empty, bytes, (0, 0)).map_err(StoreError::from)?;
+        if let Some((empty, gib)) = above {
+            // The template takes its place later; nobody follows the name, but the monitor takes a disk without one for a whole one.
+            let below = (Path::new("below"), Format::Raw);
+            disk::create_overlay(&empty, below, gib, (0, 0)).map_err(StoreError::from)?;
         }
         Ok::<_, WarmError>(())
     });

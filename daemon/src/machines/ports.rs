@@ -1,10 +1,9 @@
 //! Ports of guests on the host, as clients ask for them.
 
 use catalyst_api::{Port, PortName, PublishPort};
-use tokio::sync::oneshot;
 
+use super::Machines;
 use super::machine::{Command, PortsCommand};
-use super::{Machines, asked};
 use crate::ports::error::PortError;
 
 impl Machines {
@@ -17,11 +16,9 @@ impl Machines {
 
     /// Publishes a port of a VM's guest.
     pub async fn publish(&self, id: &str, port: PublishPort) -> Result<Port, PortError> {
-        let (shared, commands) = self.find(id)?;
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Ports(PortsCommand::Publish { port, reply });
-        commands.send(asked(command)).await.map_err(|_| PortError::Stopping)?;
-        let made = answer.await.map_err(|_| PortError::Stopping)??;
+        let publish = |reply| Command::Ports(PortsCommand::Publish { port, reply });
+        let (shared, made) = self.ask(id, PortError::Stopping, publish).await?;
+        let made = made?;
         let is_it = |port: &Port| {
             (port.host_port, port.protocol, port.host_address)
                 == (made.host_port, made.protocol, made.host_address)
@@ -32,12 +29,10 @@ impl Machines {
 
     /// Takes a published port back, and ends what goes through it.
     pub async fn unpublish(&self, id: &str, name: &str) -> Result<(), PortError> {
-        let (shared, commands) = self.find(id)?;
+        let shared = self.get(id)?;
         let name: PortName = name.parse().map_err(PortError::Form)?;
         let port = self.0.ports.find(shared.dir().id(), &name)?;
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Ports(PortsCommand::Unpublish { port, reply });
-        commands.send(asked(command)).await.map_err(|_| PortError::Stopping)?;
-        answer.await.map_err(|_| PortError::Stopping)?
+        let unpublish = |reply| Command::Ports(PortsCommand::Unpublish { port, reply });
+        self.ask(id, PortError::Stopping, unpublish).await?.1
     }
 }

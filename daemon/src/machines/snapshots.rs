@@ -16,12 +16,11 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use catalyst_api::{CreateSnapshot, VmState};
 use catalyst_images::Image;
 use catalyst_vmm::description::Format;
-use tokio::sync::oneshot;
 
 use super::error::SnapshotError;
 use super::machine::Command;
 use super::shared::Shared;
-use super::{Context, Machines, asked, freeze};
+use super::{Context, Machines, freeze};
 use crate::engine::{EngineError, VmProcess};
 use crate::privilege::as_root;
 use crate::saved::{Machine, SavedDir, SavedError};
@@ -302,11 +301,8 @@ impl Machines {
     }
 
     async fn snapshot(&self, id: &str, request: Request) -> Result<Arc<Shared>, SnapshotError> {
-        let (shared, commands) = self.find(id)?;
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Snapshot { request, reply };
-        commands.send(asked(command)).await.map_err(|_| SnapshotError::Stopping)?;
-        answer.await.map_err(|_| SnapshotError::Stopping)??;
-        Ok(shared)
+        let snapshot = |reply| Command::Snapshot { request, reply };
+        let (shared, done) = self.ask(id, SnapshotError::Stopping, snapshot).await?;
+        done.map(|()| shared)
     }
 }

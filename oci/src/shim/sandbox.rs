@@ -37,12 +37,14 @@ pub struct Pod {
     outside: Arc<Outside>,
     /// Its VM, while there is one.
     host: Mutex<Option<Arc<Host>>>,
+    /// How many it has had. All have one name, so whoever deletes one holds this meanwhile, and sees that there is no other.
+    made: Mutex<u64>,
 }
 
 impl Pod {
     /// A pod without a VM.
     pub fn new(order: Order, bundle: Bundle, folder: Folder, outside: Arc<Outside>) -> Arc<Self> {
-        Arc::new(Self { order, bundle, folder, outside, host: Mutex::default() })
+        Arc::new(Self { order, bundle, folder, outside, host: Mutex::default(), made: Mutex::default() })
     }
 
     /// Serves one of its containers.
@@ -69,11 +71,15 @@ impl Pod {
     /// Makes the VM, with a first container in it.
     async fn begin(self: &Arc<Self>, join: &mut Join, name: &str, trees: Trees) -> Outcome<Arc<Host>> {
         let daemon = Daemon::at(self.order.socket.clone());
+        let mut made = self.made.lock().await;
         // One of before has ended by itself.
         let before = self.folder.load()?.vm;
         self.delete_vm(&daemon, before).await;
         let prepared = Prepared::make(&self.folder, Vec::new()).await?;
         let vm = self.start_vm(&daemon, join, prepared.address()).await?;
+        *made += 1;
+        let number = *made;
+        drop(made);
         name.clone_into(&mut join.container.name);
         let joined = Some((name, trees));
         let outside = Arc::clone(&self.outside);
@@ -94,7 +100,10 @@ impl Pod {
             drop(alive);
             machine.end().await;
             // It may be its files alone that have ended: without it, its containers end too.
-            pod.delete_vm(&daemon, vm.id).await;
+            let made = pod.made.lock().await;
+            if *made == number {
+                pod.delete_vm(&daemon, vm.id).await;
+            }
         });
         Ok(host)
     }

@@ -4,12 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use catalyst_api::{CreateFolder, VmState};
-use tokio::sync::oneshot;
 
+use super::super::Machines;
 use super::super::error::FolderError;
 use super::super::machine::Command;
 use super::super::shared::Shared;
-use super::super::{Machines, asked};
 use super::serving;
 use crate::store::folders::{Folder, MOST, is_name};
 use catalyst_agent_link::{AgentError, AgentLink, ProblemKind};
@@ -160,12 +159,9 @@ impl Machines {
     }
 
     async fn change_folders(&self, id: &str, change: Change) -> Result<Arc<Shared>, FolderError> {
-        let (shared, commands) = self.find(id)?;
-        let (reply, answer) = oneshot::channel();
-        let command = Command::Folders { change, reply };
-        commands.send(asked(command)).await.map_err(|_| FolderError::Stopping)?;
-        answer.await.map_err(|_| FolderError::Stopping)??;
-        Ok(shared)
+        let change = |reply| Command::Folders { change, reply };
+        let (shared, done) = self.ask(id, FolderError::Stopping, change).await?;
+        done.map(|()| shared)
     }
 }
 
