@@ -90,6 +90,13 @@ impl Bundle {
         pod_part(&self.spec)
     }
 
+    /// The process namespace of another process that it is to have, if it is to.
+    pub fn shared_processes(&self) -> Option<&Path> {
+        let namespaces = self.spec.linux().as_ref()?.namespaces().as_deref()?;
+        let own = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)?;
+        own.path().as_deref().filter(|path| !path.as_os_str().is_empty())
+    }
+
     /// What is special to Linux.
     pub fn linux(&self) -> Outcome<&Linux> {
         linux(&self.spec)
@@ -164,8 +171,7 @@ fn check_namespaces(linux: &Linux, part: PodPart) -> Outcome {
             return said(format!("The host's {name} namespace cannot be had in a VM ({option})"));
         };
         // A pod's containers have them together in the VM.
-        let of_pod =
-            part == PodPart::Container && matches!(kind, LinuxNamespaceType::Ipc | LinuxNamespaceType::Uts);
+        let of_pod = part == PodPart::Container && kind != LinuxNamespaceType::Mount;
         let shared = namespace.path().as_ref().filter(|path| !path.as_os_str().is_empty());
         if let Some(path) = shared.filter(|_| kind != LinuxNamespaceType::Network && !of_pod) {
             return said(format!(
@@ -332,6 +338,8 @@ pub mod tests {
         check(&read(&document)).unwrap();
         assert_eq!(pod_part(&read(&document)), PodPart::Container);
         document["linux"]["namespaces"][3]["path"] = json!("/proc/7/ns/pid");
+        check(&read(&document)).unwrap();
+        document["linux"]["namespaces"][0]["path"] = json!("/proc/7/ns/mnt");
         assert!(check(&read(&document)).is_err());
     }
 }

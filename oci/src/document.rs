@@ -61,8 +61,6 @@ pub fn convert(bundle: &Bundle, stdin: bool) -> Outcome<(Container, Vec<Tree>)> 
         ));
     }
     let limit = linux.resources().as_ref().and_then(|resources| resources.pids().as_ref());
-    let mut sysctls: Vec<_> = linux.sysctl().clone().unwrap_or_default().into_iter().collect();
-    sysctls.sort();
     let container = Container {
         hostname: spec
             .hostname()
@@ -72,7 +70,7 @@ pub fn convert(bundle: &Bundle, stdin: bool) -> Outcome<(Container, Vec<Tree>)> 
         domainname: spec.domainname().clone().unwrap_or_default(),
         read_only,
         mounts,
-        sysctls,
+        sysctls: sysctls(linux),
         masked_paths: linux.masked_paths().clone().unwrap_or_default(),
         readonly_paths: linux.readonly_paths().clone().unwrap_or_default(),
         resolver: uses_resolver(spec, &bundle.path),
@@ -81,6 +79,13 @@ pub fn convert(bundle: &Bundle, stdin: bool) -> Outcome<(Container, Vec<Tree>)> 
         ..Container::default()
     };
     Ok((container, trees))
+}
+
+/// The kernel settings of a specification, in the order of their names.
+pub fn sysctls(linux: &runtime::Linux) -> Vec<(String, String)> {
+    let mut sysctls: Vec<_> = linux.sysctl().clone().unwrap_or_default().into_iter().collect();
+    sysctls.sort();
+    sysctls
 }
 
 fn convert_mount(mount: &runtime::Mount, bundle: &Path, trees: &mut Vec<Tree>) -> Outcome<Mount> {

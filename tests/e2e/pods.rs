@@ -209,8 +209,14 @@ impl Pod<'_> {
     }
 
     fn start(&self, name: &str, sandbox: u32, words: &[String]) {
-        let spaces = ["ipc", "uts"].map(|kind| format!("{kind}:/proc/{sandbox}/ns/{kind}"));
-        let options = ["--detach", "--with-ns", &spaces[0], "--with-ns", &spaces[1]];
+        self.start_with(name, sandbox, &["ipc", "uts"], words);
+    }
+
+    /// With these namespaces of the pod's.
+    fn start_with(&self, name: &str, sandbox: u32, kinds: &[&str], words: &[String]) {
+        let spaces: Vec<_> = kinds.iter().map(|kind| format!("{kind}:/proc/{sandbox}/ns/{kind}")).collect();
+        let named = spaces.iter().flat_map(|space| ["--with-ns", space]);
+        let options: Vec<&str> = ["--detach"].into_iter().chain(named).collect();
         let words: Vec<&str> = [name].into_iter().chain(words.iter().map(String::as_str)).collect();
         self.run("container", &options, &words).ok();
     }
@@ -282,6 +288,22 @@ fn pod(checks: &mut Checks, host: &Host) {
             pod.exec("two", &["wget", "-qO-", &fetch(80)]).stdout == "of one anew\n"
         });
         assert_eq!(pod.exec("one", &["cat", "/proc/sys/kernel/random/boot_id"]).ok(), before.ok());
+    });
+    checks.check("containers that have the pod's processes see each other's, and leave none", || {
+        let kinds = ["ipc", "uts", "pid"];
+        let words = |script: &str| ["sh", "-c", script].map(str::to_owned);
+        pod.start_with("three", sandbox, &kinds, &words("sleep 777 & exec sleep 888"));
+        pod.start_with("four", sandbox, &kinds, &words("exec sleep 999"));
+        let seen = || pod.exec("four", &["busybox", "ps"]).ok().to_owned();
+        let all = seen();
+        assert!(["sleep 777", "sleep 888", "sleep 999"].iter().all(|one| all.contains(one)), "{all}");
+        assert!(!pod.exec("one", &["busybox", "ps"]).ok().contains("sleep"), "one is by itself");
+        host.ctr(&["tasks", "kill", "--signal", "SIGKILL", "three"]).ok();
+        wait_until("it has ended", LIMIT, || pod.state("three") == "STOPPED");
+        pod.delete("three");
+        let left = seen();
+        assert!(!left.contains("sleep 777") && left.contains("sleep 999"), "{left}");
+        pod.delete("four");
     });
     checks.check("a VM that ends takes its containers along; the next has another", || {
         let process = host.world.vm_pid("web").unwrap();

@@ -53,6 +53,9 @@ fn main() -> ExitCode {
     if first.as_ref().is_some_and(|word| word == container::plan::STAGE) {
         return container::stage::main();
     }
+    if first.as_ref().is_some_and(|word| word == container::plan::REAPER) {
+        return container::reaper::main();
+    }
     if first.is_some_and(|word| word == rest::FILL) {
         return match rest::fill() {
             Ok(()) => ExitCode::SUCCESS,

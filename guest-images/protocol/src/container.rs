@@ -32,6 +32,8 @@ pub struct Container {
     pub joins: bool,
     /// It has IPC and host names together with all others of the VM that have this.
     pub shares: bool,
+    /// It has its processes together with all others of the VM that have this.
+    pub shares_processes: bool,
     /// Most memory, in bytes; 0 is as much as the VM has.
     pub memory_limit: u64,
     /// Host name; none is left as it is.

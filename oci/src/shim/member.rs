@@ -52,6 +52,18 @@ pub fn host(order: &Order) -> Outcome<Option<Folder>> {
     Ok(None)
 }
 
+/// Whether it has its processes together with others of its pod, whose own container has that number.
+fn shares_processes(bundle: &Bundle, pod: u32) -> Outcome<bool> {
+    match bundle.shared_processes() {
+        None => Ok(false),
+        Some(path) if path == Path::new(&format!("/proc/{pod}/ns/pid")) => Ok(true),
+        Some(path) => said(format!(
+            "The process namespace of one container of a pod ({}) cannot be had by another: that of all can (shareProcessNamespace)",
+            path.display()
+        )),
+    }
+}
+
 /// Runs the container in that one's VM; its exit code.
 pub async fn run(
     host: &Folder,
@@ -63,6 +75,7 @@ pub async fn run(
     let what = || "join the VM of the container whose network this one has".to_owned();
     let Ready { mut container, trees, stdio, listener } = ready;
     container.shares = bundle.pod_part() == PodPart::Container;
+    container.shares_processes = shares_processes(bundle, host.load()?.pid)?;
     let resources = bundle.linux()?.resources().clone().unwrap_or_default();
     container.memory_limit = launch::memory_bytes(&resources).unwrap_or_default();
     let terminal = container.process.terminal.is_some().then(|| stdio.output.try_clone());
@@ -108,4 +121,24 @@ pub async fn run(
         let _ = memory::tell(&order.cgroup);
     }
     Ok(code)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::bundle::tests::with;
+
+    #[test]
+    fn processes_are_had_together_with_the_whole_pod_alone() {
+        let of = |namespace| {
+            let spec = with("/linux/namespaces", json!([{"type": "mount"}, namespace]));
+            shares_processes(&Bundle { path: "/".into(), spec, rootfs: "/".into() }, 7)
+        };
+        assert!(!of(json!({"type": "pid"})).unwrap());
+        assert!(of(json!({"type": "pid", "path": "/proc/7/ns/pid"})).unwrap());
+        let other = of(json!({"type": "pid", "path": "/proc/8/ns/pid"})).unwrap_err().to_string();
+        assert!(other.contains("/proc/8/ns/pid"), "{other}");
+    }
 }

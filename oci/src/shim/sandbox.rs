@@ -6,6 +6,7 @@ use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use catalyst_agent_link::ExecExit;
+use catalyst_agent_protocol::container::Container;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, mpsc};
 
@@ -16,6 +17,7 @@ use super::machine::{Machine, Prepared, Trees, make_vm};
 use super::resolver::Outside;
 use crate::bundle::Bundle;
 use crate::daemon::{Daemon, Vm};
+use crate::document::sysctls;
 use crate::failure::{Outcome, Tried, chain};
 use crate::launch::Order;
 use crate::state::Folder;
@@ -81,6 +83,7 @@ impl Pod {
         let number = *made;
         drop(made);
         name.clone_into(&mut join.container.name);
+        self.bring_settings(&mut join.container)?;
         let joined = Some((name, trees));
         let outside = Arc::clone(&self.outside);
         let begun = Machine::begin(prepared, &vm, &mut join.container, joined, outside).await;
@@ -106,6 +109,13 @@ impl Pod {
             }
         });
         Ok(host)
+    }
+
+    /// The pod's kernel settings are of namespaces that its containers have together, so that the first sets them for all.
+    fn bring_settings(&self, container: &mut Container) -> Outcome {
+        let of_pod = sysctls(self.bundle.linux()?);
+        container.sysctls.splice(..0, of_pod);
+        Ok(())
     }
 
     async fn start_vm(
@@ -211,12 +221,13 @@ fn answer(request: &Request, status: &mut Status) -> (Answer, Option<i32>) {
 mod tests {
     use std::os::unix::net::UnixStream;
 
+    use oci_spec::runtime::Spec;
     use serde_json::json;
 
     use super::*;
     use crate::bundle::tests::with;
 
-    fn pod(folder: &std::path::Path, annotations: serde_json::Value) -> Arc<Pod> {
+    fn pod(folder: &std::path::Path, spec: Spec) -> Arc<Pod> {
         let order = Order {
             id: "pod".into(),
             root: folder.into(),
@@ -227,8 +238,7 @@ mod tests {
             memory_mib: 128,
             cgroup: Vec::new(),
         };
-        let bundle =
-            Bundle { path: folder.into(), spec: with("/annotations", annotations), rootfs: folder.into() };
+        let bundle = Bundle { path: folder.into(), spec, rootfs: folder.into() };
         let outside = Arc::new(Outside::here().unwrap());
         Pod::new(order, bundle, Folder::of(folder, "pod").unwrap(), outside)
     }
@@ -236,10 +246,23 @@ mod tests {
     #[test]
     fn its_vm_has_the_pod_s_limit_or_room_for_more_than_its_first() {
         let folder = tempfile::tempdir().unwrap();
-        let of = |annotations, first| pod(folder.path(), annotations).memory(first);
+        let of = |annotations, first| pod(folder.path(), with("/annotations", annotations)).memory(first);
         assert_eq!((of(json!({}), 128), of(json!({}), 2048)), (512, 2176));
         assert_eq!(of(json!({LIMIT: (1_u64 << 30).to_string()}), 128), 1024 + 128);
         assert_eq!((of(json!({LIMIT: "0"}), 128), of(json!({LIMIT: "x"}), 128)), (512, 512));
+    }
+
+    #[test]
+    fn its_first_container_brings_its_settings_before_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let settings = json!({"kernel.shm_rmid_forced": "1", "fs.mqueue.msg_max": "100"});
+        let pod = pod(folder.path(), with("/linux/sysctl", settings));
+        let setting = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        let own = setting("fs.mqueue.msg_max", "200");
+        let mut container = Container { sysctls: vec![own.clone()], ..Container::default() };
+        pod.bring_settings(&mut container).unwrap();
+        let expected = [setting("fs.mqueue.msg_max", "100"), setting("kernel.shm_rmid_forced", "1"), own];
+        assert_eq!(container.sysctls, expected);
     }
 
     #[tokio::test]
@@ -247,7 +270,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("s");
         let listener = UnixListener::bind(&path).unwrap();
-        let pod = pod(folder.path(), json!({}));
+        let pod = pod(folder.path(), with("/annotations", json!({})));
         let asking = std::thread::spawn(move || {
             let ask = |request: Request| {
                 let stream = UnixStream::connect(&path).unwrap();

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use catalyst_agent_protocol::Control;
 use nix::errno::Errno;
@@ -15,6 +16,8 @@ use crate::session::Session;
 
 /// What the container's is called.
 const NAME: &str = "container";
+/// How long the end of what is in it is waited for.
+const END_LIMIT: Duration = Duration::from_secs(10);
 /// What is counted for it, and shared out in it.
 const CONTROLLERS: [&str; 4] = ["cpu", "io", "memory", "pids"];
 
@@ -54,6 +57,29 @@ pub fn make(cgroup: &Path, limits: Limits) -> io::Result<()> {
     fs::write(cgroup.join("pids.max"), most(limits.processes))?;
     fs::write(cgroup.join("memory.max"), most(limits.memory))?;
     fs::write(cgroup.join("memory.oom.group"), "0")
+}
+
+/// Ends what is in a container's cgroup, and removes that.
+pub fn remove(cgroup: &Path) -> io::Result<()> {
+    fs::write(cgroup.join("cgroup.kill"), "1")?;
+    let events = File::open(cgroup.join("cgroup.events"))?;
+    let until = Instant::now() + END_LIMIT;
+    loop {
+        let mut text = [0; 512];
+        let count = std::os::unix::fs::FileExt::read_at(&events, &mut text, 0)?;
+        if text[..count].starts_with(b"populated 0") {
+            return fs::remove_dir(cgroup);
+        }
+        let left = until.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "its processes do not end"));
+        }
+        let mut fds = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Tells the runtime when the kernel has ended one of a container's programs.

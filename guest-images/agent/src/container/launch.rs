@@ -33,6 +33,8 @@ const ASIDE: RawFd = 16;
 pub struct Shape<'a> {
     /// Namespaces that it has for itself.
     pub own: CloneFlags,
+    /// A process whose fellows it is to be, where those are not the agent's.
+    pub among: Option<BorrowedFd<'a>>,
     /// The first process of the container that it goes into.
     pub init: Option<BorrowedFd<'a>>,
     /// Namespaces that it goes into besides, as [`super::plan::SHARED`] has them.
@@ -124,7 +126,7 @@ impl Waiting {
         match told.map_err(doing(STARTING)).and_then(|()| listen(&socket, &mut spawned)) {
             Ok(()) => Ok(Launched { spawned, socket }),
             Err(failure) => {
-                end(&spawned);
+                end(spawned.pid);
                 Err(failure)
             }
         }
@@ -132,7 +134,7 @@ impl Waiting {
 
     /// Ends it.
     pub fn give_up(self) {
-        end(&self.spawned);
+        end(self.spawned.pid);
     }
 }
 
@@ -151,19 +153,19 @@ impl Launched {
             Ok(Some(_)) => problem(ProblemKind::Failed, "the program's process said what it should not"),
             Err(failure) => failure,
         };
-        end(&spawned);
+        end(spawned.pid);
         Err(failure)
     }
 
     /// Ends the process, which has not begun its program.
     pub fn give_up(self) {
-        end(&self.spawned);
+        end(self.spawned.pid);
     }
 }
 
 /// Ends a process that is not a program yet.
-fn end(spawned: &Spawned) {
-    let pid = Pid::from_raw(spawned.pid);
+pub fn end(pid: i32) {
+    let pid = Pid::from_raw(pid);
     // It is not reaped yet: the number is its own.
     let _ = kill(pid, Signal::SIGKILL);
     let _ = waitpid(pid, None);
@@ -224,17 +226,17 @@ fn hear(socket: &OwnedFd) -> io::Result<Option<(Told, Option<OwnedFd>)>> {
 /// Which processes a new one is among is said by the thread that makes it: one of its own, where that is not the agent's
 /// (pid_namespaces(7), "setns(2)").
 fn clone_in(fds: &[OwnedFd], shape: Shape<'_>) -> io::Result<i32> {
-    let Some(init) = shape.init else { return clone(fds, shape.own) };
+    let Some(among) = shape.among else { return clone(fds, STAGE, shape.own) };
     let in_thread = || {
-        setns(init, CloneFlags::CLONE_NEWPID)?;
-        clone(fds, shape.own)
+        setns(among, CloneFlags::CLONE_NEWPID)?;
+        clone(fds, STAGE, shape.own)
     };
     thread::scope(|scope| scope.spawn(in_thread).join())
         .unwrap_or_else(|_| Err(io::Error::other("a thread ended early")))
 }
 
-/// Makes a process of the agent's program in which these descriptors are 0, 1, 2 and so on.
-fn clone(fds: &[OwnedFd], own: CloneFlags) -> io::Result<i32> {
+/// Makes a process of the agent's program, with one argument, in which these descriptors are 0, 1, 2 and so on.
+pub fn clone(fds: &[OwnedFd], role: &str, own: CloneFlags) -> io::Result<i32> {
     // Where nothing is overwritten before it was copied.
     let aside = fds.iter().map(|fd| {
         let copy = fcntl(fd, FcntlArg::F_DUPFD_CLOEXEC(ASIDE))?;
@@ -244,7 +246,7 @@ fn clone(fds: &[OwnedFd], own: CloneFlags) -> io::Result<i32> {
     let aside: Vec<OwnedFd> = aside.collect::<io::Result<_>>()?;
     let numbers: Vec<RawFd> = aside.iter().map(AsRawFd::as_raw_fd).collect();
     let program = CString::new(SELF)?;
-    let arguments = [CString::new("catalyst-agent")?, CString::new(STAGE)?];
+    let arguments = [CString::new("catalyst-agent")?, CString::new(role)?];
     let arguments = [arguments[0].as_ptr(), arguments[1].as_ptr(), std::ptr::null()];
     let environment = [std::ptr::null()];
     let flags = own.bits() | libc::SIGCHLD;

@@ -4,9 +4,10 @@
 //! agent ── keeper (here) ── launch ──► the agent's program anew, in the container's namespaces (stage)
 //!                                        root: trees, mounts, devices │ credentials │ program ── exec ──► the program
 //! ```
-//! Its network is the VM's, its processes, mounts and cgroup are its own; IPC and names are, but for a pod's.
+//! Its network is the VM's, its mounts and cgroup are its own; IPC, names and processes are, but for a pod's.
 
 pub mod plan;
+pub mod reaper;
 pub mod resolver;
 pub mod stage;
 
@@ -39,6 +40,7 @@ use self::cgroup::Watch;
 use self::launch::{Launched, Shape, Waiting, launch};
 pub use self::place::Place;
 use self::plan::{Plan, Task};
+use self::reaper::Reaper;
 use self::resolver::Resolver;
 use crate::exec::{self, Manner};
 use crate::identity;
@@ -82,6 +84,8 @@ pub struct Keeper {
     resolver: Mutex<Option<Arc<Resolver>>>,
     /// Namespaces of IPC and names of those that have them together.
     shared: Mutex<Option<Arc<[OwnedFd; 2]>>>,
+    /// The first process of those that have processes together.
+    reaper: Mutex<Option<Arc<Reaper>>>,
 }
 
 #[derive(Debug)]
@@ -123,7 +127,8 @@ impl Begun {
             return Err(problem(ProblemKind::Failed, "the container's first process does not end"));
         }
         match &self.cgroup {
-            Some(cgroup) => fs::remove_dir(cgroup).map_err(doing("removing the container's cgroup")),
+            // What is left where its processes are not its own is in there.
+            Some(cgroup) => cgroup::remove(cgroup).map_err(doing("removing the container's cgroup")),
             None => Ok(()),
         }
     }
@@ -137,7 +142,8 @@ impl Keeper {
     /// No container yet.
     pub fn new(place: Place) -> Arc<Self> {
         let (containers, settled) = (Mutex::default(), Condvar::new());
-        Arc::new(Self { place, containers, settled, resolver: Mutex::default(), shared: Mutex::default() })
+        let (resolver, shared, reaper) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Self { place, containers, settled, resolver, shared, reaper })
     }
 
     /// Makes the container of the document, or of the one that lies ready.
@@ -246,17 +252,22 @@ impl Keeper {
         let (terminal, stdin) = (container.process.terminal.is_some(), container.process.stdin);
         let shared = if container.shares { lock(&self.shared).clone() } else { None };
         let task = Task::Create { document, trees, shares: shared.is_some() };
-        let launched = match (waiting, &shared) {
+        let reaper = container.shares_processes.then(|| self.reaper()).transpose()?;
+        let launched = match (waiting, &shared, &reaper) {
             // It is in the cgroup already.
-            (Some(waiting), None) => waiting.without(terminal, stdin).follow(&Plan { cgroup: None, task })?,
-            (waiting, shared) => {
+            (Some(waiting), None, None) => {
+                waiting.without(terminal, stdin).follow(&Plan { cgroup: None, task })?
+            }
+            (waiting, shared, reaper) => {
                 if let Some(waiting) = waiting {
                     waiting.give_up();
                 }
                 let both = CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
-                let own = if shared.is_some() { OWN.difference(both) } else { OWN };
+                let mut own = if shared.is_some() { OWN.difference(both) } else { OWN };
+                own.set(CloneFlags::CLONE_NEWPID, reaper.is_none());
+                let among = reaper.as_ref().map(|reaper| reaper.as_fd());
                 let shared = shared.as_ref().map_or(&[][..], |shared| &shared[..]);
-                launch(&Plan { cgroup, task }, Shape { own, init: None, shared, terminal, stdin })?
+                launch(&Plan { cgroup, task }, Shape { own, among, init: None, shared, terminal, stdin })?
             }
         };
         if container.shares && shared.is_none() {
@@ -271,6 +282,16 @@ impl Keeper {
             }
         }
         Ok(launched)
+    }
+
+    /// The first of the processes that containers have together, which is there from the first of those on.
+    fn reaper(&self) -> Step<Arc<Reaper>> {
+        let mut known = lock(&self.reaper);
+        if let Some(reaper) = known.as_ref().filter(|reaper| reaper.is_running()) {
+            return Ok(Arc::clone(reaper));
+        }
+        let reaper = Reaper::start().map_err(doing("starting the first process of those of a pod"))?;
+        Ok(Arc::clone(known.insert(Arc::new(reaper))))
     }
 
     /// Starts a container's program as the stream's.
@@ -402,8 +423,8 @@ fn not_running() -> Problem {
 }
 
 fn join(begun: &Begun, task: Task, terminal: bool, stdin: bool) -> Step<Spawned> {
-    let shape =
-        Shape { own: CloneFlags::empty(), init: Some(begun.init.as_fd()), shared: &[], terminal, stdin };
+    let init = Some(begun.init.as_fd());
+    let shape = Shape { own: CloneFlags::empty(), among: init, init, shared: &[], terminal, stdin };
     launch(&Plan { cgroup: begun.cgroup.clone(), task }, shape)?.begin()
 }
 

@@ -81,8 +81,14 @@ impl First {
     fn prepare(folders: &Arc<Folders>, cgroups: &Path) -> std::io::Result<Self> {
         // It has what is mounted now.
         let trees = folders.mount_all().map_err(|problem| std::io::Error::other(problem.message))?;
-        let waiting =
-            Waiting::start(Shape { own: OWN, init: None, shared: &[], terminal: false, stdin: true })?;
+        let waiting = Waiting::start(Shape {
+            own: OWN,
+            among: None,
+            init: None,
+            shared: &[],
+            terminal: false,
+            stdin: true,
+        })?;
         let joined = fs::write(cgroup::of_container(cgroups).join("cgroup.procs"), waiting.pid().to_string());
         match joined {
             Ok(()) => Ok(Self { waiting, trees }),

@@ -13,6 +13,8 @@ use super::{Step, problem};
 
 /// The argument with which the program is such a process.
 pub const STAGE: &str = "--container-stage";
+/// The argument with which it is the first of the processes that containers have together.
+pub const REAPER: &str = "--container-reaper";
 /// The process's end of the socket.
 pub const SOCKET: i32 = 3;
 /// Its plan.

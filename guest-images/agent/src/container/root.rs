@@ -72,7 +72,8 @@ pub fn finish(container: &Container) -> Step<()> {
     Ok(())
 }
 
-fn folder(path: &Path) -> io::Result<OwnedFd> {
+/// A folder that is there, to be named by its descriptor.
+pub fn folder(path: &Path) -> io::Result<OwnedFd> {
     let flags = libc::O_PATH | libc::O_DIRECTORY;
     Ok(OpenOptions::new().read(true).custom_flags(flags).open(path)?.into())
 }
@@ -195,7 +196,7 @@ fn set_sysctl(name: &str, value: &str) -> io::Result<()> {
 }
 
 /// Puts the root in the place of the old one, which goes (pivot_root(2), "pivot_root(".", ".")").
-fn enter(root: BorrowedFd<'_>) -> io::Result<()> {
+pub fn enter(root: BorrowedFd<'_>) -> io::Result<()> {
     nix::unistd::fchdir(root)?;
     nix::unistd::pivot_root(".", ".")?;
     umount2(".", MntFlags::MNT_DETACH)?;

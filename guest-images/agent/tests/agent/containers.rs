@@ -433,7 +433,7 @@ fn joined(host: &Host, name: &str, shares: bool, process: Process) -> Container 
     let bin = host.folder.join("trees").join(JOINED_TREES).join(name).join("root/bin");
     fs::create_dir_all(&bin).unwrap();
     fs::copy(BUSYBOX, bin.join("busybox")).unwrap();
-    for program in ["sh", "ls", "hostname", "sleep", "true", "readlink"] {
+    for program in ["sh", "ls", "hostname", "sleep", "true", "readlink", "tr", "grep"] {
         symlink("busybox", bin.join(program)).unwrap();
     }
     let hostname = if shares { String::new() } else { format!("box-{name}") };
@@ -490,4 +490,27 @@ fn those_of_a_pod_have_ipc_and_names_together_after_the_first_has_ended_too() {
     let stream = start(&mut host, Request::StartContainer { name: "c4".into() });
     let ipc = |text: &str| text.lines().nth(1).map(str::to_owned);
     assert_ne!(ipc(&text(&host.finish(stream, b""))), ipc(&told[0]));
+}
+
+#[test]
+fn those_that_have_their_processes_together_see_each_other_s() {
+    let Some(mut host) = runtime() else { return };
+    let begin = |host: &mut Host, name: &str, joins: bool, process: Process| {
+        let shared = Container { joins, shares_processes: true, ..joined(host, name, true, process) };
+        assert_eq!(create(host, &shared), Reply::Done);
+        start(host, Request::StartContainer { name: name.into() })
+    };
+    let first = begin(&mut host, "c1", false, process(&["sleep", "60"]));
+    let seen = "for p in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$p; echo; done; ls /proc/1/root/ >/dev/null 2>&1; echo $?; \
+                (sleep 0.1 & ) ; sleep 1; grep -l '^State:.Z' /proc/[0-9]*/status";
+    let second = begin(&mut host, "c2", true, shell(seen));
+    let told = text(&host.finish(second, b""));
+    let mut lines = told.lines();
+    assert!(lines.next().is_some_and(|line| line.ends_with("--container-reaper ")), "{told}");
+    assert!(told.contains("\nsleep 60 \n"), "{told}");
+    // Its root is nobody's, and who has come to it is reaped.
+    assert_eq!(told.lines().last(), Some("1"), "{told}");
+    assert_eq!(host.request(Request::RemoveContainer { name: "c2".into() }), Reply::Done);
+    assert_eq!(host.request(Request::RemoveContainer { name: "c1".into() }), Reply::Done);
+    assert_eq!(host.finish(first, b"").exit, Some(ExecExit::Signal(libc::SIGKILL)));
 }
