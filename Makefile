@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-needs e2e-run e2e-lab e2e-kvm test-full test-long lint licences oci-checks fuzz fuzz-short fuzz-aside bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools docker-tools firewall-tools
+.PHONY: versions help setup setup-tests build lean place gem ui ui-tools image demo test unit rspec e2e e2e-needs e2e-run e2e-lab e2e-kvm test-full test-long lint licences oci-checks cri-checks fuzz fuzz-short fuzz-aside bench bench-monitor bench-kvm lab schemathesis install install-files uninstall deb clean go machine-driver machine-tools docker-tools firewall-tools
 
 SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 RELEASE := target/release
@@ -167,6 +167,10 @@ licences: setup go ## licences and advisories of all dependencies
 
 oci-checks: image firewall-tools go ## the OCI project's checks for runtimes, of ours and beside it of runc (root)
 	tests/oci-checks $(RELEASE) $(IMAGE_DIR)
+
+cri-checks: image firewall-tools go ## Kubernetes' checks for what runs its containers, of ours and beside it of runc (root)
+	tests/firewall-tools $(CURDIR)/$(RELEASE)/cri-tools containernetworking-plugins nginx
+	tests/cri-checks $(RELEASE) $(IMAGE_DIR)
 
 fuzz: ## fuzz the monitor: TARGET=name for one, SECONDS=600 each
 	vmm/fuzz/run $(or $(SECONDS),600) $(TARGET)
