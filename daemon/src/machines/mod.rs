@@ -219,8 +219,9 @@ impl Machines {
         let shared = Arc::new(Shared::new(dir, self.0.events.clone(), ports, lease, self.0.engines.name()));
         shared.refresh();
         let (commands, queue) = mpsc::channel(QUEUE);
-        Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopt);
+        // A container's that has ended meanwhile deletes itself at once: it must be known before its task begins.
         self.0.entries_mut().insert(id, Entry::Vm { shared: Arc::clone(&shared), commands });
+        Machine::spawn(Arc::clone(&self.0), Arc::clone(&shared), queue, adopt);
         Ok(shared)
     }
 
