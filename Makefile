@@ -130,7 +130,7 @@ versions: ## the clients and tools of docs/CLIENTS.md, as they are here
 	@tests/versions $(RELEASE)
 
 # The groups that start VMs. LAB_TIMEOUT and LAB_MEM are those of tests/lab/README.md.
-KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life user_data templates folders pair ports cpus many \
+KVM_GROUPS ?= instant snapshots faults full rounds crash access bad_input foreign settings hosts legacy daemons life user_data templates folders pair ports cpus many owner \
 	containers container_clients container_faults docker_up pods
 e2e-kvm: export LAB_TIMEOUT ?= 10800
 e2e-kvm: export LAB_CPUS ?= 1
