@@ -4,14 +4,13 @@ use std::sync::Arc;
 
 use catalyst_api::{EventKind, PublishPort, VmState};
 use futures_util::future::join_all;
-use tokio::sync::{mpsc, oneshot};
 use tracing::Instrument;
 
 use super::error::{CreateError, FreezeError, PowerError};
 use super::freeze::Frozen;
-use super::machine::{self, Command};
+use super::machine::Command;
 use super::shared::Shared;
-use super::{Machines, Reservation, asked, with_lease};
+use super::{Machines, Reservation, with_lease};
 use crate::network::Lease;
 use crate::store::set_up::Kept;
 use crate::store::{VmConfig, VmId};
@@ -96,14 +95,12 @@ impl Machines {
                 Ok(clone) => made.push(clone),
                 Err(error) => {
                     self.release(&wanted[made.len()..]).await;
-                    let made: Vec<_> = made.into_iter().map(|(shared, _)| shared).collect();
                     self.unmake(&made).await;
                     return Err(error);
                 }
             }
         }
-        let begun = join_all(made.iter().map(|(_, commands)| go_on(commands, &frozen))).await;
-        let made: Vec<_> = made.into_iter().map(|(shared, _)| shared).collect();
+        let begun = join_all(made.iter().map(|clone| self.go_on(clone, &frozen))).await;
         if let Some(error) = begun.into_iter().find_map(Result::err) {
             self.unmake(&made).await;
             return Err(error.into());
@@ -131,11 +128,7 @@ impl Machines {
         Ok(self.ask(parent, stopping, |reply| Command::Freeze { reply }).await?.1?)
     }
 
-    async fn make_clone(
-        &self,
-        frozen: &Arc<Frozen>,
-        wanted: &Wanted,
-    ) -> Result<(Arc<Shared>, mpsc::Sender<machine::Asked>), CreateError> {
+    async fn make_clone(&self, frozen: &Arc<Frozen>, wanted: &Wanted) -> Result<Arc<Shared>, CreateError> {
         let base = VmConfig {
             name: wanted.id.to_string(),
             cpus: frozen.began.cpus,
@@ -160,8 +153,12 @@ impl Machines {
         .await?;
         let shared = self.add(dir, None).await?;
         self.0.events.send(EventKind::VmCreated { id: wanted.id.to_string() });
-        let (_, commands) = self.find(wanted.id.as_str())?;
-        Ok((shared, commands))
+        Ok(shared)
+    }
+
+    async fn go_on(&self, clone: &Shared, frozen: &Arc<Frozen>) -> Result<(), PowerError> {
+        let go_on = |reply| Command::GoOn { from: Arc::clone(frozen), reply };
+        self.ask(clone.dir().id().as_str(), PowerError::Stopping, go_on).await?.1
     }
 
     /// Gives back the addresses and ports of clones that were not made.
@@ -180,13 +177,6 @@ impl Machines {
             }
         }
     }
-}
-
-async fn go_on(commands: &mpsc::Sender<machine::Asked>, frozen: &Arc<Frozen>) -> Result<(), PowerError> {
-    let (reply, answer) = oneshot::channel();
-    let command = Command::GoOn { from: Arc::clone(frozen), reply };
-    commands.send(asked(command)).await.map_err(|_| PowerError::Stopping)?;
-    answer.await.map_err(|_| PowerError::Stopping)?
 }
 
 /// Whether a VM in that state is cloned with its memory.

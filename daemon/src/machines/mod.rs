@@ -267,6 +267,7 @@ impl Machines {
     ) -> Result<(Arc<Shared>, T), E> {
         let (shared, commands) = self.find(id)?;
         let (reply, answer) = oneshot::channel();
+        // Where nobody takes it, its reply is dropped as well.
         let _ = commands.send(asked(command(reply))).await;
         match answer.await {
             Ok(answer) => Ok((shared, answer)),

@@ -73,6 +73,7 @@ impl Pod {
     /// Makes the VM, with a first container in it.
     async fn begin(self: &Arc<Self>, join: &mut Join, name: &str, trees: Trees) -> Outcome<Arc<Host>> {
         let daemon = Daemon::at(self.order.socket.clone());
+        self.bring_settings(&mut join.container)?;
         let mut made = self.made.lock().await;
         // One of before has ended by itself.
         let before = self.folder.load()?.vm;
@@ -83,7 +84,6 @@ impl Pod {
         let number = *made;
         drop(made);
         name.clone_into(&mut join.container.name);
-        self.bring_settings(&mut join.container)?;
         let joined = Some((name, trees));
         let outside = Arc::clone(&self.outside);
         let begun = Machine::begin(prepared, &vm, &mut join.container, joined, outside).await;
