@@ -358,16 +358,15 @@ fn by_ctr(checks: &mut Checks, host: &Host) {
     let ctr = |args: &[&str]| host.ctr(args);
     let runtime = programs().join("catalyst-oci");
     let image = "docker.io/library/busybox:latest";
-    let run = |options: &[&str], words: &[&str]| {
-        let runtime = ["run", "--runc-binary", runtime.to_str().unwrap()];
-        ctr(&[&runtime[..], options, &[image], words].concat())
-    };
+    let by_us = ["run", "--runc-binary", runtime.to_str().unwrap()];
+    let run = |options: &[&str], words: &[&str]| ctr(&[&by_us[..], options, &[image], words].concat());
     checks.check("containerd's ctr runs a container, and others beside in it", || {
         host.import_for_ctr();
-        assert_eq!(run(&["--rm"], &["one", "echo", "hi"]).ok(), "hi");
+        let words = [&by_us[..], &["--rm", image, "one", "echo", "hi"]].concat();
+        assert_eq!(host.told_by_ctr(&words), "hi");
         assert_eq!(run(&["--rm"], &["one", "sh", "-c", "exit 7"]).code(), 7);
         run(&["--detach"], &["two", "sleep", "1000"]).ok();
-        assert_eq!(ctr(&["tasks", "exec", "--exec-id", "e1", "two", "uname"]).ok(), "Linux");
+        assert_eq!(host.told_by_ctr(&["tasks", "exec", "--exec-id", "e1", "two", "uname"]), "Linux");
         assert_eq!(ctr(&["tasks", "exec", "--exec-id", "e2", "two", "sh", "-c", "exit 9"]).code(), 9);
         assert!(ctr(&["tasks", "list"]).ok().contains("RUNNING"));
         ctr(&["tasks", "pause", "two"]).ok();

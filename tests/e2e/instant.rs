@@ -158,6 +158,12 @@ fn suspended(checks: &mut Checks, world: &mut World) {
     });
 }
 
+/// Starts an sshd that has read its keys, and does not listen yet: two more keys are FIFOs, and nobody writes the second for a while.
+const SLOW_SSHD: &str = "mkfifo -m 600 /run/slow1 /run/slow2 && \
+    printf 'HostKey /run/slow1\nHostKey /run/slow2\n' >/etc/ssh/sshd_config.d/zz-slow.conf && systemctl --no-block restart ssh && \
+    : >/run/slow1 && for pause in '1 0' '2 2'; do set -- $pause; \
+    setsid sh -c \"sleep $2; while :; do : >/run/slow$1; done\" >/dev/null 2>&1 </dev/null & done";
+
 fn cloned(checks: &mut Checks, world: &World) {
     let mut nonce = String::new();
     checks.check("a VM that runs is cloned with its memory, and both go on", || {
@@ -243,6 +249,12 @@ fn cloned(checks: &mut Checks, world: &World) {
         world.catalyst(&["ssh", "c-3", "--", "sudo systemctl reboot"]);
         wait_until("it starts again", HANG, || shown(world, "c-3")["start_mode"] == "cold");
         assert_eq!(guest(world, "c-3", "cat /root/nonce; hostname"), format!("{}\nc-3", nonce.trim()));
+    });
+    checks.check("a clone of a guest whose sshd is just starting has the clone's keys", || {
+        guest(world, "source", SLOW_SSHD);
+        world.catalyst(&["vm", "clone", "source", "early"]).ok();
+        assert_eq!(world.catalyst(&["ssh", "early", "--", "hostname"]).ok(), "early");
+        world.catalyst(&["vm", "delete", "--force", "early"]).ok();
     });
     checks.check("the source can go first; a clone of a clone is a clone", || {
         world.catalyst(&["vm", "delete", "--force", "source"]).ok();

@@ -112,12 +112,16 @@ fn joins(checks: &mut Checks, host: &Host) {
             "-c",
             hog,
         ];
-        let ended = host.docker(&args);
-        assert_eq!(ended.code(), 137, "{ended:?}");
-        // containerd tells of either end by itself.
-        wait_until("that is told", LIMIT, || host.inspect("hog", "{{.State.OOMKilled}}") == "true");
+        // Docker's daemon forgets it when containerd happens to tell the container's end first, of runc's too (2 of 55 at load 10).
+        let is_told = || {
+            let ended = host.docker(&args);
+            assert_eq!(ended.code(), 137, "{ended:?}");
+            let told = host.inspect("hog", "{{.State.OOMKilled}}");
+            host.remove(&["hog"]);
+            told == "true"
+        };
+        assert!((0..5).any(|_| is_told()), "nothing says that its memory was short");
         assert_eq!(host.docker(&["exec", "owner", "wget", "-qO-", &fetch(80)]).ok(), "owner's");
-        host.remove(&["hog"]);
     });
 }
 
@@ -221,8 +225,19 @@ impl Pod<'_> {
         self.run("container", &options, &words).ok();
     }
 
-    fn exec(&self, name: &str, words: &[&str]) -> Ran {
-        self.host.ctr(&[&["tasks", "exec", "--exec-id", "e", name][..], words].concat())
+    /// What a program prints beside the container's own.
+    #[track_caller]
+    fn told(&self, name: &str, words: &[&str]) -> String {
+        self.host.told_by_ctr(&Self::beside(name, words))
+    }
+
+    /// Whether a program's words are these.
+    fn tells(&self, name: &str, words: &[&str], told: &str) -> bool {
+        self.host.ctr(&Self::beside(name, words)).stdout == told
+    }
+
+    fn beside<'a>(name: &'a str, words: &[&'a str]) -> Vec<&'a str> {
+        [&["tasks", "exec", "--exec-id", "e", name][..], words].concat()
     }
 
     /// How a container is, in ctr's words, if there is one.
@@ -263,41 +278,39 @@ fn pod(checks: &mut Checks, host: &Host) {
         pod.start("two", sandbox, &serve("of two", 81));
         assert_eq!(host.vms(), ["web"]);
         wait_until("each is reached from the other", LIMIT, || {
-            pod.exec("one", &["wget", "-qO-", &fetch(81)]).stdout == "of two\n"
-                && pod.exec("two", &["wget", "-qO-", &fetch(80)]).stdout == "of one\n"
+            pod.tells("one", &["wget", "-qO-", &fetch(81)], "of two\n")
+                && pod.tells("two", &["wget", "-qO-", &fetch(80)], "of one\n")
         });
         for space in ["net", "ipc", "uts"] {
             let link = ["busybox".to_owned(), "readlink".to_owned(), format!("/proc/self/ns/{space}")];
             let link: Vec<&str> = link.iter().map(String::as_str).collect();
-            assert_eq!(pod.exec("one", &link).ok(), pod.exec("two", &link).ok(), "{space}");
+            assert_eq!(pod.told("one", &link), pod.told("two", &link), "{space}");
         }
         for space in ["pid", "mnt", "cgroup"] {
             let link = ["busybox".to_owned(), "readlink".to_owned(), format!("/proc/self/ns/{space}")];
             let link: Vec<&str> = link.iter().map(String::as_str).collect();
-            assert_ne!(pod.exec("one", &link).ok(), pod.exec("two", &link).ok(), "{space}");
+            assert_ne!(pod.told("one", &link), pod.told("two", &link), "{space}");
         }
         assert_eq!(script("ping -c1 -w60 10.99.0.2 >/dev/null && echo reached"), "reached");
     });
     checks.check("one that ends and starts anew leaves the others alone, also the pod's first", || {
-        let before = pod.exec("two", &["cat", "/proc/sys/kernel/random/boot_id"]);
+        let before = pod.told("two", &["cat", "/proc/sys/kernel/random/boot_id"]);
         host.ctr(&["tasks", "kill", "--signal", "SIGKILL", "one"]).ok();
         wait_until("it has ended", LIMIT, || pod.state("one") == "STOPPED");
         pod.delete("one");
         pod.start("one", sandbox, &serve("of one anew", 80));
-        wait_until("it serves", LIMIT, || {
-            pod.exec("two", &["wget", "-qO-", &fetch(80)]).stdout == "of one anew\n"
-        });
-        assert_eq!(pod.exec("one", &["cat", "/proc/sys/kernel/random/boot_id"]).ok(), before.ok());
+        wait_until("it serves", LIMIT, || pod.tells("two", &["wget", "-qO-", &fetch(80)], "of one anew\n"));
+        assert_eq!(pod.told("one", &["cat", "/proc/sys/kernel/random/boot_id"]), before);
     });
     checks.check("containers that have the pod's processes see each other's, and leave none", || {
         let kinds = ["ipc", "uts", "pid"];
         let words = |script: &str| ["sh", "-c", script].map(str::to_owned);
         pod.start_with("three", sandbox, &kinds, &words("sleep 777 & exec sleep 888"));
         pod.start_with("four", sandbox, &kinds, &words("exec sleep 999"));
-        let seen = || pod.exec("four", &["busybox", "ps"]).ok().to_owned();
+        let seen = || pod.told("four", &["busybox", "ps"]);
         let all = seen();
         assert!(["sleep 777", "sleep 888", "sleep 999"].iter().all(|one| all.contains(one)), "{all}");
-        assert!(!pod.exec("one", &["busybox", "ps"]).ok().contains("sleep"), "one is by itself");
+        assert!(!pod.told("one", &["busybox", "ps"]).contains("sleep"), "one is by itself");
         host.ctr(&["tasks", "kill", "--signal", "SIGKILL", "three"]).ok();
         wait_until("it has ended", LIMIT, || pod.state("three") == "STOPPED");
         pod.delete("three");
@@ -315,9 +328,7 @@ fn pod(checks: &mut Checks, host: &Host) {
         wait_until("its VM is gone", LIMIT, || host.vms().is_empty());
         assert_eq!(pod.state("pause"), "RUNNING");
         pod.start("one", sandbox, &serve("of another VM", 80));
-        wait_until("it serves", LIMIT, || {
-            pod.exec("one", &["wget", "-qO-", &fetch(80)]).stdout == "of another VM\n"
-        });
+        wait_until("it serves", LIMIT, || pod.tells("one", &["wget", "-qO-", &fetch(80)], "of another VM\n"));
         assert_eq!(host.vms(), ["web"]);
     });
     checks.check(
@@ -330,7 +341,7 @@ fn pod(checks: &mut Checks, host: &Host) {
             wait_until("its VM is gone", LIMIT, || host.vms().is_empty());
             pod.start("one", sandbox, &serve("of a third VM", 80));
             wait_until("it serves", LIMIT, || {
-                pod.exec("one", &["wget", "-qO-", &fetch(80)]).stdout == "of a third VM\n"
+                pod.tells("one", &["wget", "-qO-", &fetch(80)], "of a third VM\n")
             });
         },
     );

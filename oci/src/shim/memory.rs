@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Containers of a VM for which memory was short, by their names there.
 #[derive(Debug, Default)]
@@ -36,6 +37,9 @@ impl Short {
 
 /// Most names that are kept.
 const MOST_SHORT: usize = 1024;
+/// How long the engine is left to hear of it before the container's end, which could be told first: Docker's daemon forgets what it hears
+/// after that, and with it that memory was short. Nothing tells that it has heard.
+const HEARD_WITHIN: Duration = Duration::from_millis(250);
 /// What the child may take before it is ended, and what it takes.
 const ROOM: u64 = 4 << 20;
 const TAKEN: usize = 64 << 20;
@@ -50,7 +54,9 @@ pub fn tell(cgroup: &[PathBuf]) -> io::Result<()> {
     let Some((usage, limit)) = find(cgroup) else { return Ok(()) };
     let used: u64 = std::fs::read_to_string(usage)?.trim().parse().map_err(io::Error::other)?;
     std::fs::write(limit, (used + ROOM).to_string())?;
-    take()
+    take()?;
+    std::thread::sleep(HEARD_WITHIN);
+    Ok(())
 }
 
 fn find(cgroup: &[PathBuf]) -> Option<(PathBuf, PathBuf)> {

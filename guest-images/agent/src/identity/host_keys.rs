@@ -9,7 +9,7 @@ use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,9 @@ const DOOR: &str = "/run/catalyst/sshd.conf";
 /// Where sshd writes its pid when it listens.
 const RUN: &str = "/run";
 const PID_FILE: &str = "sshd.pid";
+/// What it is called, and calls itself when it listens.
+const NAME: &str = "sshd\n";
+const LISTENER: &[u8] = b"[listener]";
 /// How long an sshd that has new keys may take until it tells that it listens; one that has not told by then is tried.
 const LISTENS_WITHIN: Duration = Duration::from_secs(5);
 
@@ -70,6 +73,21 @@ impl Restarting {
         }
         false
     }
+
+    /// Has a running sshd start anew (sshd(8), SIGHUP); whether there is one. Sessions live on.
+    ///
+    /// One that is just starting ends by the signal, and may have read the keys of before: it is waited for.
+    fn hang_up(&mut self, may_be_starting: bool) -> io::Result<bool> {
+        let found = listening().or_else(|| {
+            let told = may_be_starting && runs(Path::new("/proc")) && self.wait();
+            told.then(listening).flatten()
+        });
+        let Some(pid) = found else { return Ok(false) };
+        match kill(pid, Signal::SIGHUP) {
+            Err(Errno::ESRCH) => Ok(false),
+            sent => sent.map(|()| true).map_err(io::Error::from),
+        }
+    }
 }
 
 /// Starts sshd anew, as far as its configuration.
@@ -86,8 +104,8 @@ pub fn park() -> io::Result<()> {
     if status.success() { Ok(()) } else { Err(io::Error::other(format!("systemctl restart: {status}"))) }
 }
 
-/// Writes the keys. If an sshd runs that has others, it gets these.
-pub fn apply(config: &Config, keys: &[HostKey], put: Put) -> Step<Option<Restarting>> {
+/// Writes the keys. If an sshd runs that has others, it gets these. In a copy that may be one that was just starting.
+pub fn apply(config: &Config, keys: &[HostKey], copy: bool, put: Put) -> Step<Option<Restarting>> {
     let mut changed = false;
     for key in keys {
         changed |= write(config, key, put)?;
@@ -97,7 +115,7 @@ pub fn apply(config: &Config, keys: &[HostKey], put: Put) -> Step<Option<Restart
     }
     let mut restarting = Restarting::watch().map_err(doing("watching for sshd"))?;
     let waits = open_door(Path::new(DOOR)).map_err(doing("opening sshd's door"))?;
-    restarting.listened = !waits && hang_up().map_err(doing("giving sshd its keys"))?;
+    restarting.listened = !waits && restarting.hang_up(copy).map_err(doing("giving sshd its keys"))?;
     Ok((waits || restarting.listened).then_some(restarting))
 }
 
@@ -127,20 +145,26 @@ fn write(config: &Config, key: &HostKey, put: Put) -> Result<bool, Problem> {
     Ok(!same)
 }
 
-/// Has a running sshd start anew (sshd(8), SIGHUP); whether there is one. Sessions live on.
-fn hang_up() -> io::Result<bool> {
-    let pid_file = Path::new(RUN).join(PID_FILE);
-    let Some(pid) = fs::read_to_string(pid_file).ok().and_then(|text| text.trim().parse::<i32>().ok()) else {
-        return Ok(false);
-    };
-    let comm = PathBuf::from(format!("/proc/{pid}/comm"));
-    if pid <= 1 || !fs::read_to_string(comm).is_ok_and(|name| name == "sshd\n") {
-        return Ok(false);
-    }
-    match kill(Pid::from_raw(pid), Signal::SIGHUP) {
-        Err(Errno::ESRCH) => Ok(false),
-        sent => sent.map(|()| true).map_err(io::Error::from),
-    }
+/// The sshd that listens, and has told so.
+fn listening() -> Option<Pid> {
+    let text = fs::read_to_string(Path::new(RUN).join(PID_FILE)).ok()?;
+    let pid = text.trim().parse().ok().filter(|pid| *pid > 1)?;
+    fs::read_to_string(format!("/proc/{pid}/comm"))
+        .is_ok_and(|name| name == NAME)
+        .then_some(Pid::from_raw(pid))
+}
+
+/// Whether an sshd runs besides those that have a session, by proc(5).
+fn runs(processes: &Path) -> bool {
+    let entries = fs::read_dir(processes).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_name().as_encoded_bytes()[0].is_ascii_digit()).any(|entry| {
+        let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
+        // One that has a session says whose.
+        read("comm") == NAME.as_bytes() && {
+            let words = read("cmdline");
+            !words.starts_with(b"sshd: ") || words.windows(LISTENER.len()).any(|part| part == LISTENER)
+        }
+    })
 }
 
 #[cfg(test)]
@@ -148,6 +172,24 @@ mod tests {
     use std::thread;
 
     use super::*;
+
+    #[test]
+    fn an_sshd_that_starts_or_listens_runs_and_one_that_has_a_session_does_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let process = folder.path().join("17");
+        fs::create_dir(&process).unwrap();
+        fs::create_dir(folder.path().join("self")).unwrap();
+        let mut with = |comm: &str, words: &str| {
+            fs::write(process.join("comm"), comm).unwrap();
+            fs::write(process.join("cmdline"), words).unwrap();
+            runs(folder.path())
+        };
+        assert!(with("sshd\n", "/usr/sbin/sshd\0-D\0"));
+        assert!(with("sshd\n", "sshd: /usr/sbin/sshd -D [listener] 0 of 10-100 startups"));
+        assert!(!with("sshd\n", "sshd: catalyst [priv]"));
+        assert!(!with("(sshd)\n", "(sshd)"), "it has read nothing yet");
+        assert!(!with("sh\n", "sh\0/usr/sbin/sshd\0"));
+    }
 
     #[test]
     fn behind_a_door_that_nobody_waits_at_there_is_no_sshd_and_it_opens_once() {
