@@ -179,7 +179,7 @@ mod tests {
         let process = folder.path().join("17");
         fs::create_dir(&process).unwrap();
         fs::create_dir(folder.path().join("self")).unwrap();
-        let mut with = |comm: &str, words: &str| {
+        let with = |comm: &str, words: &str| {
             fs::write(process.join("comm"), comm).unwrap();
             fs::write(process.join("cmdline"), words).unwrap();
             runs(folder.path())
