@@ -1,7 +1,7 @@
 //! `catalyst-image`: builds the bundled images and looks after the store of images.
 
 use std::error::Error;
-use std::io::{IsTerminal, Write};
+use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -82,6 +82,8 @@ enum Verb {
 fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => code,
+        // Whoever read the output has read enough, as `head` does.
+        Err(error) if is_closed_pipe(&*error) => ExitCode::SUCCESS,
         Err(error) => {
             let mut message = format!("Error: {error}");
             let mut cause = error.source();
@@ -96,6 +98,10 @@ fn main() -> ExitCode {
     }
 }
 
+fn is_closed_pipe(error: &(dyn Error + 'static)) -> bool {
+    error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
 fn run(verb: Verb) -> Result<ExitCode, Box<dyn Error>> {
     match verb {
         Verb::Build { store, agent, force } => build_image(&store, agent, force)?,
@@ -108,7 +114,7 @@ fn run(verb: Verb) -> Result<ExitCode, Box<dyn Error>> {
             if store.json {
                 print_json(&removal)?;
             } else {
-                println!("removed: {}", removal.removed.join(" "));
+                writeln!(io::stdout(), "removed: {}", removal.removed.join(" "))?;
             }
         }
     }
@@ -137,20 +143,20 @@ fn build_image(store: &StoreArgs, agent: Option<PathBuf>, force: bool) -> Result
         json_line(&Progress { step: last.of, of: last.of, name, percent: Some(100), message })?;
     } else {
         eprintln!("{message} ({:.1} s)", begun.elapsed().as_secs_f64());
-        println!("{version}");
+        writeln!(io::stdout(), "{version}")?;
     }
     Ok(())
 }
 
-fn json_line(progress: &Progress) -> std::io::Result<()> {
-    let mut output = std::io::stdout().lock();
+fn json_line(progress: &Progress) -> io::Result<()> {
+    let mut output = io::stdout().lock();
     writeln!(output, "{}", serde_json::to_string(progress)?)?;
     output.flush()
 }
 
 /// On a terminal one line that changes; else only where steps begin and end.
-fn human_line(progress: &Progress) -> std::io::Result<()> {
-    let mut output = std::io::stderr().lock();
+fn human_line(progress: &Progress) -> io::Result<()> {
+    let mut output = io::stderr().lock();
     let Progress { step, of, name, percent, message } = progress;
     let text = format!("[{step}/{of}] {name}: {message}");
     if output.is_terminal() {
@@ -168,12 +174,15 @@ fn list(store: &StoreArgs) -> Result<(), Box<dyn Error>> {
     if store.json {
         return Ok(print_json(&infos)?);
     }
-    println!(
+    let mut out = io::stdout().lock();
+    writeln!(
+        out,
         "{:<8} {:<16} {:<10} {:>9} {:>9} {:<16} PACKAGES",
         "NAME", "VERSION", "STATE", "SIZE", "ON DISK", "KERNEL"
-    );
+    )?;
     for info in &infos {
-        println!(
+        writeln!(
+            out,
             "{:<8} {:<16} {:<10} {:>5} GiB {:>5} MiB {:<16} {}",
             info.name,
             info.version,
@@ -182,7 +191,7 @@ fn list(store: &StoreArgs) -> Result<(), Box<dyn Error>> {
             info.allocated >> 20,
             info.kernel,
             info.packages
-        );
+        )?;
     }
     Ok(())
 }
@@ -206,19 +215,20 @@ fn show(store: &StoreArgs, name: &str, version: Option<&str>) -> Result<(), Box<
         return Ok(print_json(&image.manifest)?);
     }
     let manifest = &image.manifest;
-    println!("name:         {}\nversion:      {}", image.name, image.version);
-    println!("folder:       {}", image.dir.display());
-    println!("debian:       {}\nkernel:       {}", manifest.suite, manifest.kernel);
-    println!("command line: {}", manifest.command_line);
+    let mut out = io::stdout().lock();
+    writeln!(out, "name:         {}\nversion:      {}", image.name, image.version)?;
+    writeln!(out, "folder:       {}", image.dir.display())?;
+    writeln!(out, "debian:       {}\nkernel:       {}", manifest.suite, manifest.kernel)?;
+    writeln!(out, "command line: {}", manifest.command_line)?;
     if manifest.diskless {
-        println!("disk:         none: it is for containers");
+        writeln!(out, "disk:         none: it is for containers")?;
     }
     for (file, entry) in &manifest.files {
-        println!("{:<13} {} bytes, sha256 {}", format!("{file}:"), entry.size, entry.sha256);
+        writeln!(out, "{:<13} {} bytes, sha256 {}", format!("{file}:"), entry.size, entry.sha256)?;
     }
-    println!("packages:     {}", manifest.packages.len());
+    writeln!(out, "packages:     {}", manifest.packages.len())?;
     for package in &manifest.packages {
-        println!("  {} {}", package.name, package.version);
+        writeln!(out, "  {} {}", package.name, package.version)?;
     }
     Ok(())
 }
@@ -231,7 +241,7 @@ fn verify(store: &StoreArgs, name: &str, version: Option<&str>) -> Result<ExitCo
     {
         return Err(error.into());
     }
-    let terminal = std::io::stderr().is_terminal();
+    let terminal = io::stderr().is_terminal();
     let mut shown = None;
     let state = images.verify(name, version, |VerifyProgress { file, done, total }| {
         let percent = done.saturating_mul(100).checked_div(total);
@@ -246,16 +256,16 @@ fn verify(store: &StoreArgs, name: &str, version: Option<&str>) -> Result<ExitCo
     if store.json {
         print_json(&state)?;
     } else {
+        let mut out = io::stdout();
         match &state {
-            ImageState::Ok => println!("ok"),
-            ImageState::Damaged(reason) => println!("damaged: {reason}"),
-            ImageState::Incomplete => println!("incomplete"),
+            ImageState::Ok => writeln!(out, "ok")?,
+            ImageState::Damaged(reason) => writeln!(out, "damaged: {reason}")?,
+            ImageState::Incomplete => writeln!(out, "incomplete")?,
         }
     }
     Ok(if state == ImageState::Ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn print_json(value: &impl serde::Serialize) -> std::io::Result<()> {
-    println!("{}", serde_json::to_string_pretty(value)?);
-    Ok(())
+fn print_json(value: &impl serde::Serialize) -> io::Result<()> {
+    writeln!(io::stdout(), "{}", serde_json::to_string_pretty(value)?)
 }
