@@ -141,9 +141,16 @@ fn told_zone(said: Result<String, String>) -> Result<String, String> {
 /// Reloads, unless something is set for now alone.
 fn reload(bridge: &str) -> Result<(), String> {
     let tool = program("firewall-cmd").ok_or("there is no firewall-cmd")?;
+    // A machine that is very busy may keep it, the bus or firewalld from answering in time, once.
+    let ask = |words: &[&str]| {
+        ask(&tool, words).or_else(|said| {
+            tracing::info!(bridge, %said, "firewalld is asked again");
+            ask(&tool, words)
+        })
+    };
     for list in LISTS {
-        let now = ask(&tool, list)?;
-        let stays = ask(&tool, &[&["--permanent"], list].concat())?;
+        let now = ask(list)?;
+        let stays = ask(&[&["--permanent"], list].concat())?;
         if settings(&now, bridge) != settings(&stays, bridge) {
             return Err(format!(
                 "'firewall-cmd {}' has what is not permanent and would be lost by the reload that is needed",
@@ -151,7 +158,7 @@ fn reload(bridge: &str) -> Result<(), String> {
             ));
         }
     }
-    ask(&tool, &["--reload"]).map(drop)
+    ask(&["--reload"]).map(drop)
 }
 
 /// What a list of zones or policies sets, without our own zone, and without interfaces, which a reload keeps.

@@ -110,7 +110,7 @@ pub fn firewalls(checks: &mut Checks) {
                 is_let_through(host, &firewall);
                 host.off();
                 host.world.catalyst(&["network", "down"]).ok();
-                assert_eq!(host.sh(firewall.list).ok(), without);
+                assert_eq!(host.sh(firewall.list).ok(), without, "{}", host.world.daemon_log());
             },
         );
         if name == "firewalld" {
