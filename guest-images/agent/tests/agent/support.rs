@@ -30,6 +30,10 @@ pub struct Host {
 
 impl Drop for Host {
     fn drop(&mut self) {
+        // In a VM they end with it.
+        for child in self.children() {
+            let _ = nix::sys::signal::kill(child, nix::sys::signal::Signal::SIGKILL);
+        }
         let _ = self.agent.kill();
         let _ = self.agent.wait();
         let _ = std::fs::remove_dir_all(&self.folder);
@@ -50,6 +54,16 @@ pub struct Outcome {
 }
 
 impl Host {
+    /// Processes that the agent has started.
+    fn children(&self) -> Vec<nix::unistd::Pid> {
+        let threads =
+            std::fs::read_dir(format!("/proc/{}/task", self.agent.id())).into_iter().flatten().flatten();
+        let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+        let numbers =
+            |list: String| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<i32>>();
+        lists.flat_map(numbers).map(nix::unistd::Pid::from_raw).collect()
+    }
+
     /// Starts an agent; nobody has said hello.
     pub fn start() -> Self {
         Self::start_with(&[])
