@@ -253,15 +253,20 @@ fn verify(store: &StoreArgs, name: &str, version: Option<&str>) -> Result<ExitCo
     if terminal {
         eprintln!();
     }
-    if store.json {
-        print_json(&state)?;
+    let told = if store.json {
+        print_json(&state)
     } else {
         let mut out = io::stdout();
         match &state {
-            ImageState::Ok => writeln!(out, "ok")?,
-            ImageState::Damaged(reason) => writeln!(out, "damaged: {reason}")?,
-            ImageState::Incomplete => writeln!(out, "incomplete")?,
+            ImageState::Ok => writeln!(out, "ok"),
+            ImageState::Damaged(reason) => writeln!(out, "damaged: {reason}"),
+            ImageState::Incomplete => writeln!(out, "incomplete"),
         }
+    };
+    match told {
+        // The exit code tells it as well.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => return Err(error.into()),
+        _ => {}
     }
     Ok(if state == ImageState::Ok { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -16,6 +16,11 @@ const CLONES: usize = 5;
 const SELF: &str = "hostname; cat /etc/machine-id; cat /sys/class/net/eth0/address; \
     ip -4 -o address show dev eth0 | tr -s ' ' | cut -d' ' -f4; cat /etc/ssh/ssh_host_ed25519_key.pub; \
     cat /proc/sys/kernel/random/boot_id; head -c16 /dev/urandom | od -An -tx1";
+/// Starts an sshd that has read its keys, and does not listen yet: two more keys are FIFOs, and nobody writes the second for a while.
+const SLOW_SSHD: &str = "mkfifo -m 600 /run/slow1 /run/slow2 && \
+    printf 'HostKey /run/slow1\nHostKey /run/slow2\n' >/etc/ssh/sshd_config.d/zz-slow.conf && systemctl --no-block restart ssh && \
+    : >/run/slow1 && for pause in '1 0' '2 2'; do set -- $pause; \
+    setsid sh -c \"sleep $2; while :; do : >/run/slow$1; done\" >/dev/null 2>&1 </dev/null & done";
 
 pub fn instant(checks: &mut Checks) {
     let mut world = World::new();
@@ -157,12 +162,6 @@ fn suspended(checks: &mut Checks, world: &mut World) {
         world.catalyst(&["vm", "delete", "--force", "hurt"]).ok();
     });
 }
-
-/// Starts an sshd that has read its keys, and does not listen yet: two more keys are FIFOs, and nobody writes the second for a while.
-const SLOW_SSHD: &str = "mkfifo -m 600 /run/slow1 /run/slow2 && \
-    printf 'HostKey /run/slow1\nHostKey /run/slow2\n' >/etc/ssh/sshd_config.d/zz-slow.conf && systemctl --no-block restart ssh && \
-    : >/run/slow1 && for pause in '1 0' '2 2'; do set -- $pause; \
-    setsid sh -c \"sleep $2; while :; do : >/run/slow$1; done\" >/dev/null 2>&1 </dev/null & done";
 
 fn cloned(checks: &mut Checks, world: &World) {
     let mut nonce = String::new();

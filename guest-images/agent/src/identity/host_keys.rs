@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use catalyst_agent_protocol::{HostKey, Problem};
+use catalyst_agent_protocol::{HostKey, Identity, Problem};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -105,9 +105,9 @@ pub fn park() -> io::Result<()> {
 }
 
 /// Writes the keys. If an sshd runs that has others, it gets these. In a copy that may be one that was just starting.
-pub fn apply(config: &Config, keys: &[HostKey], copy: bool, put: Put) -> Step<Option<Restarting>> {
+pub fn apply(config: &Config, identity: &Identity, put: Put) -> Step<Option<Restarting>> {
     let mut changed = false;
-    for key in keys {
+    for key in &identity.host_keys {
         changed |= write(config, key, put)?;
     }
     if config.files_only() || !changed {
@@ -115,7 +115,8 @@ pub fn apply(config: &Config, keys: &[HostKey], copy: bool, put: Put) -> Step<Op
     }
     let mut restarting = Restarting::watch().map_err(doing("watching for sshd"))?;
     let waits = open_door(Path::new(DOOR)).map_err(doing("opening sshd's door"))?;
-    restarting.listened = !waits && restarting.hang_up(copy).map_err(doing("giving sshd its keys"))?;
+    restarting.listened =
+        !waits && restarting.hang_up(identity.clone).map_err(doing("giving sshd its keys"))?;
     Ok((waits || restarting.listened).then_some(restarting))
 }
 

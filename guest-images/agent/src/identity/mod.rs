@@ -48,7 +48,7 @@ pub fn apply(config: &Config, identity: &Identity) -> Result<Option<Restarting>,
     }
     let put: Put = if identity.clone { overwrite } else { replace };
     names(config, identity, put)?;
-    let mut sshd = host_keys::apply(config, &identity.host_keys, identity.clone, put)?;
+    let mut sshd = host_keys::apply(config, identity, put)?;
     authorized_keys(config, identity, put)?;
     if config.network && !config.files_only() {
         // One that still listens would answer at the new address with the keys of the original.
