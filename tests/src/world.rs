@@ -298,7 +298,33 @@ impl World {
 
     /// Runs `catalyst ARGS`.
     pub fn catalyst(&self, args: &[&str]) -> Ran {
-        ran(self.catalyst_command(args))
+        let mut ran = ran(self.catalyst_command(args));
+        if ran.stderr.contains("which was not enough") {
+            ran.stderr += &self.all_vms();
+        }
+        ran
+    }
+
+    /// For a guest that was waited for in vain: what each VM has written to its console last, how its threads are (proc(5), "stat"), and
+    /// what the daemon logged last.
+    fn all_vms(&self) -> String {
+        const LAST: usize = 500;
+        let mut told = Vec::new();
+        for vm in fs::read_dir(self.state_dir().join("vms")).into_iter().flatten().flatten() {
+            let console = fs::read(vm.path().join("console.log")).unwrap_or_default();
+            let last = String::from_utf8_lossy(&console[console.len().saturating_sub(LAST)..]).into_owned();
+            let id = vm.file_name().to_string_lossy().into_owned();
+            told.push(format!("{id}: console of {} bytes, ends {last:?}", console.len()));
+            let Some(pid) = self.vm_pid(&id) else { continue };
+            for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+                let stat = fs::read_to_string(thread.path().join("stat")).unwrap_or_default();
+                told.push(stat.split(' ').take(15).collect::<Vec<_>>().join(" "));
+            }
+        }
+        let log = self.daemon_log();
+        let lines: Vec<&str> = log.lines().collect();
+        told.extend(lines[lines.len().saturating_sub(12)..].iter().map(|line| (*line).to_owned()));
+        told.join("\n")
     }
 
     /// Runs `catalyst ARGS` with `input` on its stdin.

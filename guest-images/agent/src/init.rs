@@ -21,7 +21,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, chdir, chroot, fork};
 
-use crate::shutdown;
+use crate::{apic_timer, shutdown};
 
 /// Where modules lie, and the file that names them in the order in which they can be loaded.
 const MODULES: &str = "/modules";
@@ -81,6 +81,7 @@ fn prepare() -> io::Result<()> {
         mount(Some(kind), place, Some(kind), flags, Some(data))
             .map_err(|error| io::Error::other(format!("mounting {place}: {error}")))?;
     }
+    apic_timer::check();
     fs::create_dir_all("/run/catalyst")?;
     fs::write("/proc/self/oom_score_adj", "-1000")?;
     for (resource, most) in [

@@ -1,5 +1,6 @@
 //! The program inside the guest: what the host asks over the port, it does.
 
+mod apic_timer;
 mod container;
 mod cpu_share;
 mod exec;
