@@ -10,6 +10,9 @@ const VM: &str = "web1";
 /// Each CPU is kept busy by a process that may run on no other, and all of them finish.
 const ALL_BUSY: &str = "n=$(nproc); i=0; while [ $i -lt $n ]; do \
 taskset -c $i sh -c 'x=0; while [ $x -lt 20000 ]; do x=$((x + 1)); done; echo done' & i=$((i + 1)); done; wait";
+/// Switches a key in the scheduler's code on and off, while other processes keep the scheduler at work.
+const CHANGES_CODE: &str = "cd /proc/sys/kernel; for busy in 1 2; do while :; do sleep 0.001; done & done; i=0; \
+while [ $i -lt 500 ]; do echo 1 >sched_schedstats; echo 0 >sched_schedstats; i=$((i + 1)); done; kill $(jobs -p); echo done";
 
 pub fn cpus(checks: &mut Checks) {
     let world = World::new();
@@ -18,6 +21,10 @@ pub fn cpus(checks: &mut Checks) {
         world.catalyst(&["vmpower", "on", VM, "--wait", "--timeout", "280"]).ok();
         assert_eq!(world.catalyst(&["guest", "exec", VM, "--", "nproc"]).ok(), "2");
         assert_eq!(world.catalyst(&["guest", "exec", VM, "--", "sh", "-c", ALL_BUSY]).ok(), "done\ndone");
+    });
+    checks.check("the kernel changes its code while another CPU runs it", || {
+        let ran = world.catalyst(&["guest", "exec", VM, "--timeout", "280", "--", "sh", "-c", CHANGES_CODE]);
+        assert_eq!(ran.ok(), "done");
         world.catalyst(&["vmpower", "shutdown", VM]).ok();
         world.wait_for_state(VM, "powered off", HANG);
     });

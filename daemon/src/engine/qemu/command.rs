@@ -9,6 +9,7 @@ use std::os::fd::RawFd;
 use catalyst_agent_protocol::{CONTAINER_PORT_NAME, FOLDERS_PORT_NAME, PORT_NAME};
 use catalyst_vmm::description::Format;
 
+use super::accelerator::accelerator;
 use crate::store::config::format_mac;
 
 /// The numbers of the descriptors that QEMU inherits.
@@ -35,6 +36,8 @@ pub struct Descriptors {
 /// What the machine is like.
 #[derive(Clone, Debug)]
 pub struct Machine<'a> {
+    /// What QEMU says it is.
+    pub program: &'a str,
     /// Name, seen in the process list.
     pub name: &'a str,
     /// Virtual CPUs.
@@ -68,8 +71,6 @@ pub const DISK: &str = "disk0";
 pub const CABLE: &str = "net0";
 /// What QEMU keeps itself from.
 pub const SANDBOX: &str = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny";
-/// The software CPU, and its room for translated code in MiB.
-pub const ACCELERATOR: &str = "tcg,thread=multi,tb-size=256";
 /// Left out: five-level paging and what guests use wherever they see it although it is slow in software.
 pub const PROCESSOR: &str = "max,-la57,-erms,-smap";
 /// Sets of descriptors (`-add-fd`) that are not a disk's; those of its layers begin at [`LAYER_SETS`].
@@ -85,7 +86,7 @@ pub fn console(fd: RawFd) -> String {
 
 /// The arguments of `qemu-system-x86_64`.
 pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
-    let Machine { name, cpus, memory_mib, command_line, nics, layers, memory } = machine;
+    let Machine { program, name, cpus, memory_mib, command_line, nics, layers, memory } = machine;
     let mut args: Vec<String> = Vec::new();
     let mut arg = |option: &str, value: String| args.extend([option.to_owned(), value]);
 
@@ -100,7 +101,7 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
         "microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=ram,suppress-vmdesc=on"
             .into(),
     );
-    arg("-accel", ACCELERATOR.into());
+    arg("-accel", accelerator(*cpus, program).into());
     arg("-cpu", PROCESSOR.into());
     arg("-smp", format!("{cpus}"));
     arg("-m", format!("{memory_mib}M"));
@@ -209,6 +210,7 @@ mod tests {
             qmp: 109,
         };
         let machine = Machine {
+            program: "QEMU emulator version 7.2.22",
             name: "web1",
             cpus: 2,
             memory_mib: 1024,

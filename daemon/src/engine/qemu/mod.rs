@@ -1,5 +1,6 @@
 //! Engine `qemu`: QEMU's software CPU, for machines where KVM is absent or too slow.
 
+mod accelerator;
 pub mod blocks;
 mod command;
 pub mod frozen;
@@ -39,6 +40,13 @@ pub struct QemuEngine {
     version: OnceCell<String>,
 }
 
+impl QemuEngine {
+    /// What the program says it is.
+    async fn program(&self) -> Result<String, EngineError> {
+        Ok(self.version.get_or_try_init(version).await?.clone())
+    }
+}
+
 /// A running QEMU.
 #[derive(Debug)]
 struct QemuVm {
@@ -62,7 +70,7 @@ impl Engine for QemuEngine {
 
     fn fit(&self) -> BoxFuture<'_, Result<Fit, EngineError>> {
         async {
-            let program = self.version.get_or_try_init(version).await?.clone();
+            let program = self.program().await?;
             // Software emulates the processor, but takes the counter's rate from the host's.
             let tsc_khz = tokio::task::spawn_blocking(tsc::khz).await;
             let tsc_khz = tsc_khz.map_err(|error| EngineError::Died(error.to_string()))?;
@@ -75,7 +83,8 @@ impl Engine for QemuEngine {
         async move {
             let dir = spec.dir.clone();
             let frozen = self.frozen.clone();
-            let launched = tokio::task::spawn_blocking(move || launch(spec, &frozen))
+            let program = self.program().await?;
+            let launched = tokio::task::spawn_blocking(move || launch(spec, &frozen, &program))
                 .await
                 .map_err(|error| EngineError::Died(error.to_string()))??;
             launched.begin(&dir).await
@@ -90,7 +99,8 @@ impl Engine for QemuEngine {
     fn start_pc(&self, spec: PcSpec) -> BoxFuture<'_, Result<Arc<dyn VmProcess>, EngineError>> {
         async move {
             let dir = spec.dir.clone();
-            let launched = tokio::task::spawn_blocking(move || launch_pc(spec))
+            let program = self.program().await?;
+            let launched = tokio::task::spawn_blocking(move || launch_pc(spec, &program))
                 .await
                 .map_err(|error| EngineError::Died(error.to_string()))??;
             launched.begin(&dir).await
@@ -156,7 +166,7 @@ impl Launched {
     }
 }
 
-fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
+fn launch_pc(spec: PcSpec, program: &str) -> Result<Launched, EngineError> {
     let folder::Opened { log, console_log, console, .. } = folder::open(&spec.dir, false)?;
     let qmp = folder::listen(&spec.dir, QMP_SOCKET)?;
     let (run, user) = (spec.dir.run(), (spec.user, spec.user));
@@ -166,7 +176,7 @@ fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
         qmp: qmp.as_raw_fd(),
     };
     let pc::Line { args, kept } =
-        pc::line(spec, descriptors).map_err(EngineError::io("describe its disks"))?;
+        pc::line(spec, descriptors, program).map_err(EngineError::io("describe its disks"))?;
     let fds = kept.into_iter().chain([console, console_log, qmp]).collect();
     let launch = Launch {
         engine: EngineName::Qemu,
@@ -184,7 +194,7 @@ fn launch_pc(spec: PcSpec) -> Result<Launched, EngineError> {
     Ok(Launched { process: Process::spawn(launch, &run)?, memory: None, state: None })
 }
 
-fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
+fn launch(spec: StartSpec, frozen: &Frozen, program: &str) -> Result<Launched, EngineError> {
     if spec.nics.len() > MAX_NICS {
         let (field, why) = ("nics".to_owned(), format!("at most {MAX_NICS}"));
         return Err(DescriptionError::Value { field, why }.into());
@@ -224,6 +234,7 @@ fn launch(spec: StartSpec, frozen: &Frozen) -> Result<Launched, EngineError> {
         qmp: qmp.as_raw_fd(),
     };
     let machine = command::Machine {
+        program,
         name: spec.dir.id().as_str(),
         cpus: spec.cpus,
         memory_mib: spec.memory_mib,

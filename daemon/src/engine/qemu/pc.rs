@@ -14,7 +14,8 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use serde_json::{Value, json};
 
 use super::super::pc::{PcDisk, PcSpec};
-use super::command::{ACCELERATOR, CABLE, LOG_SET, PROCESSOR, SANDBOX, console};
+use super::accelerator::accelerator;
+use super::command::{CABLE, LOG_SET, PROCESSOR, SANDBOX, console};
 use crate::saved;
 use crate::store::config::format_mac;
 use crate::store::foreign::hardware::{Bus, Nic};
@@ -71,8 +72,8 @@ impl Builder {
     }
 }
 
-/// The command line of `spec`, whose descriptors it takes.
-pub fn line(spec: PcSpec, fd: Descriptors) -> io::Result<Line> {
+/// The command line of `spec`, whose descriptors it takes, for the QEMU that calls itself `program`.
+pub fn line(spec: PcSpec, fd: Descriptors, program: &str) -> io::Result<Line> {
     let mut line = Builder { args: Vec::new(), kept: Vec::new(), next_set: FIRST_SET };
     // Guests with an IDE disk want it where a PC of old had it.
     let old = spec.disks.iter().any(|disk| disk.bus == Bus::Ide);
@@ -91,7 +92,7 @@ pub fn line(spec: PcSpec, fd: Descriptors) -> io::Result<Line> {
     line.arg("-display", "none");
     line.arg("-sandbox", SANDBOX);
     line.arg("-machine", machine);
-    line.arg("-accel", ACCELERATOR);
+    line.arg("-accel", accelerator(spec.cpus, program));
     line.arg("-cpu", PROCESSOR);
     line.arg("-smp", spec.cpus.to_string());
     line.arg("-m", format!("{}M", spec.memory_mib));
@@ -229,7 +230,7 @@ mod tests {
     }
 
     fn text(spec: PcSpec) -> String {
-        let line = line(spec, Descriptors { console: 107, console_log: 108, qmp: 109 }).unwrap();
+        let line = line(spec, Descriptors { console: 107, console_log: 108, qmp: 109 }, "").unwrap();
         line.args.join(std::ffi::OsStr::new(" ")).into_string().unwrap()
     }
 
@@ -269,7 +270,7 @@ mod tests {
             Extent { file: file(), sectors: 16, flat: Some(8) },
         ];
         let spec = spec(vec![disk(Bus::Pvscsi, 0, 0, Parts::Extents(extents))], true);
-        let line = line(spec, Descriptors { console: 107, console_log: 108, qmp: 109 }).unwrap();
+        let line = line(spec, Descriptors { console: 107, console_log: 108, qmp: 109 }, "").unwrap();
         let text = line.args.join(std::ffi::OsStr::new(" ")).into_string().unwrap();
         let mut paths = text.split(['=', ' ', ',', '"']).filter(|word| word.starts_with('/'));
         assert!(paths.all(|path| path.starts_with("/dev/fdset/")), "{text}");
