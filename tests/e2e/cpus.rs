@@ -65,6 +65,7 @@ fn boot(world: &World, image: &str, line: &str) -> String {
             "-no-reboot",
         ])
         .args(["-machine", "microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off"])
+        .args(["-bios", "qboot.rom"])
         .args(["-accel", "tcg,thread=multi", "-cpu", "max,-la57,-erms,-smap", "-smp", "2", "-m", "256"])
         .args(["-serial", "stdio", "-append", line])
         .arg("-kernel")

@@ -101,6 +101,8 @@ pub fn arguments(machine: &Machine<'_>, fd: Descriptors) -> Vec<OsString> {
         "microvm,acpi=on,pit=off,pic=off,rtc=on,isa-serial=on,x-option-roms=off,memory-backend=ram,suppress-vmdesc=on"
             .into(),
     );
+    // It loads the kernel by itself. What QEMU takes where it is not told is this one in Debian 12, and elsewhere one that needs option ROMs.
+    arg("-bios", "qboot.rom".into());
     arg("-accel", accelerator(*cpus, program).into());
     arg("-cpu", PROCESSOR.into());
     arg("-smp", format!("{cpus}"));
