@@ -15,12 +15,11 @@ use crate::common::{deb, tiny_store, wait_until};
 const TOOLS: [&str; 4] =
     ["/usr/bin/qemu-system-x86_64", "/usr/bin/qemu-img", "/usr/sbin/dnsmasq", "/usr/sbin/nft"];
 /// What QEMU looks for by name.
-const FIRMWARE: [&str; 5] = [
-    "/usr/share/qemu/bios-microvm.bin",
+const FIRMWARE: [&str; 4] = [
+    "/usr/share/qemu/qboot.rom",
     "/usr/share/qemu/pvh.bin",
     "/usr/share/qemu/linuxboot_dma.bin",
     "/usr/share/qemu/kvmvapic.bin",
-    "/usr/share/seabios/bios-microvm.bin",
 ];
 /// Its software CPU, which is a module.
 const ACCELERATOR: &str = "/usr/lib/x86_64-linux-gnu/qemu/accel-tcg-x86_64.so";
