@@ -11,8 +11,8 @@ const VM: &str = "web1";
 const ALL_BUSY: &str = "n=$(nproc); i=0; while [ $i -lt $n ]; do \
 taskset -c $i sh -c 'x=0; while [ $x -lt 20000 ]; do x=$((x + 1)); done; echo done' & i=$((i + 1)); done; wait";
 /// Switches a key in the scheduler's code on and off, while other processes keep the scheduler at work.
-const CHANGES_CODE: &str = "cd /proc/sys/kernel; for busy in 1 2; do while :; do sleep 0.001; done & done; i=0; \
-while [ $i -lt 500 ]; do echo 1 >sched_schedstats; echo 0 >sched_schedstats; i=$((i + 1)); done; kill $(jobs -p); echo done";
+const CHANGES_CODE: &str = "cd /proc/sys/kernel; for n in 1 2; do while :; do sleep 0.001; done & busy=\"$busy $!\"; done; i=0; \
+while [ $i -lt 500 ]; do echo 1 >sched_schedstats; echo 0 >sched_schedstats; i=$((i + 1)); done; kill $busy && echo done";
 
 pub fn cpus(checks: &mut Checks) {
     let world = World::new();
